@@ -1,0 +1,104 @@
+// See fields.h.
+#include "checkpoint/deepspeed/fields.h"
+
+#include "core/error.h"
+#include "core/utf8.h"
+
+namespace isoshard::checkpoint {
+
+void Fields::fail(const std::string& what, const std::string& entry, const std::string& expected,
+                  const std::string& found) const {
+  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt, .what = what, .file = document_.path(),
+                        .entry = entry, .expected = expected, .found = found,
+                        .next = "compare with the other ranks' files, or use another checkpoint"});
+}
+
+NodeId Fields::need(NodeId mapping, const std::string& key) const {
+  const NodeId node = mapping == kNoNode ? kNoNode : pickle_.find(mapping, key);
+  if (node == kNoNode) fail("A key that DeepSpeed always writes is missing.", quote(key), "present", "absent");
+  return node;
+}
+
+NodeId Fields::maybe(NodeId mapping, const std::string& key) const {
+  const NodeId node = mapping == kNoNode ? kNoNode : pickle_.find(mapping, key);
+  return node == kNoNode || pickle_.is_none(node) ? kNoNode : node;
+}
+
+int64_t Fields::integer(NodeId node, const std::string& what) const {
+  if (node == kNoNode || pickle_.kind(node) != Kind::kInt) {
+    fail("A value has the wrong type.", what, "int", node == kNoNode ? "absent" : name(pickle_.kind(node)));
+  }
+  return pickle_.integer_value(node);
+}
+
+std::string Fields::text(NodeId node, const std::string& what) const {
+  if (node == kNoNode || pickle_.kind(node) != Kind::kString) {
+    fail("A value has the wrong type.", what, "str", node == kNoNode ? "absent" : name(pickle_.kind(node)));
+  }
+  return pickle_.text(node);
+}
+
+bool Fields::truth(NodeId mapping, const std::string& key) const {
+  const NodeId node = maybe(mapping, key);
+  return node != kNoNode && pickle_.kind(node) == Kind::kBool && pickle_.integer_value(node) != 0;
+}
+
+const std::vector<NodeId>& Fields::list(NodeId node, const std::string& what) const {
+  if (node == kNoNode || (pickle_.kind(node) != Kind::kList && pickle_.kind(node) != Kind::kTuple)) {
+    fail("A value has the wrong type.", what, "list", node == kNoNode ? "absent" : name(pickle_.kind(node)));
+  }
+  return pickle_.items(node);
+}
+
+Shape Fields::shape(NodeId node, const std::string& what) const {
+  if (node != kNoNode && pickle_.kind(node) == Kind::kObject) {
+    const std::vector<NodeId>& args = pickle_.items(pickle_.parts(node).args);
+    if (args.size() == 1) node = args[0];
+  }
+  Shape result;
+  for (NodeId item : list(node, what)) result.push_back(integer(item, what));
+  numel(result);  // refuses negative and overflowing sizes
+  return result;
+}
+
+TensorView Fields::tensor(NodeId node, const std::string& what) const {
+  const std::optional<TensorView> view = document_.tensor(node);
+  if (!view) {
+    fail("A value has the wrong type.", what, "tensor", node == kNoNode ? "absent" : name(pickle_.kind(node)));
+  }
+  return *view;
+}
+
+TensorView Fields::flat_tensor(NodeId node, const std::string& what) const {
+  TensorView view = tensor(node, what);
+  if (view.shape.size() != 1 || !view.is_contiguous()) {
+    fail("A partition is not a flat tensor.", what, "one dimension", to_string(view.shape));
+  }
+  return view;
+}
+
+std::vector<std::pair<std::string, NodeId>> Fields::named(NodeId mapping,
+                                                          const std::string& what) const {
+  if (!pickle_.is_mapping(mapping)) fail("A value has the wrong type.", what, "dict", name(pickle_.kind(mapping)));
+  std::vector<std::pair<std::string, NodeId>> result;
+  const std::vector<NodeId>& entries = pickle_.entries(mapping);
+  for (size_t i = 0; i + 1 < entries.size(); i += 2) {
+    const std::string key = text(entries[i], what + " key");
+    const std::string why = why_unsafe_name(key);
+    if (!why.empty()) {
+      throw Error(ErrorInfo{.code = ErrorCode::kHostile,
+                            .what = "A tensor name cannot be a file name: " + why + ".",
+                            .file = document_.path(), .entry = what + " " + quote(key),
+                            .next = "find out who wrote this file; training code does not make such names"});
+    }
+    result.emplace_back(key, entries[i + 1]);
+  }
+  return result;
+}
+
+NodeId Fields::state_of(NodeId object) const {
+  if (object == kNoNode || pickle_.kind(object) != Kind::kObject) return kNoNode;
+  return pickle_.parts(object).state;
+}
+
+}  // namespace isoshard::checkpoint

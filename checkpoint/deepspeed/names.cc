@@ -1,0 +1,56 @@
+// Patterns by RE2, which is linear in the length of the name.
+#include "checkpoint/deepspeed/names.h"
+
+#include <re2/re2.h>
+
+#include <cstdio>
+
+namespace isoshard::checkpoint {
+namespace {
+
+std::string two_digits(int value) {
+  char buffer[16];
+  std::snprintf(buffer, sizeof buffer, "%02d", value);
+  return buffer;
+}
+
+}  // namespace
+
+FileName parse_file_name(const std::string& name) {
+  static const re2::RE2 kModel("mp_rank_(\\d{2,6})_model_states\\.pt");
+  static const re2::RE2 kRanked("zero_pp_rank_(\\d{1,7})_mp_rank_(\\d{2,6})_model_states\\.pt");
+  static const re2::RE2 kOptim(
+      "(bf16_|fp16_)?zero_pp_rank_(\\d{1,7})_mp_rank_(\\d{2,6})_?optim_states\\.pt");
+  static const re2::RE2 kExpert("(layer_-?\\d+_)?expert_\\d+_mp_rank_\\d+_model_states\\.pt");
+  static const re2::RE2 kExpertOptim("expp_rank_\\d+_mp_rank_\\d+_optim_states\\.pt");
+  static const re2::RE2 kLayer("layer_\\d+-.*model_states\\.pt");
+  FileName result;
+  using Kind = FileName::Kind;
+  if (re2::RE2::FullMatch(name, kModel, &result.mp)) {
+    result.kind = Kind::kModel;
+  } else if (re2::RE2::FullMatch(name, kRanked, &result.dp, &result.mp)) {
+    result.kind = Kind::kModelOfRank;
+  } else if (re2::RE2::FullMatch(name, kOptim, &result.prefix, &result.dp, &result.mp)) {
+    result.kind = Kind::kOptim;
+  } else if (re2::RE2::FullMatch(name, kExpert)) {
+    result.kind = Kind::kExpert;
+  } else if (re2::RE2::FullMatch(name, kExpertOptim)) {
+    result.kind = Kind::kExpertOptim;
+  } else if (re2::RE2::FullMatch(name, kLayer)) {
+    result.kind = Kind::kLayer;
+  }
+  return result;
+}
+
+std::string model_file_name(int mp) { return "mp_rank_" + two_digits(mp) + "_model_states.pt"; }
+
+std::string model_file_name_of_rank(int dp, int mp) {
+  return "zero_pp_rank_" + std::to_string(dp) + "_mp_rank_" + two_digits(mp) + "_model_states.pt";
+}
+
+std::string optim_file_name(const std::string& prefix, int dp, int mp) {
+  return prefix + "zero_pp_rank_" + std::to_string(dp) + "_mp_rank_" + two_digits(mp) +
+         "_optim_states.pt";
+}
+
+}  // namespace isoshard::checkpoint

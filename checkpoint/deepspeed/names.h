@@ -1,0 +1,26 @@
+// File names inside a tag folder (deepspeed/runtime/engine.py, _get_ckpt_name and kin).
+//
+//   mp_rank_XX_model_states.pt                                 stages 0, 1, 2
+//   zero_pp_rank_D_mp_rank_XX_model_states.pt                  stage 3
+//   [bf16_|fp16_]zero_pp_rank_D_mp_rank_XX_optim_states.pt     stages 1, 2, 3
+#pragma once
+
+#include <string>
+
+namespace isoshard::checkpoint {
+
+struct FileName {
+  enum class Kind { kModel, kModelOfRank, kOptim, kLayer, kExpert, kExpertOptim, kOther };
+  Kind kind = Kind::kOther;
+  int dp = 0;          // D, rank in the partition group
+  int mp = 0;          // XX
+  std::string prefix;  // "bf16_", "fp16_" or ""
+};
+
+FileName parse_file_name(const std::string& name);
+
+std::string model_file_name(int mp);
+std::string model_file_name_of_rank(int dp, int mp);
+std::string optim_file_name(const std::string& prefix, int dp, int mp);
+
+}  // namespace isoshard::checkpoint

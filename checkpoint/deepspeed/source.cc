@@ -1,0 +1,156 @@
+// Resolution of SOURCE. Nothing here opens a checkpoint file.
+#include "checkpoint/deepspeed/source.h"
+
+#include <algorithm>
+
+#include "checkpoint/deepspeed/names.h"
+#include "core/error.h"
+#include "core/utf8.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+bool ends_with(const std::string& text, const std::string& end) {
+  return text.size() >= end.size() && text.compare(text.size() - end.size(), end.size(), end) == 0;
+}
+
+bool is_weights_name(const std::string& name) {
+  const bool torch_bin = name.rfind("pytorch_model", 0) == 0 && ends_with(name, ".bin");
+  return torch_bin || (name.rfind("model", 0) == 0 && ends_with(name, ".safetensors"));
+}
+
+bool has_zero_files(const std::vector<DirectoryEntry>& entries) {
+  return std::any_of(entries.begin(), entries.end(), [](const DirectoryEntry& entry) {
+    return parse_file_name(entry.name).kind != FileName::Kind::kOther;
+  });
+}
+
+bool has_folder(const std::vector<DirectoryEntry>& entries, const std::string& name) {
+  return std::any_of(entries.begin(), entries.end(), [&](const DirectoryEntry& entry) {
+    return entry.name == name && entry.kind == DirectoryEntry::Kind::kDirectory;
+  });
+}
+
+// Names of sub-folders that look like tags, newest number last, for messages.
+std::string tags_in(Storage& storage, const std::string& folder) {
+  std::string tags;
+  for (const DirectoryEntry& entry : storage.list(folder)) {
+    if (entry.kind != DirectoryEntry::Kind::kDirectory || entry.name[0] == '.') continue;
+    const std::vector<DirectoryEntry> inside = storage.list(join(folder, entry.name));
+    if (!has_zero_files(inside) && !has_folder(inside, "zero")) continue;
+    tags += (tags.empty() ? "" : ", ") + quote(entry.name);
+  }
+  return tags.empty() ? "no folder there looks like a tag" : "tags there: " + tags;
+}
+
+SourcePlace tag_place(Storage& storage, const std::string& save_folder, const std::string& tag,
+                      const std::string& from) {
+  const std::string why = why_unsafe_name(tag);
+  if (!why.empty()) {
+    throw Error(ErrorInfo{.code = tag.empty() ? ErrorCode::kIncomplete : ErrorCode::kHostile,
+                          .what = "The tag in " + from + " cannot be used: " + why + ".",
+                          .file = join(save_folder, from), .expected = "the name of a tag folder",
+                          .found = quote(tag) + ", " + std::to_string(tag.size()) + " bytes",
+                          .next = "name one with --tag; " + tags_in(storage, save_folder)});
+  }
+  SourcePlace place{.kind = SourcePlace::Kind::kZero, .folder = join(save_folder, tag),
+                    .save_folder = save_folder, .tag = tag, .files = {}, .notices = {}};
+  if (!storage.is_directory(place.folder)) {
+    throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
+                          .what = "The tag " + quote(tag) + " (from " + from + ") has no folder.",
+                          .file = place.folder,
+                          .next = "name another with --tag; " + tags_in(storage, save_folder)});
+  }
+  if (has_folder(storage.list(place.folder), "zero")) place.kind = SourcePlace::Kind::kUniversal;
+  return place;
+}
+
+std::string pointer_text(Storage& storage, const std::string& path) {
+  std::string text = read_small_file(storage, path, 4096);
+  const auto blank = [](char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; };
+  while (!text.empty() && blank(text.back())) text.pop_back();
+  while (!text.empty() && blank(text.front())) text.erase(0, 1);
+  return text;
+}
+
+SourcePlace weights_place(const std::string& folder, const std::vector<DirectoryEntry>& entries) {
+  SourcePlace place{.kind = SourcePlace::Kind::kWeights, .folder = folder, .save_folder = "",
+                    .tag = base_name(folder), .files = {}, .notices = {}};
+  bool safetensors = false;
+  for (const DirectoryEntry& entry : entries) {
+    safetensors = safetensors || (is_weights_name(entry.name) && ends_with(entry.name, ".safetensors"));
+  }
+  for (const DirectoryEntry& entry : entries) {
+    if (!is_weights_name(entry.name)) continue;
+    if (ends_with(entry.name, ".safetensors") == safetensors) {
+      place.files.push_back(entry.name);
+    } else {
+      place.notices.push_back("both .safetensors and .bin weights are there; .safetensors is read");
+    }
+  }
+  return place;
+}
+
+}  // namespace
+
+std::string join(const std::string& folder, const std::string& name) {
+  if (folder.empty() || folder == ".") return name;
+  return folder.back() == '/' ? folder + name : folder + "/" + name;
+}
+
+std::string base_name(const std::string& path) {
+  size_t end = path.size();
+  while (end > 1 && path[end - 1] == '/') --end;
+  const size_t slash = path.rfind('/', end - 1);
+  return slash == std::string::npos ? path.substr(0, end) : path.substr(slash + 1, end - slash - 1);
+}
+
+std::string parent_folder(const std::string& path) {
+  size_t end = path.size();
+  while (end > 1 && path[end - 1] == '/') --end;
+  const size_t slash = path.rfind('/', end - 1);
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+SourcePlace resolve_source(Storage& storage, const std::string& path, const std::string& tag) {
+  if (storage.is_file(path)) {
+    return {.kind = SourcePlace::Kind::kWeights, .folder = parent_folder(path), .save_folder = "",
+            .tag = base_name(path), .files = {base_name(path)}, .notices = {}};
+  }
+  if (!storage.is_directory(path)) {
+    throw Error(ErrorInfo{.code = ErrorCode::kNotFound, .what = "There is no such file or folder.",
+                          .file = path, .next = "check the path; SOURCE is a save folder, a tag "
+                          "folder, a universal folder, or an fp32 file or folder"});
+  }
+  if (!tag.empty()) return tag_place(storage, path, tag, "--tag");
+  const std::vector<DirectoryEntry> entries = storage.list(path);
+  const bool latest = storage.is_file(join(path, "latest"));
+  const bool universal = storage.is_file(join(path, "latest_universal"));
+  if (latest || universal) {
+    const std::string pointer = latest ? "latest" : "latest_universal";
+    SourcePlace place = tag_place(storage, path, pointer_text(storage, join(path, pointer)), pointer);
+    if (latest && universal) {
+      place.notices.push_back("both latest and latest_universal are there; latest is followed "
+                              "(--tag chooses another)");
+    }
+    return place;
+  }
+  SourcePlace place{.kind = SourcePlace::Kind::kZero, .folder = path, .save_folder = "",
+                    .tag = base_name(path), .files = {}, .notices = {}};
+  if (has_folder(entries, "zero")) {
+    place.kind = SourcePlace::Kind::kUniversal;
+    return place;
+  }
+  if (has_zero_files(entries)) return place;
+  SourcePlace weights = weights_place(path, entries);
+  if (!weights.files.empty()) return weights;
+  throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
+                        .what = "The folder holds no checkpoint that is known here.", .file = path,
+                        .expected = "latest or latest_universal, *_model_states.pt files, a zero/ "
+                                    "folder, or model*.safetensors / pytorch_model*.bin",
+                        .found = std::to_string(entries.size()) + " entries",
+                        .next = "name the save folder or the tag folder; " + tags_in(storage, path)});
+}
+
+}  // namespace isoshard::checkpoint

@@ -1,0 +1,29 @@
+// Which folder a SOURCE argument means (contracts §1): a save folder with `latest`, a tag folder, a
+// universal folder, a Trainer checkpoint-N, or an fp32 file or folder.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/storage.h"
+
+namespace isoshard::checkpoint {
+
+struct SourcePlace {
+  enum class Kind { kZero, kUniversal, kWeights };
+  Kind kind = Kind::kZero;
+  std::string folder;               // the tag or universal folder; of weights: their folder
+  std::string save_folder;          // parent that holds `latest`; empty if a tag folder was named
+  std::string tag;                  // last component of folder
+  std::vector<std::string> files;   // kWeights: file names inside folder, in order
+  std::vector<std::string> notices;
+};
+
+// `tag` may be empty. Throws Error(kNotFound) that lists the tags there are.
+SourcePlace resolve_source(Storage& storage, const std::string& path, const std::string& tag);
+
+std::string join(const std::string& folder, const std::string& name);
+std::string base_name(const std::string& path);
+std::string parent_folder(const std::string& path);  // "." for a plain name
+
+}  // namespace isoshard::checkpoint

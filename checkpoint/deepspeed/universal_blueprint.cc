@@ -1,0 +1,207 @@
+// See universal_blueprint.h.
+#include "checkpoint/deepspeed/universal_blueprint.h"
+
+#include <algorithm>
+#include <set>
+
+#include "checkpoint/deepspeed/fields.h"
+#include "checkpoint/torch_builder.h"
+#include "core/error.h"
+#include "core/utf8.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+class UniversalWriter {
+ public:
+  UniversalWriter(const ShardedState& state, const UniversalOptions& options)
+      : state_(state), options_(options), stage3_(state.flavour == Flavour::kZero3) {}
+
+  std::vector<FileBlueprint> run() {
+    for (const GroupState& group : state_.groups) {
+      for (int number : group.flat_order) add_parameter(state_.parameters[static_cast<size_t>(number)]);
+    }
+    if (!stage3_ && options_.extra_folders) add_extra_folders();
+    files_.push_back(stage3_ ? global_state_3() : global_state_12());
+    for (int file : state_.model_files) files_.push_back(copy_of(file));
+    check_paths();
+    return std::move(files_);
+  }
+
+ private:
+  int add_leaf(TorchBuilder* builder, int number, DType dtype) const {
+    const int64_t count = state_.leaf(number).size_elements();
+    StorageFill fill{.dtype = dtype, .numel = count, .runs = {}, .copy = {}, .literal = {}};
+    if (count > 0) fill.runs.push_back({number, 0, count, 0});
+    return builder->add_storage(std::move(fill));
+  }
+
+  // Stages 1 and 2: {cat_dim: 0, param: tensor}; stage 3: the bare flat tensor.
+  void add_state(const std::string& name, const std::string& file, int number) {
+    const Leaf& leaf = state_.leaf(number);
+    TorchBuilder builder;
+    const int storage = add_leaf(&builder, number, leaf.dtype);
+    const Shape shape = stage3_ ? Shape{leaf.size_elements()} : leaf.shape;
+    const NodeId tensor = builder.tensor({.shape = shape, .storage = storage, .requires_grad = leaf.requires_grad});
+    const NodeId root = stage3_ ? tensor : builder.dict({{"cat_dim", builder.pickle.integer(0)}, {"param", tensor}});
+    files_.push_back(builder.finish("zero/" + name + "/" + file + ".pt", root));
+  }
+
+  void add_parameter(const ParameterState& parameter) {
+    written_.insert(parameter.name);
+    add_state(parameter.name, "fp32", parameter.weight);
+    for (int number : parameter.states) add_state(parameter.name, state_.leaf(number).state, number);
+    if (stage3_) return;  // the nested optimizer state keeps the steps
+    for (const Scalar& scalar : parameter.scalars) {
+      const TorchFile& document = state_.document(scalar.value.file);
+      if (document.pickle().is_none(scalar.value.node)) continue;
+      TorchBuilder builder;
+      const NodeId root = builder.copy(document, scalar.value.file, scalar.value.node);
+      files_.push_back(builder.finish("zero/" + parameter.name + "/" + scalar.name + ".pt", root));
+    }
+  }
+
+  // Every other entry of the module as {param: fp32 tensor}, as DeepSpeed 0.19.8 adds them.
+  void add_extra(const std::string& name, int number) {
+    if (!written_.insert(name).second || number < 0) return;
+    TorchBuilder builder;
+    const int storage = add_leaf(&builder, number, DType::kFloat32);
+    const NodeId tensor = builder.tensor({.shape = state_.leaf(number).shape, .storage = storage});
+    files_.push_back(builder.finish("zero/" + name + "/fp32.pt", builder.dict({{"param", tensor}})));
+  }
+
+  void add_extra_folders() {
+    for (const BufferState& buffer : state_.buffers) add_extra(buffer.name, buffer.leaf);
+    for (const ParameterState& parameter : state_.parameters) {
+      if (parameter.group < 0) add_extra(parameter.name, parameter.weight);
+    }
+    for (const Alias& alias : state_.aliases) add_extra(alias.name, alias.model_copy);
+  }
+
+  // Rank 0's optimizer_state_dict without its partitions, with param_groups.
+  FileBlueprint global_state_12() const {
+    const int file = state_.optim_files[0];
+    const TorchFile& document = state_.document(file);
+    const Fields fields(document);
+    const Pickle& pickle = document.pickle();
+    const NodeId optimizer = fields.need(fields.root(), "optimizer_state_dict");
+    TorchBuilder builder;
+    std::vector<NodeId> items;
+    const std::vector<NodeId>& entries = pickle.entries(optimizer);
+    for (size_t i = 0; i + 1 < entries.size(); i += 2) {
+      const std::string key = fields.text(entries[i], "optimizer_state_dict key");
+      if (key == "base_optimizer_state" || key == "param_slice_mappings" || key == "single_partition_of_fp32_groups") continue;
+      items.push_back(builder.pickle.string(key));
+      if (key == "group_paddings") {
+        std::vector<NodeId> zeros(fields.list(entries[i + 1], key).size());
+        for (NodeId& zero : zeros) zero = builder.pickle.integer(0);
+        items.push_back(builder.pickle.list(std::move(zeros)));
+      } else {
+        items.push_back(builder.copy(document, file, entries[i + 1]));
+      }
+    }
+    const NodeId groups = fields.need(fields.need(optimizer, "base_optimizer_state"), "param_groups");
+    items.push_back(builder.pickle.string("param_groups"));
+    items.push_back(builder.copy(document, file, groups));
+    return builder.finish("zero/optimizer_state.pt", builder.pickle.dict(std::move(items)));
+  }
+
+  // Rank 0's whole optimizer_state_dict, its partitions included, with param_groups beside it.
+  FileBlueprint global_state_3() const {
+    const int file = state_.optim_files[0];
+    const TorchFile& document = state_.document(file);
+    const Fields fields(document);
+    const NodeId optimizer = fields.need(fields.root(), "optimizer_state_dict");
+    TorchBuilder builder;
+    std::vector<NodeId> items;
+    for (NodeId node : document.pickle().entries(optimizer)) items.push_back(builder.copy(document, file, node));
+    const NodeId groups = fields.need(fields.need(optimizer, "optimizer_state_dict"), "param_groups");
+    items.push_back(builder.pickle.string("param_groups"));
+    items.push_back(builder.copy(document, file, groups));
+    return builder.finish("zero/optimizer_state.pt", builder.pickle.dict(std::move(items)));
+  }
+
+  FileBlueprint copy_of(int file) const {
+    const SourceFile& source = state_.files[static_cast<size_t>(file)];
+    const int64_t bytes = source.bytes().size_bytes();
+    FileBlueprint blueprint{.path = source.relative, .kind = FileBlueprint::Kind::kCopy, .head = {}, .storages = {}};
+    blueprint.storages.push_back({.dtype = DType::kUInt8, .numel = bytes, .runs = {}, .copy = SourceBytes{file, 0, bytes}, .literal = {}});
+    return blueprint;
+  }
+
+  // A name such as "a/fp32.pt" beside a parameter "a" would make one path file and folder.
+  void check_paths() const {
+    std::set<std::string> paths;
+    for (const FileBlueprint& file : files_) paths.insert(file.path);
+    for (const std::string& path : paths) {
+      const std::string why = why_unsafe_name(path);
+      bool clash = false;
+      for (size_t slash = path.find('/'); slash != std::string::npos; slash = path.find('/', slash + 1)) {
+        clash = clash || paths.count(path.substr(0, slash)) != 0;
+      }
+      if (why.empty() && !clash) continue;
+      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = clash ? "Two parameter names would need one path as file and as folder." : "A parameter name cannot be a path: " + why + ".",
+                            .entry = quote(path), .next = "rename the parameter in the model"});
+    }
+  }
+
+  const ShardedState& state_;
+  const UniversalOptions& options_;
+  bool stage3_;
+  std::vector<FileBlueprint> files_;
+  std::set<std::string> written_;
+};
+
+// Elements [begin, begin + count) of the leaves laid one behind another.
+std::vector<FileFragment> slice_of(const ShardedState& state, const std::vector<int>& leaves, int64_t begin, int64_t count) {
+  std::vector<FileFragment> result;
+  int64_t flat = 0, filled = 0;
+  for (int number : leaves) {
+    const Leaf& leaf = state.leaf(number);
+    const int64_t item = item_size_bytes(leaf.dtype);
+    for (const FileFragment& f : leaf.fragments) {
+      const int64_t from = std::max(begin, flat + f.begin), to = std::min(begin + count, flat + f.begin + f.count);
+      if (from >= to) continue;
+      result.push_back({filled, to - from, f.file, f.offset_bytes + (from - flat - f.begin) * item});
+      filled += to - from;
+    }
+    flat += leaf.size_elements();
+  }
+  return result;
+}
+
+}  // namespace
+
+ShardedState as_deepspeed_believes(const ShardedState& state) {
+  ShardedState believed = state;
+  if (!state.round_robin) return believed;
+  for (const GroupState& group : state.groups) {
+    const size_t states = 1 + state.parameters[static_cast<size_t>(group.flat_order.at(0))].states.size();
+    for (size_t s = 0; s < states; ++s) {
+      const auto leaf_of = [&](int number) {
+        const ParameterState& parameter = state.parameters[static_cast<size_t>(number)];
+        return s == 0 ? parameter.weight : parameter.states[s - 1];
+      };
+      std::vector<int> flat;
+      for (int number : group.flat_order) flat.push_back(leaf_of(number));
+      int64_t offset = 0;
+      for (int number : group.parameters) {
+        Leaf& leaf = believed.leaf(leaf_of(number));
+        leaf.fragments = slice_of(state, flat, offset, leaf.size_elements());
+        offset += leaf.size_elements();
+      }
+    }
+  }
+  return believed;
+}
+
+std::vector<FileBlueprint> universal_blueprints(const ShardedState& state, const UniversalOptions& options) {
+  const bool convertible = state.flavour == Flavour::kZero12 || state.flavour == Flavour::kBf16Optimizer || state.flavour == Flavour::kZero3;
+  if (!convertible) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "This source cannot be converted to universal.", .file = state.folder,
+                          .expected = "a ZeRO checkpoint", .found = name(state.flavour)});
+  }
+  return UniversalWriter(state, options).run();
+}
+
+}  // namespace isoshard::checkpoint

@@ -1,0 +1,25 @@
+// What ds_to_universal makes of a checkpoint (deepspeed/checkpoint/ds_to_universal.py, 0.19.8 with
+// --inject_missing_state), as blueprints.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "checkpoint/blueprint.h"
+#include "checkpoint/sharded_state.h"
+
+namespace isoshard::checkpoint {
+
+struct UniversalOptions {
+  bool extra_folders = true;    // buffers, frozen parameters and aliases too (DeepSpeed ≥ 0.19.6)
+};
+
+// Paths are relative to the universal folder. Throws Error(kUsage, kUnsupported, kHostile).
+std::vector<FileBlueprint> universal_blueprints(const ShardedState& state, const UniversalOptions& options);
+
+// The state as DeepSpeed's converter and its safe_get_full_* calls believe it to be under
+// round_robin_gradients: slices of the optimizer's order over buffers that lie in another order
+// (docs/deepspeed_errata.md). The same state where nothing is permuted.
+ShardedState as_deepspeed_believes(const ShardedState& state);
+
+}  // namespace isoshard::checkpoint

@@ -1,0 +1,29 @@
+// Partition files → logical leaves. One function a family of files; formats in
+// docs/formats/deepspeed_zero.md. The state has its files, model files and optim files open; these
+// add parameters, groups and leaves. Every length is checked against core/zero_rules.h.
+#pragma once
+
+#include "checkpoint/deepspeed/model_states.h"
+
+namespace isoshard::checkpoint {
+
+// Stages 1 and 2, and BF16_Optimizer (stage_1_and_2.py, bf16_optimizer.py).
+void read_zero12(ShardedState* state, const ModelStates& model);
+
+// Stage 3 (stage3.py).
+void read_zero3(ShardedState* state, const std::vector<ModelStates>& models);
+
+// Frozen parameters of stage 3: one slot a rank in the model files (models in rank order).
+void add_frozen_slots(ShardedState* state, const std::vector<ModelStates>& models);
+
+// One state dictionary of the base optimizer, sorted into flat tensors and single numbers.
+struct OptimizerState {
+  std::vector<std::pair<std::string, TensorView>> tensors;
+  std::vector<std::pair<std::string, NodeId>> scalars;
+};
+OptimizerState sort_optimizer_state(const Fields& fields, NodeId entry, const std::string& what);
+
+// The entry of a state dictionary with integer key `index`, or kNoNode.
+NodeId find_index(const Pickle& pickle, NodeId mapping, int64_t index);
+
+}  // namespace isoshard::checkpoint

@@ -1,0 +1,136 @@
+// JSON by nlohmann-json's SAX interface, so that duplicate keys are seen.
+#include "checkpoint/format/safetensors.h"
+
+#include <algorithm>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+
+#include "core/error.h"
+#include "core/utf8.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+using nlohmann::json;
+
+struct Name {
+  const char* text;
+  DType dtype;
+};
+
+constexpr Name kNames[] = {{"F64", DType::kFloat64}, {"F32", DType::kFloat32}, {"F16", DType::kFloat16},
+                           {"BF16", DType::kBFloat16}, {"I64", DType::kInt64}, {"I32", DType::kInt32},
+                           {"I16", DType::kInt16}, {"I8", DType::kInt8}, {"U8", DType::kUInt8},
+                           {"BOOL", DType::kBool}, {"U16", DType::kUInt16}, {"U32", DType::kUInt32},
+                           {"U64", DType::kUInt64}, {"F8_E4M3", DType::kFloat8E4M3FN},
+                           {"F8_E5M2", DType::kFloat8E5M2}, {"C64", DType::kComplex64}};
+
+[[noreturn]] void corrupt(const ReadableFile& file, const std::string& what, const std::string& entry = "",
+                          const std::string& expected = "", const std::string& found = "") {
+  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt, .what = what, .file = file.path(), .entry = entry,
+                        .expected = expected, .found = found, .next = "restore this file from another copy"});
+}
+
+// Parses with duplicate keys refused at every level and depth limited.
+json parse_strict(const ReadableFile& file, const std::string& text) {
+  std::vector<std::set<std::string>> keys;
+  std::string duplicate;
+  bool deep = false;
+  const json::parser_callback_t callback = [&](int depth, json::parse_event_t event, json& parsed) {
+    deep = deep || depth > 8;
+    if (event == json::parse_event_t::object_start) keys.emplace_back();
+    if (event == json::parse_event_t::object_end) keys.pop_back();
+    if (event == json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second) duplicate = parsed.get<std::string>();
+    return true;
+  };
+  const json result = json::parse(text, callback, false);
+  if (result.is_discarded() || !result.is_object()) corrupt(file, "The header is not a JSON object.");
+  if (!duplicate.empty()) corrupt(file, "The header has a key twice.", quote(duplicate));
+  if (deep) corrupt(file, "The header is nested too deeply.");
+  return result;
+}
+
+}  // namespace
+
+SafetensorsIndex read_safetensors(const ReadableFile& file) {
+  if (file.size_bytes() < 8) corrupt(file, "The file is too short.", "", "at least 8 bytes", std::to_string(file.size_bytes()));
+  uint64_t length = 0;
+  file.read_at(0, std::as_writable_bytes(std::span(&length, 1)));
+  if (length > 100'000'000 || static_cast<int64_t>(length) > file.size_bytes() - 8) {
+    corrupt(file, "The header's length is impossible.", "", "at most the file's size and 100000000", std::to_string(length));
+  }
+  std::string text(length, '\0');
+  file.read_at(8, std::as_writable_bytes(std::span(text)));
+  if (text.empty() || text[0] != '{') corrupt(file, "The header does not begin with '{'.");
+  const json header = parse_strict(file, text);
+  const int64_t data = 8 + static_cast<int64_t>(length);
+  SafetensorsIndex index;
+  std::map<int64_t, std::pair<int64_t, SafetensorsEntry>> by_begin;
+  std::vector<SafetensorsEntry> empty;
+  for (const auto& [name, value] : header.items()) {
+    if (name == "__metadata__") {
+      for (const auto& [key, entry] : value.items()) {
+        if (!entry.is_string()) corrupt(file, "Metadata that is not text.", quote(key));
+        index.metadata.emplace_back(key, entry.get<std::string>());
+      }
+      continue;
+    }
+    const std::string why = why_unsafe_name(name);
+    if (!why.empty()) corrupt(file, "A tensor name cannot be used: " + why + ".", quote(name));
+    try {
+      SafetensorsEntry entry{.name = name, .shape = value.at("shape").get<Shape>()};
+      bool known = false;
+      for (const Name& row : kNames) {
+        if (value.at("dtype").get<std::string>() != row.text) continue;
+        entry.dtype = row.dtype;
+        known = true;
+      }
+      if (!known) corrupt(file, "A tensor has an unknown dtype.", quote(name), "", quote(value.at("dtype").get<std::string>()));
+      const auto begin = value.at("data_offsets").at(0).get<int64_t>();
+      const auto end = value.at("data_offsets").at(1).get<int64_t>();
+      const int64_t bytes = numel(entry.shape) * item_size_bytes(entry.dtype);
+      if (begin < 0 || end < begin || end > file.size_bytes() - data || end - begin != bytes) {
+        corrupt(file, "A tensor's offsets do not fit its shape or the file.", quote(name), std::to_string(bytes) + " bytes",
+                std::to_string(begin) + " to " + std::to_string(end));
+      }
+      entry.offset_bytes = data + begin;
+      if (bytes == 0) empty.push_back(entry);
+      else if (!by_begin.emplace(begin, std::pair(end, entry)).second) corrupt(file, "Two tensors share bytes.", quote(name));
+    } catch (const json::exception&) {
+      corrupt(file, "A tensor's entry lacks dtype, shape or data_offsets.", quote(name));
+    }
+  }
+  int64_t cursor = 0;
+  for (auto& [begin, item] : by_begin) {
+    if (begin != cursor) corrupt(file, "Tensors overlap or leave a hole.", quote(item.second.name), std::to_string(cursor), std::to_string(begin));
+    cursor = item.first;
+    index.entries.push_back(std::move(item.second));
+  }
+  if (cursor != file.size_bytes() - data) corrupt(file, "Bytes follow the last tensor, or are missing.", "", std::to_string(cursor), std::to_string(file.size_bytes() - data));
+  index.entries.insert(index.entries.end(), empty.begin(), empty.end());
+  return index;
+}
+
+std::string safetensors_head(const SafetensorsIndex& index) {
+  nlohmann::ordered_json header;
+  for (const auto& [key, value] : index.metadata) header["__metadata__"][key] = value;
+  int64_t cursor = 0;
+  for (const SafetensorsEntry& entry : index.entries) {
+    const int64_t bytes = numel(entry.shape) * item_size_bytes(entry.dtype);
+    const char* dtype = nullptr;
+    for (const Name& row : kNames) {
+      if (row.dtype == entry.dtype) dtype = row.text;
+    }
+    if (dtype == nullptr) throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "safetensors cannot hold this dtype.", .entry = quote(entry.name), .found = name(entry.dtype), .next = "use --format bin"});
+    header[entry.name] = {{"dtype", dtype}, {"shape", entry.shape}, {"data_offsets", {cursor, cursor + bytes}}};
+    cursor += bytes;
+  }
+  std::string text = header.is_null() ? "{}" : header.dump();
+  while (text.size() % 8 != 0) text += ' ';
+  std::string head;
+  for (int i = 0; i < 8; ++i) head += static_cast<char>((text.size() >> (8 * i)) & 0xFF);
+  return head + text;
+}
+
+}  // namespace isoshard::checkpoint

@@ -1,0 +1,289 @@
+// Reading of torch.save files; forms of tensors as in torch/_utils.py and torch/_tensor.py.
+#include "checkpoint/format/torch_file.h"
+
+#include <algorithm>
+
+#include "checkpoint/format/crc.h"
+#include "checkpoint/format/pickle_reader.h"
+#include "core/error.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+struct TypeRow {
+  const char* name;
+  DType dtype;
+};
+
+constexpr TypeRow kTypes[] = {
+    {"FloatStorage", DType::kFloat32},        {"DoubleStorage", DType::kFloat64},
+    {"HalfStorage", DType::kFloat16},         {"BFloat16Storage", DType::kBFloat16},
+    {"LongStorage", DType::kInt64},           {"IntStorage", DType::kInt32},
+    {"ShortStorage", DType::kInt16},          {"CharStorage", DType::kInt8},
+    {"ByteStorage", DType::kUInt8},           {"BoolStorage", DType::kBool},
+    {"ComplexFloatStorage", DType::kComplex64}, {"ComplexDoubleStorage", DType::kComplex128}};
+
+bool is_number(const std::string& text) {
+  return !text.empty() && text.size() <= 9 &&
+         std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
+}
+
+}  // namespace
+
+std::string storage_type_name(DType dtype) {
+  for (const TypeRow& row : kTypes) {
+    if (row.dtype == dtype) return row.name;
+  }
+  return "UntypedStorage";
+}
+
+bool TensorView::is_contiguous() const {
+  int64_t step = 1;
+  for (size_t i = shape.size(); i-- > 0;) {
+    if (shape[i] != 1 && stride[i] != step) return numel(shape) == 0;
+    step *= shape[i];
+  }
+  return true;
+}
+
+TorchFile::TorchFile(Storage& storage, const std::string& path)
+    : path_(path), file_(storage.open_read(path)) {
+  if (file_->size_bytes() >= 2) {
+    std::string magic(2, '\0');
+    file_->read_at(0, std::as_writable_bytes(std::span(magic)));
+    if (magic != "PK" && magic[0] == '\x80') {
+      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                            .what = "This is a legacy torch stream, not a zip archive.",
+                            .file = path,
+                            .next = "save it again with checkpoint_serialization true, or load and "
+                                    "torch.save it once"});
+    }
+  }
+  zip_ = read_zip_index(*file_);
+  read_pickle_record();
+  check_small_records();
+  read_storages();
+}
+
+void TorchFile::corrupt(const std::string& what, const std::string& entry,
+                        const std::string& expected, const std::string& found) const {
+  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt, .what = what, .file = path_, .entry = entry,
+                        .expected = expected, .found = found,
+                        .next = "restore this file from another copy, or use an older checkpoint"});
+}
+
+std::string TorchFile::read_record(const ZipRecord& record) const {
+  std::string bytes(static_cast<size_t>(record.size_bytes), '\0');
+  file_->read_at(record.data_offset, std::as_writable_bytes(std::span(bytes)));
+  const uint32_t found = crc32_of(std::as_bytes(std::span(bytes)));
+  if (found != record.crc32) {
+    corrupt("A record's bytes do not fit its CRC.", quote(record.name),
+            hex16(record.crc32).substr(8), hex16(found).substr(8));
+  }
+  return bytes;
+}
+
+void TorchFile::read_pickle_record() {
+  for (const ZipRecord& record : zip_.records) {
+    if (record.name != zip_.prefix + "/data.pkl") continue;
+    if (record.size_bytes > PickleLimits{}.stream_bytes) {
+      throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                            .what = "A limit against resource bombs was reached: pickle size.",
+                            .file = path_, .entry = quote(record.name),
+                            .expected = "at most 268435456 bytes",
+                            .found = std::to_string(record.size_bytes) + " bytes"});
+    }
+    pickle_ = read_pickle(read_record(record), path_);
+    const std::string hostile = find_hostile_global(pickle_);
+    if (!hostile.empty()) {
+      throw Error(ErrorInfo{.code = ErrorCode::kHostile,
+                            .what = "The pickle names a function that would run a program or reach "
+                                    "the system when loaded by Python.",
+                            .file = path_, .entry = "global " + quote(hostile),
+                            .safe = "nothing was executed: this program never runs a pickle",
+                            .next = "do not load this file with torch; find out who wrote it"});
+    }
+    return;
+  }
+  throw Error(ErrorInfo{.code = ErrorCode::kIncomplete, .what = "The archive has no data.pkl record.",
+                        .file = path_, .expected = zip_.prefix + "/data.pkl",
+                        .next = "this is not a file of torch.save"});
+}
+
+void TorchFile::check_small_records() {
+  const std::string root = zip_.prefix + "/";
+  for (const ZipRecord& record : zip_.records) {
+    const std::string name = record.name.substr(root.size());
+    if (name == "data.pkl" || name.rfind("data/", 0) == 0) continue;
+    if (record.size_bytes > 4096) {
+      corrupt("A record that must be small is large.", quote(record.name), "at most 4096 bytes",
+              std::to_string(record.size_bytes));
+    }
+    const std::string text = read_record(record);
+    if (name == "byteorder" && text != "little") {
+      corrupt("The file's byte order is not little endian.", quote(record.name), "little", quote(text));
+    }
+    if (name == "version" && text != "3\n") {
+      corrupt("The archive's version is unknown.", quote(record.name), "3", quote(text));
+    }
+    const bool known = name == "byteorder" || name == "version" || name == ".format_version" ||
+                       name == ".storage_alignment" || name == ".data/serialization_id";
+    if (!known) corrupt("The archive has a record that torch does not write.", quote(record.name));
+  }
+}
+
+void TorchFile::read_storages() {
+  std::unordered_map<std::string, int> records;
+  for (size_t i = 0; i < zip_.records.size(); ++i) {
+    const std::string name = zip_.records[i].name.substr(zip_.prefix.size() + 1);
+    if (name.rfind("data/", 0) == 0) records.emplace(name.substr(5), static_cast<int>(i));
+  }
+  for (NodeId node = 0; node < pickle_.size(); ++node) {
+    if (pickle_.kind(node) != Kind::kPersistent) continue;
+    const NodeId id = pickle_.persistent_id(node);
+    const auto bad = [&] { corrupt("A persistent id is not that of a storage.", "data.pkl"); };
+    if (pickle_.kind(id) != Kind::kTuple || pickle_.items(id).size() != 5) bad();
+    const std::vector<NodeId>& parts = pickle_.items(id);
+    if (!pickle_.is_string(parts[0], "storage") || pickle_.kind(parts[1]) != Kind::kGlobal ||
+        pickle_.kind(parts[2]) != Kind::kString || pickle_.kind(parts[3]) != Kind::kString ||
+        pickle_.kind(parts[4]) != Kind::kInt || !is_number(pickle_.text(parts[2]))) {
+      bad();
+    }
+    StorageEntry entry{.key = pickle_.text(parts[2]), .type_name = pickle_.attribute(parts[1]),
+                       .location = pickle_.text(parts[3]),
+                       .numel = pickle_.integer_value(parts[4])};
+    bool known = entry.type_name == "UntypedStorage";
+    for (const TypeRow& row : kTypes) {
+      if (entry.type_name != row.name) continue;
+      entry.dtype = row.dtype;
+      known = true;
+    }
+    if (!known) corrupt("A storage has an unknown class.", quote(entry.type_name));
+    const auto found = records.find(entry.key);
+    if (found == records.end()) {
+      corrupt("A tensor's storage is missing from the archive.", "data/" + entry.key);
+    }
+    entry.record = found->second;
+    const int64_t bytes = zip_.records[static_cast<size_t>(entry.record)].size_bytes;
+    if (entry.numel < 0 || entry.numel > bytes ||
+        entry.numel * item_size_bytes(entry.dtype) != bytes) {
+      corrupt("A storage's record has the wrong size.", "data/" + entry.key,
+              std::to_string(entry.numel) + " elements of " + name(entry.dtype),
+              std::to_string(bytes) + " bytes");
+    }
+    const auto [known_key, fresh] =
+        storage_by_key_.emplace(entry.key, static_cast<int>(storages_.size()));
+    if (fresh) {
+      storages_.push_back(entry);
+    } else if (storages_[static_cast<size_t>(known_key->second)].type_name != entry.type_name ||
+               storages_[static_cast<size_t>(known_key->second)].numel != entry.numel) {
+      corrupt("One storage is described in two ways.", "data/" + entry.key);
+    }
+    storage_by_node_.emplace(node, known_key->second);
+  }
+  for (const auto& [key, record] : records) {
+    if (storage_by_key_.count(key) == 0) corrupt("The archive has a storage that no tensor uses.", "data/" + key);
+  }
+}
+
+const ZipRecord& TorchFile::record(int storage) const {
+  return zip_.records[static_cast<size_t>(storages_[static_cast<size_t>(storage)].record)];
+}
+
+int64_t TorchFile::data_offset(const TensorView& view) const {
+  return record(view.storage).data_offset + view.offset * item_size_bytes(view.dtype);
+}
+
+std::optional<TensorView> TorchFile::tensor(NodeId node) const {
+  if (node == kNoNode || pickle_.kind(node) != Kind::kObject) return std::nullopt;
+  const ObjectParts& parts = pickle_.parts(node);
+  if (parts.newobj) return std::nullopt;
+  const std::vector<NodeId>& args = pickle_.items(parts.args);
+  const std::string& module = pickle_.module(parts.callable);
+  const std::string& function = pickle_.attribute(parts.callable);
+  if (module == "torch._tensor" && function == "_rebuild_from_type_v2") {
+    if (args.size() != 4 || pickle_.kind(args[2]) != Kind::kTuple ||
+        !pickle_.is_global(args[0], "torch._utils", "_rebuild_tensor_v2")) {
+      corrupt("A tensor with attributes has an unknown form.", "data.pkl");
+    }
+    TensorView view = view_from(pickle_.items(args[2]), node);
+    view.attributes = args[3];
+    return view;
+  }
+  if (module != "torch._utils") return std::nullopt;
+  if (function == "_rebuild_tensor_v2" || function == "_rebuild_tensor_v3" ||
+      function == "_rebuild_tensor") {
+    return view_from(args, node);
+  }
+  if (function == "_rebuild_parameter" || function == "_rebuild_parameter_with_state") {
+    if (args.empty()) corrupt("A parameter has no tensor.", "data.pkl");
+    return tensor(args[0]);
+  }
+  if (function.rfind("_rebuild_", 0) == 0) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "A tensor has a form that is not supported.", .file = path_,
+                          .entry = quote(function),
+                          .expected = "dense tensors (sparse and quantised ones are refused)"});
+  }
+  return std::nullopt;
+}
+
+TensorView TorchFile::view_from(const std::vector<NodeId>& args, NodeId) const {
+  const auto bad = [&](const char* why) { corrupt(std::string("A tensor is malformed: ") + why + ".", "data.pkl"); };
+  if (args.size() < 4 || pickle_.kind(args[0]) != Kind::kPersistent ||
+      pickle_.kind(args[1]) != Kind::kInt) {
+    bad("its arguments have the wrong types");
+  }
+  TensorView view;
+  view.storage = storage_by_node_.at(args[0]);
+  const StorageEntry& entry = storages_[static_cast<size_t>(view.storage)];
+  view.dtype = entry.dtype;
+  view.offset = pickle_.integer_value(args[1]);
+  int64_t storage_numel = entry.numel;
+  const auto sizes = [&](NodeId node) {
+    Shape list;
+    if (pickle_.kind(node) == Kind::kObject) {  // torch.Size
+      const std::vector<NodeId>& inner = pickle_.items(pickle_.parts(node).args);
+      if (inner.size() != 1) bad("its size is not a tuple");
+      node = inner[0];
+    }
+    if (pickle_.kind(node) != Kind::kTuple) bad("its size is not a tuple");
+    for (NodeId item : pickle_.items(node)) {
+      if (pickle_.kind(item) != Kind::kInt) bad("a size is not an integer");
+      list.push_back(pickle_.integer_value(item));
+    }
+    return list;
+  };
+  view.shape = sizes(args[2]);
+  view.stride = sizes(args[3]);
+  if (args.size() > 4 && pickle_.kind(args[4]) == Kind::kBool) {
+    view.requires_grad = pickle_.integer_value(args[4]) != 0;
+  }
+  if (entry.type_name == "UntypedStorage") {  // _rebuild_tensor_v3 names the dtype
+    bool known = false;
+    if (args.size() > 6 && pickle_.kind(args[6]) == Kind::kGlobal) {
+      known = parse_dtype(pickle_.attribute(args[6]), &view.dtype);
+    }
+    if (!known) bad("its dtype is unknown");
+    storage_numel = entry.numel / item_size_bytes(view.dtype);
+  }
+  if (view.shape.size() != view.stride.size() || view.shape.size() > 64 || view.offset < 0) {
+    bad("its shape, stride and offset do not fit");
+  }
+  if (numel(view.shape) == 0) return view;
+  int64_t last = view.offset;
+  for (size_t i = 0; i < view.shape.size(); ++i) {
+    int64_t reach = 0;
+    if (view.stride[i] < 0 || __builtin_mul_overflow(view.shape[i] - 1, view.stride[i], &reach) ||
+        __builtin_add_overflow(last, reach, &last)) {
+      bad("its strides overflow");
+    }
+  }
+  if (last >= storage_numel) {
+    corrupt("A tensor reaches beyond its storage.", "data/" + entry.key,
+            "elements below " + std::to_string(storage_numel), "element " + std::to_string(last));
+  }
+  return view;
+}
+
+}  // namespace isoshard::checkpoint

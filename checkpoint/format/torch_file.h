@@ -1,0 +1,83 @@
+// A file of torch.save, opened: its pickle as data and its storages as byte ranges. No payload is
+// read here. Picture of the bytes: docs/formats/torch_file.md.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "checkpoint/format/pickle.h"
+#include "checkpoint/format/zip.h"
+#include "core/dtype.h"
+#include "core/storage.h"
+
+namespace isoshard::checkpoint {
+
+struct StorageEntry {
+  std::string key;         // "0", the record is data/0
+  std::string type_name;   // "FloatStorage"; "UntypedStorage" for dtypes without a class
+  DType dtype = DType::kUInt8;
+  std::string location;    // device at the time of the save, "cpu" or "cuda:0"
+  int64_t numel = 0;       // may exceed every tensor that views it
+  int record = -1;         // number in ZipIndex::records
+};
+
+// A strided view of a storage. Offsets and strides count elements.
+struct TensorView {
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  Shape stride;
+  int64_t offset = 0;
+  int storage = -1;  // number in TorchFile::storages
+  bool requires_grad = false;
+  NodeId attributes = kNoNode;  // dict of python attributes, of _rebuild_from_type_v2
+
+  bool is_contiguous() const;
+};
+
+class TorchFile {
+ public:
+  // Opens and checks everything but the payloads. Throws Error with the file and the record.
+  TorchFile(Storage& storage, const std::string& path);
+
+  const std::string& path() const { return path_; }
+  const ReadableFile& file() const { return *file_; }
+  const Pickle& pickle() const { return pickle_; }
+  const ZipIndex& zip() const { return zip_; }
+  const std::vector<StorageEntry>& storages() const { return storages_; }
+  const ZipRecord& record(int storage) const;
+
+  // The tensor that a node describes, or nothing if it is not a tensor. Throws Error(kCorrupt) if
+  // the view leaves its storage and Error(kUnsupported) for sparse and quantised tensors.
+  std::optional<TensorView> tensor(NodeId node) const;
+
+  // Number of the storage that a persistent-id node names.
+  int storage_number(NodeId persistent) const { return storage_by_node_.at(persistent); }
+
+  // Byte offset in the file of a tensor's first element.
+  int64_t data_offset(const TensorView& view) const;
+
+ private:
+  void read_pickle_record();
+  void check_small_records();
+  void read_storages();
+  TensorView view_from(const std::vector<NodeId>& args, NodeId node) const;
+  [[noreturn]] void corrupt(const std::string& what, const std::string& entry,
+                            const std::string& expected = "", const std::string& found = "") const;
+  std::string read_record(const ZipRecord& record) const;
+
+  std::string path_;
+  std::unique_ptr<ReadableFile> file_;
+  ZipIndex zip_;
+  Pickle pickle_;
+  std::vector<StorageEntry> storages_;
+  std::unordered_map<std::string, int> storage_by_key_;
+  std::unordered_map<NodeId, int> storage_by_node_;
+};
+
+// Name of the storage class that torch uses for a dtype, or "UntypedStorage".
+std::string storage_type_name(DType dtype);
+
+}  // namespace isoshard::checkpoint

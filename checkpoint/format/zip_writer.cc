@@ -1,0 +1,97 @@
+// The writer's half of checkpoint/format/zip.h: all offsets follow from names and sizes.
+#include <algorithm>
+
+#include "checkpoint/format/zip.h"
+#include "checkpoint/format/zip_fields.h"
+
+namespace isoshard::checkpoint {
+
+using namespace zip;
+
+int ZipLayout::add(const std::string& name, int64_t size_bytes) {
+  ZipRecord record;
+  record.name = name;
+  record.header_offset = cursor_;
+  record.size_bytes = size_bytes;
+  records_.push_back(record);
+  const int number = count() - 1;
+  ZipRecord& added = records_.back();
+  added.data_offset = cursor_ + static_cast<int64_t>(header(number).size());
+  cursor_ = added.data_offset + size_bytes + static_cast<int64_t>(descriptor(number, 0).size());
+  return number;
+}
+
+std::string ZipLayout::header(int number) const {
+  const ZipRecord& r = record(number);
+  const std::string zip64 = local_zip64(r.size_bytes, r.header_offset);
+  const int64_t before = r.header_offset + kLocalBytes + static_cast<int64_t>(r.name.size()) +
+                         static_cast<int64_t>(zip64.size());
+  const std::string extra = zip64 + fill_extra(before);
+  std::string bytes;
+  append(&bytes, kLocalSignature, 4);
+  append(&bytes, 0, 2);  // version needed
+  append(&bytes, kTorchFlags, 2);
+  append(&bytes, 0, 2);   // stored
+  append(&bytes, 0, 4);   // time and date
+  append(&bytes, 0, 12);  // CRC and sizes stand in the descriptor
+  append(&bytes, r.name.size(), 2);
+  append(&bytes, extra.size(), 2);
+  return bytes + r.name + extra;
+}
+
+std::string ZipLayout::descriptor(int number, uint32_t crc32) const {
+  const ZipRecord& r = record(number);
+  const int width = local_zip64(r.size_bytes, r.header_offset).empty() ? 4 : 8;
+  std::string bytes;
+  append(&bytes, kDescriptorSignature, 4);
+  append(&bytes, crc32, 4);
+  append(&bytes, static_cast<uint64_t>(r.size_bytes), width);
+  append(&bytes, static_cast<uint64_t>(r.size_bytes), width);
+  return bytes;
+}
+
+std::string ZipLayout::directory(const std::vector<uint32_t>& crcs) const {
+  CHECK(crcs.size() == records_.size(), "one CRC a record");
+  std::string bytes;
+  for (size_t i = 0; i < records_.size(); ++i) {
+    const ZipRecord& r = records_[i];
+    const std::string extra = central_zip64(r.size_bytes, r.header_offset);
+    append(&bytes, kCentralSignature, 4);
+    append(&bytes, 0, 4);  // versions
+    append(&bytes, kTorchFlags, 2);
+    append(&bytes, 0, 6);  // stored, time, date
+    append(&bytes, crcs[i], 4);
+    append(&bytes, static_cast<uint64_t>(std::min(r.size_bytes, kMax32)), 4);
+    append(&bytes, static_cast<uint64_t>(std::min(r.size_bytes, kMax32)), 4);
+    append(&bytes, r.name.size(), 2);
+    append(&bytes, extra.size(), 2);
+    append(&bytes, 0, 10);  // comment, disk, attributes
+    append(&bytes, static_cast<uint64_t>(std::min(r.header_offset, kMax32)), 4);
+    bytes += r.name + extra;
+  }
+  const uint64_t size = bytes.size(), records = records_.size();
+  const auto offset = static_cast<uint64_t>(cursor_);
+  append(&bytes, kEnd64Signature, 4);
+  append(&bytes, kEnd64Bytes - 12, 8);
+  append(&bytes, 0x031E, 2);  // what torch's miniz says it was made by
+  append(&bytes, 0x002D, 2);
+  append(&bytes, 0, 8);
+  append(&bytes, records, 8);
+  append(&bytes, records, 8);
+  append(&bytes, size, 8);
+  append(&bytes, offset, 8);
+  append(&bytes, kLocatorSignature, 4);
+  append(&bytes, 0, 4);
+  append(&bytes, offset + size, 8);
+  append(&bytes, 1, 4);
+  append(&bytes, kEndSignature, 4);
+  append(&bytes, 0, 4);
+  append(&bytes, std::min<uint64_t>(records, 0xFFFF), 2);
+  append(&bytes, std::min<uint64_t>(records, 0xFFFF), 2);
+  append(&bytes, std::min<uint64_t>(size, kMax32), 4);
+  append(&bytes, std::min<uint64_t>(offset, kMax32), 4);
+  append(&bytes, 0, 2);
+  return bytes;
+}
+
+}  // namespace isoshard::checkpoint

@@ -1,0 +1,313 @@
+// The order of steps is the whole point: contents durable, folders durable from the inside out,
+// rename, parent durable, and only then the old folder goes.
+#include "checkpoint/publication.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdio>
+#include <span>
+
+#include "checkpoint/cancel.h"
+#include "core/check.h"
+#include "core/error.h"
+#include "core/random.h"
+#include "core/utf8.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+constexpr const char* kStagingMark = ".isoshard-";
+constexpr const char* kTrashMark = ".trash-";
+constexpr size_t kNonceDigits = 32;
+constexpr size_t kNameBytes = 255 - 1 - 10 - kNonceDigits;  // what a hidden name has for the final
+
+struct SplitPath {
+  std::string parent;
+  std::string name;
+};
+
+SplitPath split(const std::string& path) {
+  const size_t end = path.find_last_not_of('/');
+  if (end == std::string::npos) return {.parent = path.empty() ? "." : "/", .name = ""};
+  const size_t slash = path.find_last_of('/', end);
+  if (slash == std::string::npos) return {.parent = ".", .name = path.substr(0, end + 1)};
+  const size_t last = path.find_last_not_of('/', slash);
+  return {.parent = last == std::string::npos ? "/" : path.substr(0, last + 1),
+          .name = path.substr(slash + 1, end - slash)};
+}
+
+std::string join(const std::string& folder, const std::string& name) {
+  return folder == "/" ? "/" + name : folder + "/" + name;
+}
+
+// 128 bits that no other process, thread or earlier call has: the one use of a clock.
+std::string nonce() {
+  static std::atomic<uint64_t> calls{0};
+  const auto since = [](auto now) { return static_cast<uint64_t>(now.time_since_epoch().count()); };
+  const uint64_t wall = since(std::chrono::system_clock::now());
+  const uint64_t steady = since(std::chrono::steady_clock::now());
+  const auto process = static_cast<uint64_t>(::getpid());
+  const uint64_t call = calls.fetch_add(1);
+  char digits[kNonceDigits + 1];
+  std::snprintf(digits, sizeof digits, "%016llx%016llx",
+                static_cast<unsigned long long>(keyed_random(wall, {process, call})),
+                static_cast<unsigned long long>(keyed_random(steady, {call, process, wall})));
+  return digits;
+}
+
+bool ends_in_nonce(const std::string& name, const std::string& mark) {
+  if (name.size() < mark.size() + kNonceDigits) return false;
+  const size_t digits_at = name.size() - kNonceDigits;
+  return name.compare(digits_at - mark.size(), mark.size(), mark) == 0 &&
+         name.find_first_not_of("0123456789abcdef", digits_at) == std::string::npos;
+}
+
+// ".<name>.isoshard-<nonce>", the name without DeepSpeed's patterns and short enough.
+std::string hidden_name(std::string name) {
+  for (const char* pattern : {"zero_pp_rank_", "mp_rank_", "layer_"}) {
+    if (name.find(pattern) != std::string::npos) std::replace(name.begin(), name.end(), '_', '-');
+  }
+  size_t length = 0;
+  while (length < name.size()) {
+    const size_t next = length + decode_utf8(name, length).length;
+    if (next > kNameBytes) break;
+    length = next;
+  }
+  return "." + name.substr(0, length) + kStagingMark + nonce();
+}
+
+// The same failure with what is safe now, which only the caller's place in the protocol tells.
+[[noreturn]] void fail_again(const Error& error, const std::string& safe) {
+  ErrorInfo info = error.info();
+  info.safe = safe;
+  throw Error(std::move(info));
+}
+
+// Mounts of object stores answer a rename of a folder with almost any error, so that what helps
+// there is said beside what the error itself suggests.
+[[noreturn]] void fail_rename(const Error& error) {
+  ErrorInfo info = error.info();
+  info.what = "The finished folder could not get its final name. " + info.what;
+  info.next += std::string(info.next.empty() ? "" : "; ") +
+               "if the target lies in a mount of an object store, choose a local disk or NFS";
+  throw Error(std::move(info));
+}
+
+[[noreturn]] void fail_taken(const std::string& path, const std::string& what, bool by_file) {
+  throw Error(ErrorInfo{.code = ErrorCode::kExists,
+                        .what = what,
+                        .file = path,
+                        .found = by_file ? "a file" : "a folder",
+                        .next = by_file ? "choose another target, or move the file away"
+                                        : "choose another target, or give --overwrite"});
+}
+
+}  // namespace
+
+StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwrite)
+    : storage_(storage), overwrite_(overwrite) {
+  const SplitPath parts = split(final_path);
+  if (parts.name.empty() || parts.name == "." || parts.name == "..") {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "The target must end in the name of a folder.",
+                          .file = final_path,
+                          .next = "name the folder that is to be made"});
+  }
+  final_path_ = final_path.substr(0, final_path.find_last_not_of('/') + 1);
+  parent_path_ = parts.parent;
+  if (storage_.is_file(final_path_)) {
+    fail_taken(final_path_, "A file stands where the folder is to be.", true);
+  }
+  const bool is_taken = storage_.is_directory(final_path_);
+  if (is_taken && !overwrite_) {
+    fail_taken(final_path_, "The target exists; it was not touched.", false);
+  }
+  const std::string staging_path = join(parent_path_, hidden_name(parts.name));
+  try {
+    make_parents();
+    storage_.make_directory(staging_path);
+    staging_path_ = staging_path;
+    if (is_taken) probe_exchange();
+  } catch (...) {
+    remove_staging();
+    throw;
+  }
+}
+
+StagedFolder::~StagedFolder() {
+  if (!published_) remove_staging();
+}
+
+void StagedFolder::make_parents() {
+  std::vector<std::string> missing;  // innermost first
+  for (std::string path = parent_path_; path != "." && path != "/" && !storage_.is_directory(path);
+       path = split(path).parent) {
+    missing.push_back(path);
+  }
+  for (; !missing.empty(); missing.pop_back()) {
+    try {
+      storage_.make_directory(missing.back());
+      made_parents_.push_back(missing.back());
+    } catch (const Error& error) {
+      // Another program made it in the meantime: then it is not ours to remove.
+      if (error.info().code != ErrorCode::kExists) throw;
+      storage_.make_directories(missing.back());
+    }
+  }
+}
+
+// Hours of work must not end in a file system that cannot publish them.
+void StagedFolder::probe_exchange() {
+  const std::string a = join(staging_path_, "a");
+  const std::string b = join(staging_path_, "b");
+  storage_.make_directory(a);
+  storage_.make_directory(b);
+  try {
+    storage_.exchange(a, b);
+  } catch (const Error& error) {
+    ErrorInfo info = error.info();
+    info.what = "The existing target cannot be replaced in one step. " + info.what;
+    info.file = final_path_;
+    info.safe = "the existing target is untouched";
+    info.next = "choose a target that does not exist, or move this one away first";
+    throw Error(std::move(info));
+  }
+  storage_.remove_tree(a);
+  storage_.remove_tree(b);
+}
+
+void StagedFolder::sync_folders() {
+  std::vector<std::string> folders = {staging_path_};  // every folder before those inside it
+  for (size_t at = 0; at < folders.size(); ++at) {
+    const std::string folder = folders[at];
+    for (const DirectoryEntry& entry : storage_.list(folder)) {
+      if (entry.kind == DirectoryEntry::Kind::kDirectory) {
+        folders.push_back(join(folder, entry.name));
+      }
+    }
+  }
+  for (auto folder = folders.rbegin(); folder != folders.rend(); ++folder) {
+    storage_.sync_directory(*folder);
+  }
+}
+
+void StagedFolder::show(bool replaces) {
+  bool is_free = true;
+  try {
+    if (replaces) {
+      storage_.exchange(staging_path_, final_path_);
+    } else {
+      is_free = storage_.rename_if_absent(staging_path_, final_path_);
+    }
+  } catch (const Error& error) {
+    fail_rename(error);
+  }
+  if (!is_free) {
+    fail_taken(final_path_, "The target appeared while the new folder was written.", false);
+  }
+}
+
+void StagedFolder::publish() {
+  CHECK(!published_, "published twice: " + final_path_);
+  throw_if_cancelled();
+  const bool replaces = overwrite_ && storage_.is_directory(final_path_);
+  try {
+    storage_.sync_everything(staging_path_);
+    sync_folders();
+    throw_if_cancelled();
+    show(replaces);
+  } catch (const Error& error) {
+    fail_again(error, "nothing was published; what stood under the final name is untouched");
+  }
+  published_ = true;
+  try {
+    storage_.sync_directory(parent_path_);
+    for (auto made = made_parents_.rbegin(); made != made_parents_.rend(); ++made) {
+      storage_.sync_directory(split(*made).parent);
+    }
+  } catch (const Error& error) {
+    const std::string old = replaces ? "; the one it replaced is " + staging_path_ : "";
+    fail_again(error,
+               "the new folder is whole under its final name, but a power failure may undo "
+               "that" +
+                   old);
+  }
+  if (replaces) replace_old();
+}
+
+// The new folder is published whatever happens here, so a failure is told and not thrown: the exit
+// status must agree with what a reader finds.
+void StagedFolder::replace_old() {
+  const std::string trash = join(parent_path_, kTrashMark + nonce());
+  left_behind_ = staging_path_;
+  try {
+    if (!storage_.rename_if_absent(staging_path_, trash)) return;
+    left_behind_ = trash;
+    storage_.remove_tree(trash);
+    left_behind_.clear();
+  } catch (const Error&) {
+    // left_behind() names what is still there.
+  }
+}
+
+// Storage cannot remove "only if empty" in one step. A parent is therefore moved to a hidden name
+// first, where no other program can still put anything, and moved back if it is not empty.
+void StagedFolder::remove_staging() noexcept {
+  try {
+    if (!staging_path_.empty()) storage_.remove_tree(staging_path_);
+    for (; !made_parents_.empty(); made_parents_.pop_back()) {
+      const std::string& made = made_parents_.back();
+      if (!storage_.list(made).empty()) return;
+      const std::string trash = join(split(made).parent, kTrashMark + nonce());
+      if (!storage_.rename_if_absent(made, trash)) return;
+      if (!storage_.list(trash).empty()) {
+        storage_.rename_if_absent(trash, made);
+        return;
+      }
+      storage_.remove_tree(trash);
+    }
+  } catch (...) {
+    // The failure that brought us here is the one to report; leftovers() finds what remains.
+  }
+}
+
+void replace_small_file(Storage& storage, const std::string& path, const std::string& text) {
+  const SplitPath parts = split(path);
+  const std::string temporary = join(parts.parent, hidden_name(parts.name));
+  const std::unique_ptr<WritableFile> file = storage.create(temporary);
+  try {
+    file->write_at(0, std::as_bytes(std::span(text)));
+    file->sync();
+    file->close();
+    storage.rename_over(temporary, path);
+  } catch (...) {
+    try {
+      storage.remove_file(temporary);
+    } catch (const Error&) {
+      // The first failure is the one to report.
+    }
+    throw;
+  }
+  try {
+    storage.sync_directory(parts.parent);
+  } catch (const Error& error) {
+    fail_again(error, "the new text stands under its name, but a power failure may undo that");
+  }
+}
+
+std::vector<std::string> leftovers(Storage& storage, const std::string& parent) {
+  std::vector<std::string> names;
+  if (!storage.is_directory(parent)) return names;
+  for (const DirectoryEntry& entry : storage.list(parent)) {
+    const bool is_staging = entry.name.front() == '.' && ends_in_nonce(entry.name, kStagingMark);
+    const bool is_trash = entry.name.size() == std::string(kTrashMark).size() + kNonceDigits &&
+                          ends_in_nonce(entry.name, kTrashMark);
+    if (is_staging || is_trash) names.push_back(entry.name);
+  }
+  return names;
+}
+
+}  // namespace isoshard::checkpoint

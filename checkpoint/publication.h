@@ -1,0 +1,68 @@
+// Publication: a folder or a small file appears whole or not at all. Work goes on under a hidden
+// name beside the final one; only when every byte is durable does one rename make it visible.
+//
+//   parent/.name.isoshard-<nonce>/   being written         -- rename -->   parent/name/
+//   parent/.trash-<nonce>/           the one it replaced, being removed
+//
+// The hidden names never contain a name that DeepSpeed searches for (deepspeed/checkpoint/
+// reshape_utils.py, get_files walks through every folder), so an unfinished folder is never loaded.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/storage.h"
+
+namespace isoshard::checkpoint {
+
+class StagedFolder {
+ public:
+  // Makes the hidden folder, and the final path's parents where they are missing. Throws
+  // Error(kExists) when the final path is taken and not `overwrite`, or by a file; with `overwrite`
+  // throws before any work when the file system cannot exchange two folders.
+  // `storage` must outlive the object.
+  StagedFolder(Storage& storage, std::string final_path, bool overwrite);
+
+  // Removes what was made, unless it was published. Parents made here go too while they are empty.
+  ~StagedFolder();
+
+  StagedFolder(const StagedFolder&) = delete;
+  StagedFolder& operator=(const StagedFolder&) = delete;
+
+  const std::string& path() const { return staging_path_; }  // where to write
+  const std::string& final_path() const { return final_path_; }
+
+  // Makes everything durable, then visible. Every file must be closed. The write errors that a file
+  // system reports only to fsync of that very file are the writer's business: sync files first.
+  // An Error's `safe` says on which side of the rename it happened.
+  void publish();
+
+  // After publish: the replaced folder, where it could not be removed; empty otherwise.
+  const std::string& left_behind() const { return left_behind_; }
+
+ private:
+  void make_parents();
+  void probe_exchange();
+  void sync_folders();
+  void show(bool replaces);
+  void replace_old();
+  void remove_staging() noexcept;
+
+  Storage& storage_;
+  std::string final_path_;
+  std::string parent_path_;
+  std::string staging_path_;
+  bool overwrite_;
+  bool published_ = false;
+  std::vector<std::string> made_parents_;  // outermost first
+  std::string left_behind_;
+};
+
+// Replaces `path`, or makes it, in one step: readers see the old text or the new, never a mixture.
+void replace_small_file(Storage& storage, const std::string& path, const std::string& text);
+
+// Names in `parent` that an interrupted publication has left, or one that is still at work: nothing
+// here can tell the two apart. Empty when there is no such folder.
+std::vector<std::string> leftovers(Storage& storage, const std::string& parent);
+
+}  // namespace isoshard::checkpoint

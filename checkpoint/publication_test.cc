@@ -1,0 +1,244 @@
+// A folder appears whole or not at all, on the real disk and in memory alike. Not verified here:
+// what a power failure leaves (the simulated disk does that).
+#include "checkpoint/publication.h"
+
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <csignal>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "checkpoint/cancel.h"
+#include "checkpoint/memory_storage.h"
+#include "checkpoint/posix_storage.h"
+#include "core/check.h"
+#include "core/error.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+namespace fs = std::filesystem;
+
+ErrorInfo error_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    return error.info();
+  }
+  ADD_FAILURE() << "no Error was thrown";
+  return {};
+}
+
+void write(Storage& storage, const std::string& path, const std::string& text) {
+  const auto file = storage.create(path);
+  file->write_at(0, std::as_bytes(std::span(text)));
+  file->close();
+}
+
+// Whether the parameter asks for the real disk.
+class Publication : public testing::TestWithParam<bool> {
+ protected:
+  void SetUp() override {
+    root_ = "/root";
+    if (!GetParam()) {
+      storage_ = std::make_unique<MemoryStorage>();
+      storage_->make_directory(root_);
+      return;
+    }
+    std::string pattern = (fs::temp_directory_path() / "isoshard-test-XXXXXX").string();
+    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
+    root_ = pattern;
+    storage_ = std::make_unique<PosixStorage>();
+  }
+  void TearDown() override {
+    cancel_signal() = 0;
+    if (GetParam()) fs::remove_all(root_);
+  }
+
+  std::string at(const std::string& name) const { return root_ + "/" + name; }
+  std::string read(const std::string& name) {
+    return read_small_file(*storage_, at(name), 1 << 20);
+  }
+  std::string names(const std::string& folder = "") {
+    std::string all;
+    for (const DirectoryEntry& entry : storage_->list(at(folder))) all += entry.name + " ";
+    return all;
+  }
+
+  std::unique_ptr<Storage> storage_;
+  std::string root_;
+};
+
+TEST_P(Publication, AFolderAppearsOnlyWhenItIsPublished) {
+  StagedFolder staged(*storage_, at("global_step1/"), false);
+  storage_->make_directory(staged.path() + "/zero");
+  write(*storage_, staged.path() + "/zero/f", "text");
+  EXPECT_FALSE(storage_->is_directory(at("global_step1")));
+  EXPECT_EQ(leftovers(*storage_, root_).size(), 1u);
+  staged.publish();
+  EXPECT_EQ(read("global_step1/zero/f"), "text");
+  EXPECT_EQ(names(), "global_step1 ");
+  EXPECT_EQ(staged.left_behind(), "");
+  EXPECT_THROW(staged.publish(), CheckFailure);
+}
+
+TEST_P(Publication, WhatIsNotPublishedLeavesNothing) {
+  {
+    StagedFolder staged(*storage_, at("a/b/tag"), false);
+    write(*storage_, staged.path() + "/f", "text");
+    EXPECT_TRUE(storage_->is_directory(at("a/b")));
+  }
+  EXPECT_EQ(names(), "");
+}
+
+TEST_P(Publication, ParentsThatOthersUseStay) {
+  storage_->make_directory(at("mine"));
+  {
+    StagedFolder staged(*storage_, at("a/b/tag"), false);
+    StagedFolder other(*storage_, at("mine/tag"), false);
+    write(*storage_, at("a/theirs"), "text");
+  }
+  EXPECT_EQ(names(), "a mine ");
+  EXPECT_EQ(names("a"), "theirs ");
+}
+
+TEST_P(Publication, AnExistingTargetIsRefusedBeforeAnyWork) {
+  storage_->make_directory(at("tag"));
+  const ErrorInfo info = error_of([&] { StagedFolder(*storage_, at("tag"), false); });
+  EXPECT_EQ(info.code, ErrorCode::kExists);
+  EXPECT_EQ(info.file, at("tag"));
+  EXPECT_NE(info.next.find("--overwrite"), std::string::npos);
+  EXPECT_EQ(names(), "tag ");
+}
+
+TEST_P(Publication, AFileUnderTheTargetsNameIsNeverReplaced) {
+  write(*storage_, at("tag"), "text");
+  EXPECT_EQ(error_of([&] { StagedFolder(*storage_, at("tag"), true); }).code, ErrorCode::kExists);
+  EXPECT_EQ(error_of([&] { StagedFolder(*storage_, at("tag/in"), true); }).code,
+            ErrorCode::kUnreadable);
+  EXPECT_EQ(names(), "tag ");
+}
+
+TEST_P(Publication, ATargetWithoutANameIsRefused) {
+  for (const char* path : {"", "/", ".", "a/.."}) {
+    EXPECT_EQ(error_of([&] { StagedFolder(*storage_, path, false); }).code, ErrorCode::kUsage);
+  }
+}
+
+TEST_P(Publication, OverwritingExchangesTheWholeFolder) {
+  storage_->make_directory(at("tag"));
+  write(*storage_, at("tag/old"), "old");
+  std::unique_ptr<StagedFolder> staged;
+  try {
+    staged = std::make_unique<StagedFolder>(*storage_, at("tag"), true);
+  } catch (const Error& error) {
+    EXPECT_EQ(error.info().code, ErrorCode::kUnsupported);
+    EXPECT_EQ(error.info().file, at("tag"));
+    EXPECT_EQ(names(), "tag ");
+    GTEST_SKIP() << "this file system cannot exchange two folders";
+  }
+  write(*storage_, staged->path() + "/new", "new");
+  EXPECT_EQ(names("tag"), "old ");
+  staged->publish();
+  EXPECT_EQ(names("tag"), "new ");
+  EXPECT_EQ(names(), "tag ");
+}
+
+TEST_P(Publication, OverwritingNothingIsPublishing) {
+  StagedFolder staged(*storage_, at("tag"), true);
+  staged.publish();
+  EXPECT_EQ(names(), "tag ");
+}
+
+TEST_P(Publication, ATargetThatAppearsMeanwhileIsNotTouched) {
+  {
+    StagedFolder staged(*storage_, at("tag"), false);
+    storage_->make_directory(at("tag"));
+    write(*storage_, at("tag/theirs"), "text");
+    const ErrorInfo info = error_of([&] { staged.publish(); });
+    EXPECT_EQ(info.code, ErrorCode::kExists);
+    EXPECT_NE(info.safe.find("nothing was published"), std::string::npos);
+  }
+  EXPECT_EQ(names(), "tag ");
+  EXPECT_EQ(names("tag"), "theirs ");
+}
+
+TEST_P(Publication, OfTwoWritersOneWins) {
+  StagedFolder first(*storage_, at("tag"), false);
+  StagedFolder second(*storage_, at("tag"), false);
+  EXPECT_NE(first.path(), second.path());
+  write(*storage_, second.path() + "/f", "second");
+  second.publish();
+  EXPECT_EQ(error_of([&] { first.publish(); }).code, ErrorCode::kExists);
+  EXPECT_EQ(read("tag/f"), "second");
+}
+
+TEST_P(Publication, ACancelledCommandPublishesNothing) {
+  {
+    StagedFolder staged(*storage_, at("tag"), false);
+    cancel_signal() = SIGTERM;
+    const ErrorInfo info = error_of([&] { staged.publish(); });
+    EXPECT_EQ(info.code, ErrorCode::kInterrupted);
+    EXPECT_NE(info.what.find("signal 15"), std::string::npos);
+  }
+  EXPECT_EQ(names(), "");
+}
+
+TEST_P(Publication, HiddenNamesHaveNoneOfDeepSpeedsPatternsAndFit) {
+  for (const std::string& name :
+       {std::string("zero_pp_rank_0_mp_rank_00"), std::string("mp_rank_mp_rank_"),
+        std::string(255, 'x'), std::string(127, 'x') + std::string("\xC3\xA4\xC3\xA4")}) {
+    StagedFolder staged(*storage_, at(name), false);
+    const std::string hidden = staged.path().substr(root_.size() + 1);
+    EXPECT_EQ(hidden.front(), '.');
+    EXPECT_EQ(hidden.find("mp_rank_"), std::string::npos);
+    EXPECT_EQ(hidden.find("pp_rank_"), std::string::npos);
+    EXPECT_LE(hidden.size(), 255u);
+    staged.publish();
+    EXPECT_TRUE(storage_->is_directory(at(name)));
+  }
+}
+
+TEST_P(Publication, ASmallFileIsMadeAndReplaced) {
+  replace_small_file(*storage_, at("latest"), "global_step1");
+  replace_small_file(*storage_, at("latest"), "global_step2");
+  EXPECT_EQ(read("latest"), "global_step2");
+  EXPECT_EQ(names(), "latest ");
+  storage_->make_directory(at("folder"));
+  EXPECT_THROW(replace_small_file(*storage_, at("folder"), "x"), Error);
+  EXPECT_EQ(names(), "folder latest ");
+}
+
+TEST_P(Publication, LeftoversAreOnlyNamesThatAreOurs) {
+  const std::string nonce = "0123456789abcdef0123456789abcdef";
+  for (const std::string& name :
+       {".tag.isoshard-" + nonce, ".trash-" + nonce, ".trash-" + nonce + "0", ".trash-x" + nonce,
+        "tag.isoshard-" + nonce, std::string(".trash-1"), std::string(".hidden")}) {
+    storage_->make_directory(at(name));
+  }
+  EXPECT_EQ(leftovers(*storage_, root_),
+            (std::vector<std::string>{".tag.isoshard-" + nonce, ".trash-" + nonce}));
+  EXPECT_TRUE(leftovers(*storage_, at("none")).empty());
+}
+
+TEST_P(Publication, ManyThreadsNeverShareAHiddenName) {
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 4; ++i) {
+    threads.emplace_back([this] {
+      for (int round = 0; round < 50; ++round) StagedFolder(*storage_, at("tag"), false);
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(names(), "");
+}
+
+INSTANTIATE_TEST_SUITE_P(, Publication, testing::Bool(), [](const auto& each) {
+  return std::string(each.param ? "OnDisk" : "InMemory");
+});
+
+}  // namespace
+}  // namespace isoshard::checkpoint

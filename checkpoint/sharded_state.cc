@@ -1,0 +1,72 @@
+// Small helpers of ShardedState.
+#include "checkpoint/sharded_state.h"
+
+#include "core/check.h"
+
+namespace isoshard::checkpoint {
+
+const char* name(Flavour flavour) {
+  switch (flavour) {
+    case Flavour::kZero0: return "ZeRO-0 (no partitions)";
+    case Flavour::kZero12: return "ZeRO-1/2";
+    case Flavour::kBf16Optimizer: return "BF16_Optimizer (ZeRO-1 form)";
+    case Flavour::kZero3: return "ZeRO-3";
+    case Flavour::kUniversal12: return "universal (ZeRO-1/2 form)";
+    case Flavour::kUniversal3: return "universal (ZeRO-3 form)";
+    case Flavour::kWeights: break;
+  }
+  return "weights only";
+}
+
+int ShardedState::add_leaf(Leaf leaf) {
+  leaves.push_back(std::move(leaf));
+  return static_cast<int>(leaves.size()) - 1;
+}
+
+const ParameterState* ShardedState::find_parameter(const std::string& name) const {
+  for (const ParameterState& parameter : parameters) {
+    if (parameter.name == name) return &parameter;
+  }
+  return nullptr;
+}
+
+std::vector<FileFragment> file_fragments(const TorchFile& document, int file,
+                                         const TensorView& view) {
+  const int64_t total = numel(view.shape);
+  const int64_t item = item_size_bytes(view.dtype);
+  const int64_t start = document.data_offset(view);
+  if (total == 0) return {};
+  if (view.is_contiguous()) return {{0, total, file, start}};
+  // The longest run of inner dimensions that lies in one piece.
+  int64_t run = 1;
+  size_t outer = view.shape.size();
+  while (outer > 0 && (view.shape[outer - 1] == 1 || view.stride[outer - 1] == run)) {
+    run *= view.shape[--outer];
+  }
+  std::vector<FileFragment> result;
+  std::vector<int64_t> index(outer, 0);
+  for (int64_t begin = 0; begin < total; begin += run) {
+    int64_t offset = 0;
+    for (size_t i = 0; i < outer; ++i) offset += index[i] * view.stride[i];
+    result.push_back({begin, run, file, start + offset * item});
+    for (size_t i = outer; i-- > 0;) {
+      if (++index[i] < view.shape[i]) break;
+      index[i] = 0;
+    }
+  }
+  return result;
+}
+
+void check_cover(const ShardedState& state) {
+  for (const Leaf& leaf : state.leaves) {
+    int64_t next = 0;
+    for (const FileFragment& fragment : leaf.fragments) {
+      CHECK(fragment.begin == next, "fragments of " + leaf.name + " leave a gap or overlap");
+      CHECK(fragment.count > 0, "an empty fragment of " + leaf.name);
+      next += fragment.count;
+    }
+    CHECK(next == leaf.size_elements(), "fragments of " + leaf.name + " end too early");
+  }
+}
+
+}  // namespace isoshard::checkpoint

@@ -1,0 +1,135 @@
+// What a checkpoint holds, in logical terms: parameters and their states, each a leaf whose elements
+// lie in fragments of files. Readers make it; digest, diff, verify, convert and reshard use it.
+#pragma once
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "checkpoint/format/torch_file.h"
+#include "core/dtype.h"
+#include "core/topology.h"
+
+namespace isoshard::checkpoint {
+
+// One file of the source. `torch` is set for torch.save files, `plain` for others.
+struct SourceFile {
+  std::string path;      // as opened
+  std::string relative;  // inside the checkpoint's folder
+  std::shared_ptr<TorchFile> torch;
+  std::shared_ptr<ReadableFile> plain;
+  const ReadableFile& bytes() const { return torch ? torch->file() : *plain; }
+};
+
+// A node of a source file's pickle.
+struct NodeRef {
+  int file = -1;
+  NodeId node = kNoNode;
+  bool present() const { return node != kNoNode; }
+};
+
+// Elements [begin, begin + count) of a leaf lie at byte `offset_bytes` of file `file`.
+struct FileFragment {
+  int64_t begin = 0;
+  int64_t count = 0;
+  int file = -1;
+  int64_t offset_bytes = 0;
+};
+
+// One tensor of the state. Fragments cover every element exactly once, in order.
+struct Leaf {
+  std::string name;   // of the parameter or buffer
+  std::string state;  // "fp32", "exp_avg", …; "param" for a copy in the model's dtype
+  DType dtype = DType::kFloat32;
+  Shape shape;
+  bool requires_grad = false;
+  std::vector<FileFragment> fragments;
+
+  int64_t size_elements() const { return numel(shape); }
+  int64_t size_bytes() const { return numel(shape) * item_size_bytes(dtype); }
+};
+
+// A state that is one number for a parameter, such as step.
+struct Scalar {
+  std::string name;
+  NodeRef value;
+};
+
+struct ParameterState {
+  std::string name;
+  Shape shape;
+  int group = -1;       // −1: frozen, the optimizer does not own it
+  int sub_group = -1;   // stage 3: number of the flat buffer that holds it
+  int weight = -1;      // leaf: the fp32 master, or the only copy there is
+  int model_copy = -1;  // leaf "param": the copy in the model's dtype; −1 if not stored apart
+  DType model_dtype = DType::kFloat32;
+  std::vector<int> states;  // leaves; empty if the optimizer never stepped
+  std::vector<Scalar> scalars;
+};
+
+struct BufferState {
+  std::string name;
+  int leaf = -1;
+};
+
+// A second name of a tied parameter. `model_copy` is a leaf if the alias has bytes of its own.
+struct Alias {
+  std::string name;
+  std::string target;
+  int model_copy = -1;
+};
+
+struct GroupState {
+  NodeRef hyper;                 // the entry of param_groups
+  std::vector<int> parameters;   // in the optimizer's order
+  std::vector<int> flat_order;   // in the order of the saved flat buffers
+};
+
+enum class Flavour { kZero0, kZero12, kBf16Optimizer, kZero3, kUniversal12, kUniversal3, kWeights };
+
+// Printed: "ZeRO-3", "universal (ZeRO-1/2 form)", …
+const char* name(Flavour flavour);
+
+struct ShardedState {
+  std::string folder;  // the tag folder, universal folder, or the fp32 file's folder
+  std::string tag;
+  Flavour flavour = Flavour::kWeights;
+  int stage = -1;
+  Topology topology;
+  std::string topology_evidence;  // why sp is what it is, when it was inferred
+  std::string version;            // ds_version
+  bool round_robin = false;
+  bool stepped = false;           // some optimizer state exists
+
+  std::vector<SourceFile> files;
+  std::vector<Leaf> leaves;
+  std::vector<ParameterState> parameters;
+  std::vector<BufferState> buffers;
+  std::vector<Alias> aliases;
+  std::vector<GroupState> groups;
+  std::vector<std::string> module_order;  // names of the module's state_dict, in order
+
+  std::vector<int> model_files;  // by rank of the partition group (one entry at stages 0 to 2)
+  std::vector<int> optim_files;  // likewise; of a universal folder: optimizer_state.pt
+  // Pairs of leaves that must agree: the second is the first cast to its dtype.
+  std::vector<std::pair<int, int>> copies;
+  std::vector<std::string> notices;       // odd, but harmless
+  std::vector<std::string> suspicions;    // odd, and to be looked at
+  std::vector<std::string> not_verified;  // what cannot be known from the files
+  std::vector<std::string> inferred;      // "what: evidence"
+
+  const TorchFile& document(int file) const { return *files[static_cast<size_t>(file)].torch; }
+  Leaf& leaf(int number) { return leaves[static_cast<size_t>(number)]; }
+  const Leaf& leaf(int number) const { return leaves[static_cast<size_t>(number)]; }
+  int add_leaf(Leaf leaf);
+  const ParameterState* find_parameter(const std::string& name) const;
+};
+
+// Fragments of a tensor that lies in one file, whatever its strides.
+std::vector<FileFragment> file_fragments(const TorchFile& document, int file, const TensorView& view);
+
+// Checks that the fragments of every leaf cover it exactly once, in order; throws CheckFailure.
+void check_cover(const ShardedState& state);
+
+}  // namespace isoshard::checkpoint

@@ -1,0 +1,101 @@
+// Reading and printing of topologies.
+#include "core/topology.h"
+
+#include <algorithm>
+#include <charconv>
+
+#include "core/error.h"
+
+namespace isoshard {
+namespace {
+
+constexpr Axis kAxes[] = {Axis::kData, Axis::kSequence, Axis::kTensor, Axis::kExpert,
+                          Axis::kPipeline};
+
+int& degree_of(Topology& topology, Axis axis) {
+  switch (axis) {
+    case Axis::kData: return topology.data;
+    case Axis::kSequence: return topology.sequence;
+    case Axis::kTensor: return topology.tensor;
+    case Axis::kExpert: return topology.expert;
+    case Axis::kPipeline: break;
+  }
+  return topology.pipeline;
+}
+
+Error bad_target(const std::string& text, const std::string& part, const std::string& why) {
+  return Error(ErrorInfo{.code = ErrorCode::kUsage,
+                         .what = "The target topology cannot be read: " + why,
+                         .entry = quote(part),
+                         .expected = "axis=degree pairs, such as dp=4,sp=2,stage=3 "
+                                     "(axes: dp sp tp ep pp; stage 0 to 3)",
+                         .found = quote(text),
+                         .next = "correct --to"});
+}
+
+}  // namespace
+
+const char* name(Axis axis) {
+  switch (axis) {
+    case Axis::kData: return "dp";
+    case Axis::kSequence: return "sp";
+    case Axis::kTensor: return "tp";
+    case Axis::kExpert: return "ep";
+    case Axis::kPipeline: break;
+  }
+  return "pp";
+}
+
+int Topology::degree(Axis axis) const { return degree_of(const_cast<Topology&>(*this), axis); }
+
+std::string to_string(const Topology& topology) {
+  std::string text;
+  for (Axis axis : kAxes) {
+    const int degree = topology.degree(axis);
+    if (degree == 1 && axis != Axis::kData) continue;
+    text += (text.empty() ? "" : ".") + std::string(name(axis)) + std::to_string(degree);
+  }
+  return text;
+}
+
+TargetSpec parse_target(const std::string& text) {
+  TargetSpec spec;
+  for (size_t begin = 0; begin <= text.size();) {
+    const size_t end = std::min(text.find(',', begin), text.size());
+    const std::string part = text.substr(begin, end - begin);
+    const size_t equals = part.find('=');
+    if (equals == std::string::npos) throw bad_target(text, part, "a part has no '='.");
+    int value = 0;
+    const char* first = part.data() + equals + 1;
+    const char* last = part.data() + part.size();
+    const auto [stop, failure] = std::from_chars(first, last, value);
+    if (failure != std::errc() || stop != last) throw bad_target(text, part, "not a number.");
+    const std::string key = part.substr(0, equals);
+    bool known = false;
+    if (key == "stage") {
+      if (value < 0 || value > 3) throw bad_target(text, part, "there is no such ZeRO stage.");
+      spec.stage = value;
+      known = true;
+    }
+    for (Axis axis : kAxes) {
+      if (key != name(axis)) continue;
+      if (value < 1 || value > 1000000) throw bad_target(text, part, "the degree is out of range.");
+      degree_of(spec.topology, axis) = value;
+      known = true;
+    }
+    if (!known) throw bad_target(text, part, "unknown axis.");
+    begin = end + 1;
+  }
+  return spec;
+}
+
+Topology resolve(const TargetSpec& spec, const Topology& source) {
+  Topology result = source;
+  for (Axis axis : kAxes) {
+    const int degree = spec.topology.degree(axis);
+    if (degree != 0) degree_of(result, axis) = degree;
+  }
+  return result;
+}
+
+}  // namespace isoshard

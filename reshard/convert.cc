@@ -1,0 +1,228 @@
+// See convert.h. Link 9 of the tensor's journey: compared, bit by bit, with what was read.
+#include "reshard/convert.h"
+
+#include <algorithm>
+#include <map>
+
+#include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/format/crc.h"
+#include "checkpoint/manifest.h"
+#include "checkpoint/publication.h"
+#include "core/cast.h"
+#include "core/check.h"
+#include "core/error.h"
+#include "core/polynomial.h"
+
+namespace isoshard::reshard {
+
+using checkpoint::Flavour;
+using checkpoint::Leaf;
+using checkpoint::ShardedState;
+using nlohmann::json;
+
+namespace {
+
+[[noreturn]] void mismatch(const std::string& what, const std::string& entry, const std::string& expected, const std::string& found) {
+  throw Error(ErrorInfo{.code = ErrorCode::kMismatch, .what = what, .entry = entry, .expected = expected, .found = found,
+                        .safe = "nothing was published; the source was only read",
+                        .next = "check memory and disk of this machine, then run again; report it if it repeats"});
+}
+
+std::string crc_text(const LeafCrc& crc) { return checkpoint::hex16(crc.ecma) + checkpoint::hex16(crc.jones); }
+
+// The CRC that a leaf's bytes have after a cast, by a pass of its own over the source.
+LeafCrc cast_crc(const ShardedState& state, const Leaf& leaf, DType dtype) {
+  checkpoint::RawCrcs crcs;
+  const int64_t item = item_size_bytes(leaf.dtype), step = (1 << 20) / item;
+  std::vector<std::byte> source, target;
+  for (const checkpoint::FileFragment& f : leaf.fragments) {
+    for (int64_t at = 0; at < f.count; at += step) {
+      const int64_t count = std::min(step, f.count - at);
+      source.resize(static_cast<size_t>(count * item));
+      target.resize(static_cast<size_t>(count * item_size_bytes(dtype)));
+      state.files[static_cast<size_t>(f.file)].bytes().read_at(f.offset_bytes + at * item, source);
+      cast(leaf.dtype, source, dtype, target);
+      crcs.update(target);
+    }
+  }
+  const int64_t bytes = leaf.size_elements() * item_size_bytes(dtype);
+  return {true, crc64_ecma_polynomial().finish(crcs.ecma, bytes), crc64_jones_polynomial().finish(crcs.jones, bytes)};
+}
+
+// Weights files: every tensor is the source's leaf of that name, as it is or cast.
+json compare_weights(const ShardedState& source, const Digest& source_digest, const ShardedState& target, const Digest& target_digest) {
+  std::map<std::string, int> originals;
+  for (const checkpoint::ParameterState& parameter : source.parameters) originals[parameter.name] = parameter.weight;
+  for (const checkpoint::BufferState& buffer : source.buffers) originals[buffer.name] = buffer.leaf;
+  std::map<std::string, const LeafLine*> lines;
+  for (const LeafLine& line : source_digest.leaves) {
+    if (line.state == "weight" || line.state == "buffer") lines[line.name] = &line;
+  }
+  bool cast_any = false, cast_buffer = false;
+  for (const LeafLine& line : target_digest.leaves) {
+    const auto found = lines.find(line.name);
+    if (found == lines.end()) mismatch("The output holds a tensor that the source does not.", quote(line.name), "absent", "present");
+    const LeafLine& original = *found->second;
+    LeafCrc expected = original.crc;
+    if (original.dtype != line.dtype) {
+      expected = cast_crc(source, source.leaf(originals[line.name]), line.dtype);
+      (original.state == "buffer" ? cast_buffer : cast_any) = true;
+    }
+    if (original.shape != line.shape || expected != line.crc) mismatch("The output differs from the source.", quote(line.name), crc_text(expected), crc_text(line.crc));
+    lines.erase(found);
+  }
+  json result = {{"weights", cast_any ? "cast" : "equal"}, {"buffers", cast_buffer ? "cast" : "equal"}};
+  for (const auto& [name, line] : lines) result["skipped"].push_back(name);
+  if (source.buffers.empty()) result.erase("buffers");
+  std::map<std::string, std::string> aliases;
+  for (const checkpoint::Alias& alias : target.aliases) aliases[alias.name] = alias.target;
+  for (const checkpoint::Alias& alias : source.aliases) {
+    if (target.find_parameter(alias.target) != nullptr && aliases[alias.name] != alias.target) mismatch("A tied name was lost.", quote(alias.name), quote(alias.target), quote(aliases[alias.name]));
+  }
+  for (const SectionDigest& section : source_digest.sections) {
+    if (!result.contains(section.section) && section.absent.empty()) result[section.section] = "absent: this format holds weights only";
+  }
+  return result;
+}
+
+// Every file of the plan as a pseudo-leaf, so that one pass checks leaves and whole files.
+std::map<std::string, int> add_whole_files(ShardedState* state) {
+  std::map<std::string, int> numbers;
+  for (size_t i = 0; i < state->files.size(); ++i) {
+    const int64_t size = state->files[i].bytes().size_bytes();
+    numbers[state->files[i].relative] = state->add_leaf({.name = state->files[i].relative, .state = "file", .dtype = DType::kUInt8, .shape = {size},
+                                                         .fragments = {{0, size, static_cast<int>(i), 0}}});
+  }
+  return numbers;
+}
+
+class Conversion {
+ public:
+  Conversion(Storage& storage, const ShardedState& state, const ReshardPlan& plan, const ConvertOptions& options)
+      : storage_(storage), state_(state), plan_(plan), options_(options), staged_(storage, options.target, options.overwrite) {}
+
+  ConvertResult run() {
+    phase("Moving " + std::to_string(plan_.bytes_to_write()) + " bytes into " + std::to_string(plan_.targets.size()) + " files");
+    StreamOptions stream = options_.stream;
+    stream.digest = digested_leaves(state_);
+    stream.sync_files = plan_.targets.size() <= 64;
+    result_.stream = execute(storage_, state_, plan_, staged_.path(), stream);
+    result_.source = make_digest(state_, result_.stream.leaves);
+    if (options_.verify != VerifyMode::kStream) reread();
+    else trust_stream();
+    write_papers();
+    phase("Publishing " + options_.target);
+    staged_.publish();
+    if (!options_.latest_path.empty()) checkpoint::replace_small_file(storage_, options_.latest_path, options_.latest_text);
+    return std::move(result_);
+  }
+
+ private:
+  void phase(const std::string& text) const {
+    if (options_.phase) options_.phase(text);
+  }
+
+  void reread() {
+    phase("Reading the output once more and comparing its digest");
+    if (options_.verify == VerifyMode::kDisk) {
+      for (const TargetFile& target : plan_.targets) storage_.drop_cache(staged_.path() + "/" + target.path());
+    }
+    ShardedState target = checkpoint::read_checkpoint(storage_, staged_.path(), {.tag = "", .sequence_degree = state_.topology.sequence, .param_order = ""});
+    const std::map<std::string, int> whole = add_whole_files(&target);
+    StreamOptions stream = options_.stream;
+    stream.digest = digested_leaves(target);
+    for (const auto& [path, number] : whole) stream.digest.push_back(number);
+    const StreamResult read = digest_leaves(storage_, target, stream);
+    result_.target = make_digest(target, read.leaves);
+    for (const FileHash& file : result_.stream.files) check_file(file, whole, read);
+    sections_ = compare_sections(state_, result_.source, target, result_.target);
+  }
+
+  void check_file(const FileHash& file, const std::map<std::string, int>& whole, const StreamResult& read) {
+    LeafCrc found;
+    if (const auto number = whole.find(file.path); number != whole.end()) {
+      found = read.leaves[static_cast<size_t>(number->second)];
+    } else {  // a small text file that no reader opens
+      const std::string text = read_small_file(storage_, staged_.path() + "/" + file.path, 1 << 28);
+      checkpoint::RawCrcs crcs;
+      crcs.update(std::as_bytes(std::span(text)));
+      const auto bytes = static_cast<int64_t>(text.size());
+      found = {true, crc64_ecma_polynomial().finish(crcs.ecma, bytes), crc64_jones_polynomial().finish(crcs.jones, bytes)};
+    }
+    const LeafCrc expected{true, file.ecma, file.jones};
+    if (found != expected) mismatch("A file reads back differently from what was written.", quote(file.path), crc_text(expected), crc_text(found));
+  }
+
+  // --verify=stream: the plan's cover was checked; every byte written was digested on the way.
+  void trust_stream() {
+    result_.target = result_.source;
+    for (const SectionDigest& section : result_.source.sections) {
+      if (section.absent.empty()) sections_[section.section] = "planned: not read back (--verify=stream)";
+    }
+  }
+
+  void write_papers() {
+    json certificate = options_.certificate;
+    certificate["schema"] = 1;
+    certificate["kind"] = "isoshard-certificate";
+    certificate["sections"] = sections_;
+    certificate["verify"] = options_.verify == VerifyMode::kStream ? "stream" : options_.verify == VerifyMode::kReread ? "reread" : "disk";
+    for (const SectionDigest& section : result_.source.sections) certificate["source"]["digests"][section.section] = section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+    if (options_.verify != VerifyMode::kStream) {
+      for (const SectionDigest& section : result_.target.sections) certificate["target"]["digests"][section.section] = section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+    }
+    for (const char* list : {"lossy", "inferred", "synthesised", "dropped", "skipped"}) {
+      if (!certificate.contains(list)) certificate[list] = json::array();
+    }
+    const std::string text = certificate.dump(1) + "\n";
+    checkpoint::Manifest manifest;
+    manifest.program_version = certificate.value("program", "");
+    for (const FileHash& file : result_.stream.files) {
+      manifest.files.push_back({file.path, file.size_bytes, "crc64x2:" + checkpoint::hex16(file.ecma) + checkpoint::hex16(file.jones)});
+    }
+    write_text("certificate.json", text);
+    manifest.files.push_back({"certificate.json", static_cast<int64_t>(text.size()), "sha256:" + checkpoint::sha256_hex(text)});
+    write_text(checkpoint::kManifestName, checkpoint::to_json(manifest));
+    result_.certificate = std::move(certificate);
+  }
+
+  void write_text(const std::string& name, const std::string& text) {
+    const std::unique_ptr<WritableFile> file = storage_.create(staged_.path() + "/" + name);
+    file->write_at(0, std::as_bytes(std::span(text)));
+    file->sync();
+    file->close();
+  }
+
+  Storage& storage_;
+  const ShardedState& state_;
+  const ReshardPlan& plan_;
+  const ConvertOptions& options_;
+  checkpoint::StagedFolder staged_;
+  ConvertResult result_;
+  json sections_ = json::object();
+};
+
+}  // namespace
+
+json compare_sections(const ShardedState& source, const Digest& source_digest, const ShardedState& target, const Digest& target_digest) {
+  if (target.flavour == Flavour::kWeights) return compare_weights(source, source_digest, target, target_digest);
+  json result = json::object();
+  for (const SectionDigest& section : source_digest.sections) {
+    if (!section.absent.empty()) continue;
+    const SectionDigest* other = find_section(target_digest, section.section);
+    if (other == nullptr || !other->absent.empty()) mismatch("A section of the state is missing from the output.", section.section, "iso1:" + section.hex, "absent");
+    if (other->hex != section.hex) mismatch("The output differs from the source.", section.section, "iso1:" + section.hex, "iso1:" + other->hex);
+    result[section.section] = "equal";
+  }
+  for (const SectionDigest& section : target_digest.sections) {
+    const SectionDigest* other = find_section(source_digest, section.section);
+    if (section.absent.empty() && (other == nullptr || !other->absent.empty())) mismatch("The output holds a section that the source does not.", section.section, "absent", "iso1:" + section.hex);
+  }
+  return result;
+}
+
+ConvertResult convert(Storage& storage, const ShardedState& state, const ReshardPlan& plan, const ConvertOptions& options) {
+  return Conversion(storage, state, plan, options).run();
+}
+
+}  // namespace isoshard::reshard

@@ -1,0 +1,148 @@
+// Canonical lines and their SHA-256. What iso1 means never changes.
+#include "reshard/digest.h"
+
+#include <algorithm>
+#include <map>
+#include <tuple>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/deepspeed/hyper.h"
+#include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/format/crc.h"
+
+namespace isoshard::reshard {
+
+using checkpoint::Flavour;
+using checkpoint::ParameterState;
+using checkpoint::ShardedState;
+
+namespace {
+
+std::string json_text(const std::string& text) { return nlohmann::json(text).dump(); }
+
+std::string shape_text(const Shape& shape) { return nlohmann::json(shape).dump(); }
+
+class Builder {
+ public:
+  Builder(const ShardedState& state, const std::vector<LeafCrc>& crcs) : state_(state), crcs_(crcs) {}
+
+  Digest run() {
+    for (const ParameterState& parameter : state_.parameters) add_parameter(parameter);
+    for (const checkpoint::BufferState& buffer : state_.buffers) add("buffers", buffer.name, "buffer", buffer.leaf);
+    for (const checkpoint::Alias& alias : state_.aliases) {
+      lines_["weights"].push_back({alias.name, "alias", json_text(alias.name) + "\talias\t" + json_text(alias.target) + "\n", 0});
+    }
+    Digest digest;
+    for (auto& [section, lines] : lines_) {
+      std::sort(lines.begin(), lines.end());
+      digest.sections.push_back(close(section, lines));
+    }
+    add_hyper(&digest);
+    add_absent(&digest);
+    std::sort(digest.sections.begin(), digest.sections.end(), [](const SectionDigest& a, const SectionDigest& b) { return rank(a) < rank(b); });
+    std::string root;
+    for (const SectionDigest& section : digest.sections) {
+      if (section.absent.empty()) root += section.section + "\t" + section.hex + "\n";
+    }
+    digest.root = checkpoint::sha256_hex(root);
+    std::sort(leaves_.begin(), leaves_.end(), [](const LeafLine& a, const LeafLine& b) { return std::tie(a.name, a.state) < std::tie(b.name, b.state); });
+    digest.leaves = std::move(leaves_);
+    return digest;
+  }
+
+ private:
+  struct Line {
+    std::string name, state, text;
+    int64_t elements;
+    bool operator<(const Line& other) const { return std::tie(name, state, text) < std::tie(other.name, other.state, other.text); }
+  };
+
+  // weights, then optimizer states by name, then steps, buffers, hyper.
+  static std::pair<int, std::string> rank(const SectionDigest& s) {
+    const int order = s.section == "weights" ? 0 : s.section == "steps" ? 2 : s.section == "buffers" ? 3 : s.section == "hyper" ? 4 : 1;
+    return {order, s.section};
+  }
+
+  void add(const std::string& section, const std::string& name, const std::string& state, int number) {
+    const checkpoint::Leaf& leaf = state_.leaf(number);
+    LeafLine line{name, state, leaf.dtype, leaf.shape, crcs_[static_cast<size_t>(number)]};
+    lines_[section].push_back({name, state, leaf_line(line), leaf.size_elements()});
+    leaves_.push_back(std::move(line));
+  }
+  void add_parameter(const ParameterState& parameter) {
+    add("weights", parameter.name, "weight", parameter.weight);
+    for (int number : parameter.states) add(state_.leaf(number).state, parameter.name, state_.leaf(number).state, number);
+    for (const checkpoint::Scalar& scalar : parameter.scalars) {
+      const std::string value = checkpoint::scalar_text(state_, scalar.value);
+      if (value == "None") continue;  // a state that the optimizer has not made yet
+      lines_["steps"].push_back({parameter.name, scalar.name, json_text(parameter.name) + "\t" + scalar.name + "\t" + value + "\n", 1});
+    }
+  }
+  static SectionDigest close(const std::string& section, const std::vector<Line>& lines) {
+    SectionDigest result{.section = section, .hex = "", .absent = ""};
+    std::string text;
+    for (const Line& line : lines) {
+      text += line.text;
+      result.elements += line.elements;
+      result.tensors += line.state != "alias";
+    }
+    result.hex = checkpoint::sha256_hex(text);
+    return result;
+  }
+  void add_hyper(Digest* digest) {
+    SectionDigest result{.section = "hyper", .hex = "", .absent = ""};
+    if (state_.flavour == Flavour::kWeights) {
+      result.absent = "this format holds weights only";
+    } else {
+      result.hex = checkpoint::sha256_hex(checkpoint::hyper_json(state_).dump() + "\n");
+    }
+    digest->sections.push_back(result);
+  }
+  void add_absent(Digest* digest) {
+    const bool weights = state_.flavour == Flavour::kWeights;
+    const auto absent = [&](const std::string& section, const std::string& reason) {
+      if (lines_.count(section) == 0) digest->sections.push_back({.section = section, .hex = "", .absent = reason});
+    };
+    absent("steps", weights ? "this format holds weights only" : state_.stepped ? "the optimizer counts no steps" : "the optimizer never stepped");
+    absent("buffers", weights ? "this format does not tell buffers from weights" : "the model has none");
+  }
+
+  const ShardedState& state_;
+  const std::vector<LeafCrc>& crcs_;
+  std::map<std::string, std::vector<Line>> lines_;
+  std::vector<LeafLine> leaves_;
+};
+
+}  // namespace
+
+std::string leaf_line(const LeafLine& leaf) {
+  return json_text(leaf.name) + "\t" + leaf.state + "\t" + name(leaf.dtype) + "\t" + shape_text(leaf.shape) + "\t" +
+         checkpoint::hex16(leaf.crc.ecma) + "\t" + checkpoint::hex16(leaf.crc.jones) + "\n";
+}
+
+std::vector<int> digested_leaves(const ShardedState& state) {
+  std::vector<int> result;
+  for (const ParameterState& parameter : state.parameters) {
+    result.push_back(parameter.weight);
+    result.insert(result.end(), parameter.states.begin(), parameter.states.end());
+  }
+  for (const checkpoint::BufferState& buffer : state.buffers) result.push_back(buffer.leaf);
+  return result;
+}
+
+Digest make_digest(const ShardedState& state, const std::vector<LeafCrc>& crcs) { return Builder(state, crcs).run(); }
+
+Digest compute_digest(Storage& storage, const ShardedState& state, const StreamOptions& options) {
+  StreamOptions all = options;
+  all.digest = digested_leaves(state);
+  return make_digest(state, digest_leaves(storage, state, all).leaves);
+}
+
+const SectionDigest* find_section(const Digest& digest, const std::string& section) {
+  for (const SectionDigest& candidate : digest.sections) {
+    if (candidate.section == section) return &candidate;
+  }
+  return nullptr;
+}
+
+}  // namespace isoshard::reshard

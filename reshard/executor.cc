@@ -1,0 +1,353 @@
+// Source-major streaming: chunks of at most 1 MiB, cut at every boundary of transfers, records and
+// digested fragments, so that one CRC pass serves all of them.
+#include "reshard/executor.h"
+
+#include <algorithm>
+#include <chrono>
+#include <condition_variable>
+#include <cstring>
+#include <exception>
+#include <thread>
+#include <tuple>
+
+#include "checkpoint/cancel.h"
+#include "core/cast.h"
+#include "core/check.h"
+#include "core/error.h"
+#include "reshard/crc_sum.h"
+#include "reshard/target_pool.h"
+
+namespace isoshard::reshard {
+namespace {
+
+using checkpoint::FileFragment;
+using checkpoint::Leaf;
+using checkpoint::RawCrcs;
+using checkpoint::ShardedState;
+
+constexpr int64_t kChunkBytes = 1 << 20;
+constexpr int64_t kHoleBytes = 4096;  // shorter runs of zeros are written
+
+// Bytes of a source file that belong to a leaf.
+struct Span {
+  int64_t offset, size, leaf, leaf_offset;
+};
+
+// Items with `offset` and `size`, sorted by offset, possibly overlapping.
+template <typename Item>
+class Intervals {
+ public:
+  void set(std::vector<Item> items) {
+    items_ = std::move(items);
+    int64_t reach = 0;
+    for (const Item& item : items_) reach_.push_back(reach = std::max(reach, end(item)));
+  }
+  template <typename Visit>
+  void overlapping(int64_t from, int64_t to, const Visit& visit) const {
+    size_t i = static_cast<size_t>(std::upper_bound(reach_.begin(), reach_.end(), from) - reach_.begin());
+    for (; i < items_.size() && begin(items_[i]) < to; ++i) {
+      if (end(items_[i]) > from) visit(items_[i]);
+    }
+  }
+
+ private:
+  static int64_t begin(const Span& item) { return item.offset; }
+  static int64_t end(const Span& item) { return item.offset + item.size; }
+  static int64_t begin(const Transfer& item) { return item.source_offset; }
+  static int64_t end(const Transfer& item) { return item.source_offset + item.size_bytes; }
+
+  std::vector<Item> items_;
+  std::vector<int64_t> reach_;
+};
+
+using Ranges = std::vector<std::pair<int64_t, int64_t>>;  // [begin, end)
+
+// Sorts, and joins ranges that overlap or touch.
+void merge(Ranges* ranges) {
+  std::sort(ranges->begin(), ranges->end());
+  Ranges joined;
+  for (const auto& range : *ranges) {
+    if (!joined.empty() && range.first <= joined.back().second) {
+      joined.back().second = std::max(joined.back().second, range.second);
+    } else {
+      joined.push_back(range);
+    }
+  }
+  *ranges = std::move(joined);
+}
+
+struct Record {
+  int64_t offset, size;
+  const checkpoint::ZipRecord* zip;
+  CrcSum* sum;
+};
+
+struct SourceJob {
+  Intervals<Transfer> transfers;
+  Intervals<Span> spans;
+  std::vector<Record> records;  // those that are read, sorted
+};
+
+struct Chunk {
+  int file;
+  int64_t begin, end;
+};
+
+struct Buffers {
+  std::vector<std::byte> source = std::vector<std::byte>(kChunkBytes);
+  std::vector<std::byte> cast;
+};
+
+bool all_zero(std::span<const std::byte> bytes) {
+  return bytes[0] == std::byte{0} && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
+}
+
+class Executor {
+ public:
+  Executor(Storage& storage, const ShardedState& state, const ReshardPlan& plan,
+           const std::string& folder, const StreamOptions& options)
+      : state_(state), plan_(plan), options_(options), pool_(storage, plan, folder, options),
+        leaf_ecma_(state.leaves.size()), leaf_jones_(state.leaves.size()), jobs_(state.files.size()) {}
+
+  StreamResult run() {
+    prepare();
+    for (const Transfer& transfer : plan_.transfers) pool_.announce(transfer.target_file, transfer.size_bytes);
+    pool_.finish_untouched();
+    work_through();
+    check_records();
+    StreamResult result;
+    result.leaves.resize(state_.leaves.size());
+    for (int number : options_.digest) {
+      const int64_t bytes = state_.leaf(number).size_bytes();
+      const auto i = static_cast<size_t>(number);
+      result.leaves[i] = {true, leaf_ecma_[i].finish(crc64_ecma_polynomial(), bytes),
+                          leaf_jones_[i].finish(crc64_jones_polynomial(), bytes)};
+    }
+    result.files = pool_.hashes();
+    result.bytes_read = bytes_read_;
+    result.bytes_written = pool_.bytes_written();
+    return result;
+  }
+
+ private:
+  void prepare();
+  void add_touched_records(int file, Ranges* ranges);
+  void add_chunks(int file, const Ranges& ranges);
+  void work_through();
+  void work(std::exception_ptr* failure, size_t* failed_at);
+  void process(const Chunk& chunk, Buffers* buffers);
+  void process_piece(const Chunk& chunk, int64_t from, int64_t to, bool hole, Buffers* buffers);
+  void check_records() const;
+
+  const ShardedState& state_;
+  const ReshardPlan& plan_;
+  const StreamOptions& options_;
+  TargetPool pool_;
+  std::vector<CrcSum> leaf_ecma_, leaf_jones_;
+  std::vector<SourceJob> jobs_;
+  std::vector<std::unique_ptr<CrcSum>> record_sums_;
+  std::vector<Chunk> chunks_;
+  std::atomic<size_t> next_chunk_{0};
+  std::atomic<bool> stop_{false};
+  std::atomic<int64_t> bytes_done_{0}, bytes_read_{0};
+  int64_t bytes_total_ = 0;
+};
+
+void Executor::prepare() {
+  std::vector<std::vector<Transfer>> transfers(jobs_.size());
+  std::vector<std::vector<Span>> spans(jobs_.size());
+  for (const Transfer& transfer : plan_.transfers) transfers[static_cast<size_t>(transfer.source_file)].push_back(transfer);
+  for (int number : options_.digest) {
+    const Leaf& leaf = state_.leaf(number);
+    const int64_t item = item_size_bytes(leaf.dtype);
+    for (const FileFragment& f : leaf.fragments) {
+      spans[static_cast<size_t>(f.file)].push_back({f.offset_bytes, f.count * item, number, f.begin * item});
+    }
+  }
+  for (size_t file = 0; file < jobs_.size(); ++file) {
+    std::sort(spans[file].begin(), spans[file].end(), [](const Span& a, const Span& b) {
+      return std::tie(a.offset, a.leaf, a.leaf_offset) < std::tie(b.offset, b.leaf, b.leaf_offset);
+    });
+    Ranges ranges;
+    for (const Transfer& t : transfers[file]) ranges.emplace_back(t.source_offset, t.source_offset + t.size_bytes);
+    for (const Span& s : spans[file]) ranges.emplace_back(s.offset, s.offset + s.size);
+    SourceJob& job = jobs_[file];
+    job.transfers.set(std::move(transfers[file]));
+    job.spans.set(std::move(spans[file]));
+    merge(&ranges);
+    if (!ranges.empty() && state_.files[file].torch) add_touched_records(static_cast<int>(file), &ranges);
+    merge(&ranges);
+    add_chunks(static_cast<int>(file), ranges);
+  }
+}
+
+// Records that a range reaches into are read whole, so that their CRC can be checked.
+void Executor::add_touched_records(int file, Ranges* ranges) {
+  const Ranges touching = *ranges;
+  SourceJob& job = jobs_[static_cast<size_t>(file)];
+  for (const checkpoint::ZipRecord& record : state_.files[static_cast<size_t>(file)].torch->zip().records) {
+    const int64_t begin = record.data_offset, end = begin + record.size_bytes;
+    const auto range = std::upper_bound(touching.begin(), touching.end(), begin,
+                                        [](int64_t at, const auto& r) { return at < r.second; });
+    if (record.size_bytes == 0 || range == touching.end() || range->first >= end) continue;
+    record_sums_.push_back(std::make_unique<CrcSum>());
+    job.records.push_back({begin, record.size_bytes, &record, record_sums_.back().get()});
+    ranges->emplace_back(begin, end);
+  }
+}
+
+void Executor::add_chunks(int file, const Ranges& ranges) {
+  for (const auto& [begin, end] : ranges) {
+    for (int64_t at = begin; at < end;) {
+      const int64_t stop = std::min(end, (at / kChunkBytes + 1) * kChunkBytes);
+      chunks_.push_back({file, at, stop});
+      bytes_total_ += stop - at;
+      at = stop;
+    }
+  }
+}
+
+void Executor::work(std::exception_ptr* failure, size_t* failed_at) {
+  Buffers buffers;
+  for (size_t i = next_chunk_++; i < chunks_.size() && !stop_; i = next_chunk_++) {
+    try {
+      checkpoint::throw_if_cancelled();
+      process(chunks_[i], &buffers);
+    } catch (...) {
+      *failure = std::current_exception();
+      *failed_at = i;
+      stop_ = true;
+      return;
+    }
+  }
+}
+
+void Executor::work_through() {
+  const size_t workers = static_cast<size_t>(std::max(1, options_.workers));
+  std::vector<std::exception_ptr> failures(workers);
+  std::vector<size_t> failed_at(workers, chunks_.size());
+  std::mutex mutex;
+  std::condition_variable ended;
+  size_t running = workers;
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < workers; ++i) {
+    threads.emplace_back([&, i] {
+      work(&failures[i], &failed_at[i]);
+      const std::lock_guard lock(mutex);
+      --running;
+      ended.notify_all();
+    });
+  }
+  {
+    std::unique_lock lock(mutex);
+    while (running > 0) {
+      ended.wait_for(lock, std::chrono::milliseconds(200));
+      if (options_.progress) options_.progress(bytes_done_, bytes_total_);
+    }
+  }
+  for (std::thread& thread : threads) thread.join();
+  // Of several failures the one at the lowest offset is told, so that messages repeat.
+  const size_t first = static_cast<size_t>(std::min_element(failed_at.begin(), failed_at.end()) - failed_at.begin());
+  if (failures[first]) std::rethrow_exception(failures[first]);
+}
+
+void Executor::process(const Chunk& chunk, Buffers* buffers) {
+  const ReadableFile& file = state_.files[static_cast<size_t>(chunk.file)].bytes();
+  const int64_t size = chunk.end - chunk.begin;
+  const bool hole = size >= kHoleBytes && file.next_data(chunk.begin) >= chunk.end;
+  if (!hole) {
+    file.read_at(chunk.begin, std::span(buffers->source).first(static_cast<size_t>(size)));
+    bytes_read_ += size;
+  }
+  const SourceJob& job = jobs_[static_cast<size_t>(chunk.file)];
+  std::vector<int64_t> cuts = {chunk.begin, chunk.end};
+  const auto cut = [&](int64_t at) {
+    if (at > chunk.begin && at < chunk.end) cuts.push_back(at);
+  };
+  job.transfers.overlapping(chunk.begin, chunk.end, [&](const Transfer& t) {
+    cut(t.source_offset);
+    cut(t.source_offset + t.size_bytes);
+  });
+  job.spans.overlapping(chunk.begin, chunk.end, [&](const Span& s) {
+    cut(s.offset);
+    cut(s.offset + s.size);
+  });
+  for (auto r = std::lower_bound(job.records.begin(), job.records.end(), chunk.begin,
+                                 [](const Record& record, int64_t at) { return record.offset + record.size <= at; });
+       r != job.records.end() && r->offset < chunk.end; ++r) {
+    cut(r->offset);
+    cut(r->offset + r->size);
+  }
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  for (size_t i = 0; i + 1 < cuts.size(); ++i) process_piece(chunk, cuts[i], cuts[i + 1], hole, buffers);
+  bytes_done_ += size;
+}
+
+void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool hole, Buffers* buffers) {
+  const SourceJob& job = jobs_[static_cast<size_t>(chunk.file)];
+  const auto size = static_cast<size_t>(to - from);
+  const std::span<const std::byte> bytes = std::span(buffers->source).subspan(static_cast<size_t>(from - chunk.begin), size);
+  const bool zero = hole || (to - from >= kHoleBytes && all_zero(bytes));
+  RawCrcs crcs;
+  if (!zero) crcs.update(bytes);
+  const auto record = std::lower_bound(job.records.begin(), job.records.end(), from,
+                                       [](const Record& r, int64_t at) { return r.offset + r.size <= at; });
+  if (record != job.records.end() && record->offset <= from) {
+    record->sum->add(crc32_polynomial(), crcs.crc32, record->offset + record->size - to);
+  }
+  job.spans.overlapping(from, to, [&](const Span& span) {
+    const auto leaf = static_cast<size_t>(span.leaf);
+    const int64_t after = state_.leaves[leaf].size_bytes() - span.leaf_offset - (to - span.offset);
+    leaf_ecma_[leaf].add(crc64_ecma_polynomial(), crcs.ecma, after);
+    leaf_jones_[leaf].add(crc64_jones_polynomial(), crcs.jones, after);
+  });
+  job.transfers.overlapping(from, to, [&](const Transfer& t) {
+    TargetPool::Piece piece{t.target_file, t.storage, 0, 0, crcs, zero, bytes};
+    if (t.source_dtype == t.target_dtype) {
+      piece.offset = t.target_offset + (from - t.source_offset);
+      piece.size_bytes = to - from;
+    } else {
+      const int64_t source_item = item_size_bytes(t.source_dtype), target_item = item_size_bytes(t.target_dtype);
+      CHECK((from - t.source_offset) % source_item == 0, "a piece begins inside an element");
+      const int64_t count = (to - from) / source_item;
+      piece.offset = t.target_offset + (from - t.source_offset) / source_item * target_item;
+      piece.size_bytes = count * target_item;
+      if (!zero) {
+        buffers->cast.resize(static_cast<size_t>(piece.size_bytes));
+        cast(t.source_dtype, bytes, t.target_dtype, buffers->cast);
+        piece.bytes = buffers->cast;
+        piece.crcs = RawCrcs{};
+        piece.crcs.update(piece.bytes);
+      }
+    }
+    pool_.write(piece);
+    pool_.done(t.target_file, to - from);
+  });
+}
+
+void Executor::check_records() const {
+  for (size_t file = 0; file < jobs_.size(); ++file) {
+    for (const Record& record : jobs_[file].records) {
+      const uint64_t found = record.sum->finish(crc32_polynomial(), record.size);
+      if (found == record.zip->crc32) continue;
+      throw Error(ErrorInfo{.code = ErrorCode::kCorrupt, .what = "A record's bytes do not fit its CRC: the file is damaged.",
+                            .file = state_.files[file].path, .entry = quote(record.zip->name),
+                            .expected = checkpoint::hex16(record.zip->crc32).substr(8), .found = checkpoint::hex16(found).substr(8),
+                            .next = "restore this file from another copy, or use an older checkpoint"});
+    }
+  }
+}
+
+}  // namespace
+
+StreamResult execute(Storage& storage, const ShardedState& state, const ReshardPlan& plan, const std::string& folder, const StreamOptions& options) {
+  return Executor(storage, state, plan, folder, options).run();
+}
+
+StreamResult digest_leaves(Storage& storage, const ShardedState& state, const StreamOptions& options) {
+  const ReshardPlan nothing;
+  return Executor(storage, state, nothing, "", options).run();
+}
+
+}  // namespace isoshard::reshard

@@ -1,0 +1,52 @@
+// The executor: reads every source byte once, in order, and writes it wherever the plan says, with
+// CRCs and digests taken from the very bytes that move. Flat memory, no temporary files.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "reshard/plan.h"
+
+namespace isoshard::reshard {
+
+// CRC-64 pair of a leaf's row-major bytes (docs/formats/digest.md).
+struct LeafCrc {
+  bool known = false;
+  uint64_t ecma = 0;
+  uint64_t jones = 0;
+  bool operator==(const LeafCrc&) const = default;
+};
+
+struct FileHash {
+  std::string path;
+  int64_t size_bytes = 0;
+  uint64_t ecma = 0;
+  uint64_t jones = 0;
+};
+
+struct StreamOptions {
+  int workers = 2;
+  int open_files = 256;        // most target files open at a time
+  bool sync_files = false;     // sync each file as it is finished
+  std::vector<int> digest;     // leaves whose CRC is taken on the way
+  std::function<void(int64_t done, int64_t total)> progress;  // called a few times a second
+};
+
+struct StreamResult {
+  std::vector<LeafCrc> leaves;       // by leaf number; of the source's bytes
+  std::vector<FileHash> files;       // by target file; of the bytes handed to write
+  int64_t bytes_read = 0;
+  int64_t bytes_written = 0;
+};
+
+// Writes the plan's files under `folder` (which exists). Every record of the source that is touched
+// is read whole and its CRC is checked: Error(kCorrupt) names file and record.
+StreamResult execute(Storage& storage, const checkpoint::ShardedState& state, const ReshardPlan& plan,
+                     const std::string& folder, const StreamOptions& options);
+
+// The same without targets: reads the leaves in options.digest and checks their records.
+StreamResult digest_leaves(Storage& storage, const checkpoint::ShardedState& state,
+                           const StreamOptions& options);
+
+}  // namespace isoshard::reshard

@@ -1,0 +1,33 @@
+// What convert and reshard have in common: checks before any work, flags, report.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "reshard/convert.h"
+#include "tools/session.h"
+
+namespace isoshard::tools {
+
+struct ConversionFlags {
+  bool overwrite = false;
+  bool no_latest = false;
+  bool dry_run = false;
+  std::string verify = "reread";
+};
+
+void add_conversion_flags(CLI::App* verb, ConversionFlags* flags);
+
+// TARGET equal to, inside or around SOURCE is refused.
+void refuse_overlap(Session* session, const std::string& source, const std::string& target);
+
+// The certificate's source part.
+nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string& source);
+
+reshard::ConvertOptions conversion_options(Session* session, const ConversionFlags& flags, const std::string& target);
+
+// Plans; with --dry-run prints the plan; otherwise checks space, converts and reports.
+void finish_conversion(Session* session, const checkpoint::ShardedState& state, std::vector<checkpoint::FileBlueprint> files,
+                       const ConversionFlags& flags, reshard::ConvertOptions* options);
+
+}  // namespace isoshard::tools

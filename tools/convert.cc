@@ -1,0 +1,78 @@
+// isoshard convert: ZeRO → universal or fp32, proven equal before it is published.
+#include "reshard/convert.h"
+
+#include "checkpoint/deepspeed/source.h"
+#include "checkpoint/deepspeed/universal_blueprint.h"
+#include "checkpoint/deepspeed/weights_blueprint.h"
+#include "core/error.h"
+#include "tools/conversion.h"
+#include "tools/session.h"
+
+namespace isoshard::tools {
+namespace {
+
+using checkpoint::ShardedState;
+
+struct ConvertFlags {
+  std::string source, target, to, format = "safetensors", max_shard_size = "5GB", like = "0.19.8";
+  bool exclude_frozen = false;
+  bool as_deepspeed = false;
+  ConversionFlags common;
+};
+
+bool older(const std::string& version, const std::string& than) {
+  const auto number = [](const std::string& text) {
+    int major = 0, minor = 0, patch = 0;
+    std::sscanf(text.c_str(), "%d.%d.%d", &major, &minor, &patch);
+    return major * 1'000'000 + minor * 1'000 + patch;
+  };
+  return number(version) < number(than);
+}
+
+void run_convert(Session* session, const ConvertFlags& flags) {
+  refuse_overlap(session, flags.source, flags.target);
+  ShardedState state = session->open(flags.source);
+  nlohmann::json certificate = source_certificate(state, flags.source);
+  reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
+  std::vector<checkpoint::FileBlueprint> files;
+  if (flags.to == "universal") {
+    if (flags.as_deepspeed) {
+      state = checkpoint::as_deepspeed_believes(state);
+      certificate["lossy"] = {"round-robin partitions read as DeepSpeed reads them (--as-deepspeed): parameters are swapped"};
+    }
+    files = checkpoint::universal_blueprints(state, {.extra_folders = !older(flags.like, "0.19.6")});
+    certificate["target"]["format"] = state.stage == 3 ? "universal (ZeRO-3 form)" : "universal (ZeRO-1/2 form)";
+    if (!flags.common.no_latest) {
+      options.latest_path = checkpoint::join(checkpoint::parent_folder(flags.target), "latest_universal");
+      options.latest_text = checkpoint::base_name(flags.target);
+    }
+  } else {
+    const checkpoint::WeightsOptions weights{.safetensors = flags.format == "safetensors", .max_shard_bytes = checkpoint::parse_size(flags.max_shard_size),
+                                             .exclude_frozen = flags.exclude_frozen, .buffers_in_fp32 = older(flags.like, "0.19.0"),
+                                             .frozen_keep_dtype = older(flags.like, "0.19.0"), .ordered_dict = older(flags.like, "0.15.0")};
+    files = checkpoint::weights_blueprints(state, weights);
+    certificate["target"]["format"] = "fp32 weights, " + flags.format;
+  }
+  options.certificate = std::move(certificate);
+  finish_conversion(session, state, std::move(files), flags.common, &options);
+}
+
+}  // namespace
+
+void add_convert(CLI::App* app, Session* session) {
+  auto flags = std::make_shared<ConvertFlags>();
+  CLI::App* verb = app->add_subcommand("convert", "ZeRO checkpoint to universal or fp32, proven equal to the source");
+  verb->add_option("SOURCE", flags->source)->required();
+  verb->add_option("TARGET", flags->target, "universal: the tag folder itself; fp32: a folder")->required();
+  verb->add_option("--to", flags->to)->required()->check(CLI::IsMember({"universal", "fp32"}));
+  verb->add_option("--format", flags->format, "fp32: safetensors or bin")->check(CLI::IsMember({"safetensors", "bin"}))->capture_default_str();
+  verb->add_option("--max-shard-size", flags->max_shard_size, "fp32: size of one file")->capture_default_str();
+  verb->add_flag("--exclude-frozen-parameters", flags->exclude_frozen, "fp32: leave frozen parameters out");
+  verb->add_option("--like", flags->like, "Output as this DeepSpeed version writes it")->capture_default_str();
+  verb->add_flag("--as-deepspeed", flags->as_deepspeed, "Round robin: swap parameters as DeepSpeed's converter does");
+  add_conversion_flags(verb, &flags->common);
+  add_source_flags(verb, session);
+  verb->callback([session, flags] { run_convert(session, *flags); });
+}
+
+}  // namespace isoshard::tools

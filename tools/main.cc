@@ -1,0 +1,123 @@
+// isoshard: the command line. One verb a file; this one has the list, the exit status and signals.
+#include <sys/resource.h>
+
+#include <csignal>
+#include <fstream>
+#include <iostream>
+
+#include "checkpoint/cancel.h"
+#include "core/check.h"
+#include "core/error.h"
+#include "tools/session.h"
+#include "tools/version.h"
+
+namespace {
+
+using isoshard::tools::Session;
+
+void on_signal(int number) {
+  // A second signal ends at once, as the user then wants.
+  if (isoshard::checkpoint::cancel_signal().exchange(number) != 0) std::_Exit(128 + number);
+}
+
+void catch_signals() {
+  struct sigaction action {};
+  action.sa_handler = on_signal;
+  for (int number : {SIGINT, SIGTERM, SIGHUP}) sigaction(number, &action, nullptr);
+  std::signal(SIGPIPE, SIG_IGN);
+}
+
+void raise_file_limit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+void report(const Session& session, const isoshard::Error& error) {
+  const isoshard::ErrorInfo& info = error.info();
+  if (session.json) {
+    session.print_json({{"kind", "error"}, {"code", name(info.code)}, {"what", info.what}, {"file", info.file}, {"entry", info.entry},
+                        {"expected", info.expected}, {"found", info.found}, {"safe", info.safe}, {"next", info.next}});
+  }
+  std::cerr << "isoshard: " << error.what() << "\n";
+  if (!session.log_file.empty()) std::ofstream(session.log_file, std::ios::app) << "isoshard: " << error.what() << "\n";
+}
+
+const char* kHelp = R"(isoshard: the same state, whatever the shards
+
+  isoshard inspect SOURCE                       what it is, what can be done with it, what is missing
+  isoshard verify SOURCE                        a verdict: VERIFIED, COMPLETE, SUSPECT, INCOMPLETE, CORRUPT, HOSTILE
+  isoshard diff A B                             the first difference, totals, and what the differing values are
+  isoshard digest SOURCE                        one value for one state, whatever its topology and format
+  isoshard convert SOURCE TARGET --to universal|fp32
+
+  isoshard reshard SOURCE TARGET --to dp=4[,sp=2,stage=3]
+  isoshard show SOURCE NAME                     one tensor: values, and which bytes of which file hold them
+  isoshard plan convert|reshard …               transfers, bytes, files, space, before any work
+  isoshard ds_to_universal, zero_to_fp32        with DeepSpeed's own flags
+
+SOURCE: a save folder with latest, a tag folder, a universal folder, a Trainer checkpoint-N,
+        or an fp32 file or folder.   Each verb has --help.   Exit status: 0 yes or done, 1 the answer
+        is no, 2 could not, 70 our own bug.   ZeRO 0-3, BF16_Optimizer, Ulysses; tensor, expert and
+        pipeline parallel checkpoints are refused by name in this version.
+)";
+
+int run(int argc, char** argv, Session* session) {
+  CLI::App app{"isoshard"};
+  app.set_version_flag("--version", isoshard::tools::version_text());
+  app.set_help_flag("");
+  bool help = false;
+  app.add_flag("-h,--help", help, "This page");
+  app.require_subcommand(0, 1);
+  app.add_subcommand("help", "This page")->callback([&] { help = true; });
+  isoshard::tools::add_verbs(&app, session);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::CallForHelp&) {
+    std::cout << app.get_subcommands().at(0)->help();
+    return isoshard::tools::kDone;
+  } catch (const CLI::CallForVersion&) {
+    std::cout << isoshard::tools::version_text() << "\n";
+    return isoshard::tools::kDone;
+  } catch (const CLI::ParseError& error) {
+    std::cerr << "isoshard: " << error.what() << "\n  next: isoshard help, or isoshard VERB --help\n";
+    return isoshard::tools::kCouldNot;
+  }
+  if (help || app.get_subcommands().empty()) {
+    std::cout << kHelp;
+    return help ? isoshard::tools::kDone : isoshard::tools::kCouldNot;
+  }
+  return session->status;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  Session session;
+  catch_signals();
+  raise_file_limit();
+  // --snake_case is taken for --kebab-case.
+  for (int i = 1; i < argc; ++i) {
+    if (argv[i][0] != '-' || argv[i][1] != '-') continue;
+    const std::string verb = argc > 1 ? argv[1] : "";
+    if (verb == "ds_to_universal" || verb == "zero_to_fp32") break;
+    for (char* c = argv[i]; *c != '\0' && *c != '='; ++c) *c = *c == '_' ? '-' : *c;
+  }
+  try {
+    return run(argc, argv, &session);
+  } catch (const isoshard::Error& error) {
+    report(session, error);
+    const int signal = isoshard::checkpoint::cancel_signal();
+    return error.info().code == isoshard::ErrorCode::kInterrupted ? 128 + signal : isoshard::tools::kCouldNot;
+  } catch (const isoshard::CheckFailure& failure) {
+    std::cerr << "isoshard: this is our own bug, please report this line:\n  " << failure.what() << "\n";
+    return isoshard::tools::kOurBug;
+  } catch (const std::bad_alloc&) {
+    std::cerr << "isoshard: memory is exhausted\n  safe now: the source was only read; nothing was published\n";
+    return isoshard::tools::kCouldNot;
+  } catch (const std::exception& failure) {
+    std::cerr << "isoshard: this is our own bug, please report this line:\n  unexpected: " << failure.what() << "\n";
+    return isoshard::tools::kOurBug;
+  }
+}

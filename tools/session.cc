@@ -1,0 +1,105 @@
+// See session.h.
+#include "tools/session.h"
+
+#include <sys/ioctl.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <iostream>
+#include <memory>
+
+#include <thread>
+
+#include "checkpoint/deepspeed/weights_blueprint.h"
+#include "core/error.h"
+
+namespace isoshard::tools {
+
+void Session::print_json(nlohmann::json object) const {
+  object["schema"] = 1;
+  std::cout << object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
+}
+
+void Session::say(const std::string& line) const {
+  if (!quiet && !json) std::cout << line << "\n" << std::flush;
+}
+
+void Session::notice(const std::string& line) const {
+  if (!quiet) std::cerr << line << "\n";
+}
+
+checkpoint::ShardedState Session::open(const std::string& source, bool prove) {
+  checkpoint::ReadOptions options = read;
+  options.prove = prove;
+  options.workers = stream_options().workers;
+  checkpoint::ShardedState state = checkpoint::read_checkpoint(storage, source, options);
+  for (const std::string& text : state.notices) notice("notice: " + text);
+  return state;
+}
+
+reshard::StreamOptions Session::stream_options() const {
+  reshard::StreamOptions options;
+  const int processors = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  options.workers = workers > 0 ? workers : std::min(processors, 16);
+  if (!max_memory.empty()) {
+    // A worker holds one chunk of 1 MiB and at most twice that for a cast.
+    const int64_t each = 4 << 20, fixed = 32 << 20;
+    const int64_t bytes = checkpoint::parse_size(max_memory);
+    options.workers = static_cast<int>(std::clamp<int64_t>((bytes - fixed) / each, 1, options.workers));
+  }
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+    options.open_files = static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(limit.rlim_cur) - 128, 16, 2048));
+  }
+  if (no_progress || quiet || json) return options;
+  const bool terminal = isatty(STDERR_FILENO) != 0;
+  const auto began = std::make_shared<std::chrono::steady_clock::time_point>(std::chrono::steady_clock::now());
+  const auto last = std::make_shared<double>(0);
+  options.progress = [terminal, began, last](int64_t done, int64_t total) {
+    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - *began).count();
+    if (!terminal && seconds - *last < 5) return;
+    if (seconds < 0.5) return;
+    *last = seconds;
+    const double rate = static_cast<double>(done) / seconds;
+    std::fprintf(stderr, "%s  %3d %%  %s of %s, %s/s%s", terminal ? "\r" : "", total > 0 ? static_cast<int>(100 * done / total) : 100,
+                 human_bytes(done).c_str(), human_bytes(total).c_str(), human_bytes(static_cast<int64_t>(rate)).c_str(),
+                 terminal ? (done == total ? "\n" : "   ") : "\n");
+  };
+  return options;
+}
+
+std::string human_bytes(int64_t bytes) {
+  const char* units[] = {"B", "kB", "MB", "GB", "TB", "PB"};
+  double value = static_cast<double>(bytes);
+  int unit = 0;
+  while (value >= 1000 && unit < 5) {
+    value /= 1000;
+    ++unit;
+  }
+  char buffer[32];
+  std::snprintf(buffer, sizeof buffer, unit == 0 ? "%.0f %s" : "%.1f %s", value, units[unit]);
+  return buffer;
+}
+
+void add_common_flags(CLI::App* verb, Session* session) {
+  verb->add_flag("--json", session->json, "One JSON object a line on stdout");
+  verb->add_flag("--quiet", session->quiet, "Say nothing that was not asked for");
+  verb->add_flag("--no-progress", session->no_progress, "No progress line");
+  verb->add_option("--workers", session->workers, "Threads (default: the processors)")->check(CLI::Range(1, 256));
+  verb->add_option("--max-memory", session->max_memory, "Upper bound for buffers, such as 256MB");
+  verb->add_option("--log-file", session->log_file, "Also write messages to this file");
+}
+
+void add_source_flags(CLI::App* verb, Session* session) {
+  add_common_flags(verb, session);
+  verb->add_option("--tag,-t", session->read.tag, "Tag to read instead of the one in latest");
+  verb->add_option("--sp", session->read.sequence_degree, "Sequence-parallel degree of the source")->check(CLI::Range(1, 1000000));
+  verb->add_option("--param-order", session->read.param_order, "Stage 0: file with the parameter names in the optimizer's order");
+  verb->add_flag("--allow-renamed", session->read.allow_renamed, "Accept a file that was saved under another name");
+  verb->add_option("--only", session->only, "Regular expression: parameters to show");
+}
+
+}  // namespace isoshard::tools

@@ -1,0 +1,53 @@
+// What every verb shares: the common flags, where output goes, progress, exit status.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/posix_storage.h"
+#include "reshard/executor.h"
+
+namespace isoshard::tools {
+
+// Exit status (docs/CONTRACTS.md §1).
+enum Status { kDone = 0, kAnswerIsNo = 1, kCouldNot = 2, kOurBug = 70 };
+
+struct Session {
+  checkpoint::PosixStorage storage;
+  bool json = false;
+  bool quiet = false;
+  bool no_progress = false;
+  int workers = 0;  // 0: as many as there are processors
+  std::string max_memory;
+  std::string log_file;
+  std::string expect;  // iso1:…
+  std::string only;    // regular expression on parameter names
+  checkpoint::ReadOptions read;
+  int status = kDone;
+
+  // One JSON object a line, with "schema": 1.
+  void print_json(nlohmann::json object) const;
+  void say(const std::string& line) const;      // to stdout unless --quiet or --json
+  void notice(const std::string& line) const;   // to stderr unless --quiet
+
+  checkpoint::ShardedState open(const std::string& source, bool prove = true);
+  reshard::StreamOptions stream_options() const;
+};
+
+// Flags that every verb takes, and those of verbs that read a checkpoint.
+void add_common_flags(CLI::App* verb, Session* session);
+void add_source_flags(CLI::App* verb, Session* session);
+
+std::string human_bytes(int64_t bytes);  // "2.4 GB", decimal
+
+void add_verbs(CLI::App* app, Session* session);
+
+// Verbs: each adds a subcommand whose callback sets session->status.
+void add_inspect(CLI::App* app, Session* session);
+void add_digest(CLI::App* app, Session* session);
+void add_convert(CLI::App* app, Session* session);
+
+}  // namespace isoshard::tools

@@ -1,0 +1,12 @@
+// The list of verbs, in the order of `isoshard help`.
+#include "tools/session.h"
+
+namespace isoshard::tools {
+
+void add_verbs(CLI::App* app, Session* session) {
+  add_inspect(app, session);
+  add_digest(app, session);
+  add_convert(app, session);
+}
+
+}  // namespace isoshard::tools
