@@ -15,6 +15,7 @@ constexpr uint32_t kLocalSignature = 0x04034b50, kDescriptorSignature = 0x08074b
 constexpr int64_t kLocalBytes = 30, kCentralBytes = 46, kEnd64Bytes = 56, kLocatorBytes = 20,
                   kEndBytes = 22;
 constexpr uint16_t kTorchFlags = 0x0808;  // data descriptor, UTF-8 names
+constexpr uint16_t kEmptyFlags = 0x0800;  // an empty record has no descriptor
 constexpr uint16_t kZip64Extra = 0x0001;
 constexpr uint16_t kFillExtra = 0x4246;  // "FB"
 constexpr int64_t kAlignment = 64;
@@ -31,6 +32,10 @@ inline uint64_t load(const std::string& bytes, size_t at, size_t count) {
 
 inline void append(std::string* bytes, uint64_t value, int count) {
   for (int i = 0; i < count; ++i) *bytes += static_cast<char>((value >> (8 * i)) & 0xFF);
+}
+
+inline uint16_t torch_flags(int64_t size_bytes) {
+  return size_bytes == 0 ? kEmptyFlags : kTorchFlags;
 }
 
 // The zip64 extra field of a local header as torch's miniz writes it: sizes if the record is large,

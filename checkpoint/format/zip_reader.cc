@@ -162,7 +162,6 @@ void Reader::read_central(const std::string& directory, size_t* cursor) {
     equal(load(directory, at + 4, 4), 0, "versions", entry);
     equal(load(directory, at + 12, 4), 0, "time and date", entry);
     equal(load(directory, at + 36, 6), 0, "attributes", entry);
-    equal(central.flags, kTorchFlags, "flags", entry);
   }
   *cursor += kCentralBytes;
   room(central.name_bytes + extra_bytes);
@@ -190,6 +189,7 @@ void Reader::read_central(const std::string& directory, size_t* cursor) {
   }
   record.size_bytes = static_cast<int64_t>(size);
   record.header_offset = static_cast<int64_t>(offset);
+  if (index_.torch_dialect) equal(central.flags, torch_flags(record.size_bytes), "flags", entry);
   if (extra != central_zip64(record.size_bytes, record.header_offset)) {
     corrupt("A zip record's extra field is not what its sizes call for.", quote(record.name));
   }

@@ -30,7 +30,7 @@ std::string ZipLayout::header(int number) const {
   std::string bytes;
   append(&bytes, kLocalSignature, 4);
   append(&bytes, 0, 2);  // version needed
-  append(&bytes, kTorchFlags, 2);
+  append(&bytes, torch_flags(r.size_bytes), 2);
   append(&bytes, 0, 2);   // stored
   append(&bytes, 0, 4);   // time and date
   append(&bytes, 0, 12);  // CRC and sizes stand in the descriptor
@@ -43,6 +43,7 @@ std::string ZipLayout::descriptor(int number, uint32_t crc32) const {
   const ZipRecord& r = record(number);
   const int width = local_zip64(r.size_bytes, r.header_offset).empty() ? 4 : 8;
   std::string bytes;
+  if (r.size_bytes == 0) return bytes;
   append(&bytes, kDescriptorSignature, 4);
   append(&bytes, crc32, 4);
   append(&bytes, static_cast<uint64_t>(r.size_bytes), width);
@@ -58,7 +59,7 @@ std::string ZipLayout::directory(const std::vector<uint32_t>& crcs) const {
     const std::string extra = central_zip64(r.size_bytes, r.header_offset);
     append(&bytes, kCentralSignature, 4);
     append(&bytes, 0, 4);  // versions
-    append(&bytes, kTorchFlags, 2);
+    append(&bytes, torch_flags(r.size_bytes), 2);
     append(&bytes, 0, 6);  // stored, time, date
     append(&bytes, crcs[i], 4);
     append(&bytes, static_cast<uint64_t>(std::min(r.size_bytes, kMax32)), 4);
