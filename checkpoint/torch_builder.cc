@@ -65,6 +65,16 @@ NodeId TorchBuilder::copy(const TorchFile& source, int source_file, NodeId node)
   return pickle.copy_from(source.pickle(), node, copied_nodes_[source_file], replace);
 }
 
+NodeId TorchBuilder::copy_scalar(const TorchFile& source, int source_file, NodeId node) {
+  const std::optional<TensorView> view = source.tensor(node);
+  if (!view) return copy(source, source_file, node);
+  const int64_t bytes = numel(view->shape) * item_size_bytes(view->dtype);
+  StorageFill fill{.dtype = view->dtype, .numel = numel(view->shape), .runs = {}, .copy = {}, .literal = {}};
+  fill.copy = SourceBytes{source_file, source.data_offset(*view), bytes};
+  const int storage = add_storage(std::move(fill));
+  return tensor({.shape = view->shape, .storage = storage, .requires_grad = view->requires_grad});
+}
+
 NodeId TorchBuilder::dict(std::vector<std::pair<std::string, NodeId>> entries) {
   std::vector<NodeId> items;
   for (const auto& [key, value] : entries) {

@@ -35,6 +35,14 @@ class TorchBuilder {
   // A copy of a subgraph of a source file; storages that it uses are copied whole, once.
   NodeId copy(const TorchFile& source, int source_file, NodeId node);
 
+  // From now on copies of `node` of that file are `replacement`.
+  void replace(int source_file, NodeId node, NodeId replacement) {
+    copied_nodes_[source_file][node] = replacement;
+  }
+
+  // A number or 0-d tensor of the source; a tensor gets a storage of its own at every call.
+  NodeId copy_scalar(const TorchFile& source, int source_file, NodeId node);
+
   // {key: value, …} with string keys.
   NodeId dict(std::vector<std::pair<std::string, NodeId>> entries);
   NodeId size_node(const Shape& shape);  // torch.Size

@@ -9,9 +9,9 @@
 
 namespace isoshard {
 
-FlatSizes flat_sizes(int64_t upper_bound, int dp) {
+FlatSizes flat_sizes(int64_t total, int dp) {
   const int64_t alignment = 2 * static_cast<int64_t>(dp);
-  const int64_t flat = div_ceil(upper_bound, alignment) * alignment;
+  const int64_t flat = div_ceil(total, alignment) * alignment;
   return {flat, div_exact(flat, dp)};
 }
 

@@ -24,8 +24,7 @@ struct FlatSizes {
 };
 
 // Stages 1 and 2: `total` elements (alignment padding between parameters included), dp ranks.
-// `upper_bound` >= total is what the padded length is computed from (parameter_alignment).
-FlatSizes flat_sizes(int64_t upper_bound, int dp);
+FlatSizes flat_sizes(int64_t total, int dp);
 
 // Padding elements at the end of rank `rank`'s partition (stage_1_and_2.py, group_paddings).
 int64_t partition_padding(int64_t total, int64_t partition, int rank);

@@ -34,8 +34,8 @@ SETTINGS = set("name stage world dtype steps tied frozen exclude_frozen groups c
 MOMENTS = {"Adagrad": ("sum",), "SGD": ("momentum_buffer",), "RMSprop": ("square_avg",)}
 CLIENT_STATE = {"note": "made by the oracle", "epoch": 2, "nested": {"a": [1, 2.5, None, True]}}
 UNIVERSAL = "-m deepspeed.checkpoint.ds_to_universal --inject_missing_state \
-    --num_extract_workers 1 --num_merge_workers 1 --input_folder ckpt/{0} \
-    --output_folder universal/{0}_universal"
+    --num_extract_workers 1 --num_merge_workers 1 --input_folder ckpt/global_step{0} \
+    --output_folder universal/global_step{0}_universal"
 
 
 def build_model(case):
@@ -79,9 +79,11 @@ def client_optimizer(case, parameters):
     """The optimizer that the program makes itself, or None where DeepSpeed's config names it."""
     import torch
     asked = case.get("client_optimizer", {"type": "AdamW", "params": {"lr": LEARNING_RATE}})
-    if case.get("groups"):  # matrices decay, the rest does not
-        parameters = [{"params": [p for p in parameters if (p.dim() > 1) == decays],
-                       "weight_decay": WEIGHT_DECAY * decays} for decays in (True, False)]
+    if case.get("groups"):  # matrices decay, the rest does not; with 3, one element stands alone
+        group_of = {p: (p.dim() < 2) + (p.numel() == 1 and case["groups"] == 3) for p in parameters}
+        parameters = [{"params": [p for p in parameters if group_of[p] == group],
+                       "weight_decay": 0.0 if group else WEIGHT_DECAY}
+                      for group in sorted(set(group_of.values()))]
     elif "client_optimizer" not in case:
         return None
     return getattr(torch.optim, asked["type"])(parameters, **asked["params"])
@@ -91,14 +93,14 @@ def deepspeed_config(case, has_client_optimizer):
     """The order of the keys matters: the config is saved in every optimizer file."""
     kind = {} if case.get("ds_adam") else {"torch_adam": True}
     adam = {"lr": LEARNING_RATE, **kind, "weight_decay": WEIGHT_DECAY}
-    warmup = {"warmup_max_lr": LEARNING_RATE, "warmup_num_steps": 4}
     config = {
         "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
         "zero_optimization": {"stage": case["stage"], **case.get("zero", {})},
         "optimizer": {"type": "AdamW", "params": adam}, "steps_per_print": 100000,
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
     if case.get("sched"):
-        config["scheduler"] = {"type": "WarmupLR", "params": warmup}
+        config["scheduler"] = {"type": "WarmupLR", "params": {
+            "warmup_max_lr": LEARNING_RATE, "warmup_num_steps": 4}}
     if case.get("dtype", "bf16") == "bf16":
         config["bf16"] = {"enabled": True}
     elif case["dtype"] == "fp16":
@@ -219,13 +221,11 @@ def convert(part, command, case, out, python):
 def record(case, out, python):
     os.makedirs(os.path.join(out, "truth"))
     run_ranks(case, out, python)
-    query = "import importlib.metadata, sys; print(importlib.metadata.version(sys.argv[1]))"
-    case["versions"] = {
-        name: subprocess.check_output([python, "-c", query, name], text=True).split("+")[0].strip()
-        for name in ("deepspeed", "torch")}
+    query = "import importlib.metadata as m; print(m.version('deepspeed'), m.version('torch'))"
+    found = subprocess.check_output([python, "-c", query], text=True).split()
+    case["versions"] = dict(zip(("deepspeed", "torch"), (v.split("+")[0] for v in found)))
     if "load_from" not in case:
-        tag = f"global_step{case.get('steps', 3)}"
-        convert("universal", UNIVERSAL.format(tag), case, out, python)
+        convert("universal", UNIVERSAL.format(case.get("steps", 3)), case, out, python)
         convert("fp32", "ckpt/zero_to_fp32.py ckpt fp32", case, out, python)
     for script in glob.glob(os.path.join(glob.escape(out), "ckpt", "*.py")):
         os.remove(script)

@@ -7,6 +7,7 @@ void add_verbs(CLI::App* app, Session* session) {
   add_inspect(app, session);
   add_digest(app, session);
   add_convert(app, session);
+  add_reshard(app, session);
 }
 
 }  // namespace isoshard::tools

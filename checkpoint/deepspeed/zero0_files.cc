@@ -78,13 +78,21 @@ class OrderSearch {
   std::optional<size_t> stuck;  // a slot without a place even in its group alone
 
  private:
+  // A way is a chain of placements, named by its last.
+  struct Placement {
+    size_t before;
+    size_t slot;
+    size_t candidate;
+  };
   using Placed = std::vector<size_t>;
-  using Layer = std::map<Placed, std::vector<Order>>;
-  static constexpr size_t kWorkLimit = 200'000'000;
+  using Ways = std::vector<size_t>;
+  using Layer = std::map<Placed, Ways>;
+  static constexpr size_t kStart = SIZE_MAX;
+  static constexpr size_t kWorkLimit = 20'000'000;
 
   bool find_windows();
   void walk();
-  void reach(Layer* layer, const Placed& placed, const std::vector<Order>& ways, size_t next) const;
+  void reach(Layer* layer, const Placed& placed, const Ways& ways, size_t next) const;
   Layer step(const Layer& layer, size_t candidate);
 
   std::vector<size_t> sizes_;   // of the groups
@@ -93,7 +101,8 @@ class OrderSearch {
   size_t candidates_ = 0;
   Fits fits_;
   Order earliest_, latest_;  // every order lies between the two
-  size_t work_ = 0;          // about the words touched
+  std::vector<Placement> placements_;
+  size_t work_ = 0;  // about the words touched
 };
 
 bool OrderSearch::find_windows() {
@@ -128,19 +137,25 @@ void OrderSearch::walk() {
     if (distinct.size() == slots_) orders = {earliest_};
     return;
   }
-  Layer layer = {{Placed(sizes_.size(), 0), {Order(slots_, 0)}}};
+  Layer layer = {{Placed(sizes_.size(), 0), {kStart}}};
   for (size_t candidate = 0; candidate < candidates_ && !layer.empty(); ++candidate) {
     layer = step(layer, candidate);
     too_many = work_ > kWorkLimit;
     if (too_many) return;
   }
-  if (!layer.empty()) orders = layer.begin()->second;
+  if (layer.empty()) return;
+  for (size_t way : layer.begin()->second) {
+    Order& order = orders.emplace_back(slots_);
+    for (; way != kStart; way = placements_[way].before) {
+      order[placements_[way].slot] = placements_[way].candidate;
+    }
+  }
 }
 
 OrderSearch::Layer OrderSearch::step(const Layer& layer, size_t candidate) {
   Layer next;
   for (const auto& [placed, ways] : layer) {
-    work_ += (sizes_.size() + ways.size() * slots_) * 2;
+    work_ += 2 * sizes_.size() + 8;
     reach(&next, placed, ways, candidate + 1);  // the candidate is left out
     for (size_t group = 0; group < sizes_.size(); ++group) {
       const size_t slot = begins_[group] + placed[group];
@@ -148,11 +163,14 @@ OrderSearch::Layer OrderSearch::step(const Layer& layer, size_t candidate) {
           candidate > latest_[slot] || !fits_(slot, candidate)) {
         continue;
       }
-      work_ += sizes_.size() + ways.size() * slots_;
+      work_ += sizes_.size() + 8;
       Placed more = placed;
       ++more[group];
-      std::vector<Order> longer = ways;
-      for (Order& way : longer) way[slot] = candidate;
+      Ways longer;
+      for (size_t way : ways) {
+        longer.push_back(placements_.size());
+        placements_.push_back({way, slot, candidate});
+      }
       reach(&next, more, longer, candidate + 1);
     }
   }
@@ -160,8 +178,7 @@ OrderSearch::Layer OrderSearch::step(const Layer& layer, size_t candidate) {
 }
 
 // Adds a state before candidate `next`, unless a slot can no longer be placed.
-void OrderSearch::reach(Layer* layer, const Placed& placed, const std::vector<Order>& ways,
-                        size_t next) const {
+void OrderSearch::reach(Layer* layer, const Placed& placed, const Ways& ways, size_t next) const {
   size_t rest = 0;
   for (size_t group = 0; group < sizes_.size(); ++group) {
     if (placed[group] == sizes_[group]) continue;
@@ -169,7 +186,7 @@ void OrderSearch::reach(Layer* layer, const Placed& placed, const std::vector<Or
     rest += sizes_[group] - placed[group];
   }
   if (rest > candidates_ - next) return;
-  std::vector<Order>& known = (*layer)[placed];
+  Ways& known = (*layer)[placed];
   known.insert(known.end(), ways.begin(), ways.end());
   if (known.size() > 2) known.resize(2);
 }
@@ -590,7 +607,9 @@ void Zero0Reader::prove() {
     const Entry& entry = entries_[slots_[i].entry];
     const std::optional<Difference>& wrong = difference(i, slots_[i].entry);
     if (!wrong) continue;
-    refuse(ErrorCode::kMismatch, "A parameter's master does not agree with the module.",
+    refuse(ErrorCode::kMismatch,
+           "A parameter's master does not agree with the module: the order is another, or bytes "
+           "are damaged.",
            quote(entry.name) + " element " + std::to_string(wrong->element),
            "bits " + wrong->expected + ", the master (" + describe(slots_[i]) + ") cast to " +
                name(entry.view.dtype),

@@ -126,7 +126,6 @@ void Zero12Reader::read_group(int group) {
 void Zero12Reader::read_layout(int group) {
   std::vector<int64_t> alignment(shapes_.size(), 0);
   const Fields first = fields(0);
-  bool aligned = false;
   if (first.maybe(ranks_[0].optimizer, "param_alignment_paddings") != kNoNode) {
     const std::vector<NodeId>& list = first.list(group_item(0, "param_alignment_paddings", group), "param_alignment_paddings");
     if (list.size() != shapes_.size()) {
@@ -134,12 +133,11 @@ void Zero12Reader::read_layout(int group) {
     }
     for (size_t i = 0; i < list.size(); ++i) {
       alignment[i] = first.integer(list[i], "param_alignment_paddings");
-      aligned = aligned || alignment[i] != 0;
       if (alignment[i] < 0 || alignment[i] > 16) first.fail("An alignment padding is impossible.", "param_alignment_paddings", "0 to 15", std::to_string(alignment[i]));
     }
   }
   layouts_.clear();
-  int64_t offset = 0, bound = 0;
+  int64_t offset = 0;
   for (size_t i = 0; i < shapes_.size(); ++i) {
     const auto& [name, shape] = shapes_[i];
     if (state_.find_parameter(name) != nullptr) first.fail("A parameter stands in two groups.", quote(name), "once", "twice");
@@ -147,12 +145,9 @@ void Zero12Reader::read_layout(int group) {
     parameters_.push_back(static_cast<int>(state_.parameters.size()) - 1);
     layouts_.push_back({.numel = numel(shape), .ranks = dp_, .placement = FlatShard{.group_offset = offset}});
     offset += numel(shape) + alignment[i];
-    bound += numel(shape);
-    // The engine sizes the buffer for the worst padding, 16 bytes of the model's element size.
-    if (aligned) bound += alignment_padding(numel(shape), 2);
   }
   total_ = offset;
-  sizes_ = flat_sizes(std::max(bound, offset), dp_);
+  sizes_ = flat_sizes(total_, dp_);
   for (TensorLayout& layout : layouts_) std::get<FlatShard>(layout.placement).partition = std::max<int64_t>(sizes_.partition, 1);
 }
 
