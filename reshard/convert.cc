@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <map>
 
+#include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/format/crc.h"
 #include "checkpoint/manifest.h"
@@ -22,7 +23,7 @@ using nlohmann::json;
 
 namespace {
 
-[[noreturn]] void mismatch(const std::string& what, const std::string& entry, const std::string& expected, const std::string& found) {
+[[noreturn]] void refuse_mismatch(const std::string& what, const std::string& entry, const std::string& expected, const std::string& found) {
   throw Error(ErrorInfo{.code = ErrorCode::kMismatch, .what = what, .entry = entry, .expected = expected, .found = found,
                         .safe = "nothing was published; the source was only read",
                         .next = "check memory and disk of this machine, then run again; report it if it repeats"});
@@ -61,14 +62,14 @@ json compare_weights(const ShardedState& source, const Digest& source_digest, co
   bool cast_any = false, cast_buffer = false;
   for (const LeafLine& line : target_digest.leaves) {
     const auto found = lines.find(line.name);
-    if (found == lines.end()) mismatch("The output holds a tensor that the source does not.", quote(line.name), "absent", "present");
+    if (found == lines.end()) refuse_mismatch("The output holds a tensor that the source does not.", quote(line.name), "absent", "present");
     const LeafLine& original = *found->second;
     LeafCrc expected = original.crc;
     if (original.dtype != line.dtype) {
       expected = cast_crc(source, source.leaf(originals[line.name]), line.dtype);
       (original.state == "buffer" ? cast_buffer : cast_any) = true;
     }
-    if (original.shape != line.shape || expected != line.crc) mismatch("The output differs from the source.", quote(line.name), crc_text(expected), crc_text(line.crc));
+    if (original.shape != line.shape || expected != line.crc) refuse_mismatch("The output differs from the source.", quote(line.name), crc_text(expected), crc_text(line.crc));
     lines.erase(found);
   }
   json result = {{"weights", cast_any ? "cast" : "equal"}, {"buffers", cast_buffer ? "cast" : "equal"}};
@@ -77,12 +78,22 @@ json compare_weights(const ShardedState& source, const Digest& source_digest, co
   std::map<std::string, std::string> aliases;
   for (const checkpoint::Alias& alias : target.aliases) aliases[alias.name] = alias.target;
   for (const checkpoint::Alias& alias : source.aliases) {
-    if (target.find_parameter(alias.target) != nullptr && aliases[alias.name] != alias.target) mismatch("A tied name was lost.", quote(alias.name), quote(alias.target), quote(aliases[alias.name]));
+    if (target.find_parameter(alias.target) != nullptr && aliases[alias.name] != alias.target) refuse_mismatch("A tied name was lost.", quote(alias.name), quote(alias.target), quote(aliases[alias.name]));
   }
   for (const SectionDigest& section : source_digest.sections) {
     if (!result.contains(section.section) && section.absent.empty()) result[section.section] = "absent: this format holds weights only";
   }
   return result;
+}
+
+// Hyper-parameters without what the caller allowed to be left behind.
+void compare_hyper(const ShardedState& source, const ShardedState& target, const std::set<std::string>& dropped) {
+  json expected = checkpoint::hyper_json(source), found = checkpoint::hyper_json(target);
+  for (const std::string& key : dropped) {
+    expected.erase(key);
+    found.erase(key);
+  }
+  if (expected != found) refuse_mismatch("The output differs from the source.", "hyper", expected.dump().substr(0, 200), found.dump().substr(0, 200));
 }
 
 // Every file of the plan as a pseudo-leaf, so that one pass checks leaves and whole files.
@@ -127,7 +138,7 @@ class Conversion {
     if (options_.verify == VerifyMode::kDisk) {
       for (const TargetFile& target : plan_.targets) storage_.drop_cache(staged_.path() + "/" + target.path());
     }
-    ShardedState target = checkpoint::read_checkpoint(storage_, staged_.path(), {.tag = "", .sequence_degree = state_.topology.sequence, .param_order = ""});
+    ShardedState target = checkpoint::read_checkpoint(storage_, staged_.path(), {.tag = "", .param_order = ""});
     const std::map<std::string, int> whole = add_whole_files(&target);
     StreamOptions stream = options_.stream;
     stream.digest = digested_leaves(target);
@@ -135,7 +146,7 @@ class Conversion {
     const StreamResult read = digest_leaves(storage_, target, stream);
     result_.target = make_digest(target, read.leaves);
     for (const FileHash& file : result_.stream.files) check_file(file, whole, read);
-    sections_ = compare_sections(state_, result_.source, target, result_.target);
+    sections_ = compare_sections(state_, result_.source, target, result_.target, options_.dropped);
   }
 
   void check_file(const FileHash& file, const std::map<std::string, int>& whole, const StreamResult& read) {
@@ -150,7 +161,7 @@ class Conversion {
       found = {true, crc64_ecma_polynomial().finish(crcs.ecma, bytes), crc64_jones_polynomial().finish(crcs.jones, bytes)};
     }
     const LeafCrc expected{true, file.ecma, file.jones};
-    if (found != expected) mismatch("A file reads back differently from what was written.", quote(file.path), crc_text(expected), crc_text(found));
+    if (found != expected) refuse_mismatch("A file reads back differently from what was written.", quote(file.path), crc_text(expected), crc_text(found));
   }
 
   // --verify=stream: the plan's cover was checked; every byte written was digested on the way.
@@ -204,19 +215,25 @@ class Conversion {
 
 }  // namespace
 
-json compare_sections(const ShardedState& source, const Digest& source_digest, const ShardedState& target, const Digest& target_digest) {
+json compare_sections(const ShardedState& source, const Digest& source_digest, const ShardedState& target, const Digest& target_digest,
+                      const std::set<std::string>& dropped) {
   if (target.flavour == Flavour::kWeights) return compare_weights(source, source_digest, target, target_digest);
   json result = json::object();
   for (const SectionDigest& section : source_digest.sections) {
     if (!section.absent.empty()) continue;
     const SectionDigest* other = find_section(target_digest, section.section);
-    if (other == nullptr || !other->absent.empty()) mismatch("A section of the state is missing from the output.", section.section, "iso1:" + section.hex, "absent");
-    if (other->hex != section.hex) mismatch("The output differs from the source.", section.section, "iso1:" + section.hex, "iso1:" + other->hex);
+    if (other == nullptr || !other->absent.empty()) refuse_mismatch("A section of the state is missing from the output.", section.section, "iso1:" + section.hex, "absent");
+    if (section.section == "hyper" && !dropped.empty()) {
+      compare_hyper(source, target, dropped);
+      result[section.section] = "equal but for what was dropped by name";
+      continue;
+    }
+    if (other->hex != section.hex) refuse_mismatch("The output differs from the source.", section.section, "iso1:" + section.hex, "iso1:" + other->hex);
     result[section.section] = "equal";
   }
   for (const SectionDigest& section : target_digest.sections) {
     const SectionDigest* other = find_section(source_digest, section.section);
-    if (section.absent.empty() && (other == nullptr || !other->absent.empty())) mismatch("The output holds a section that the source does not.", section.section, "absent", "iso1:" + section.hex);
+    if (section.absent.empty() && (other == nullptr || !other->absent.empty())) refuse_mismatch("The output holds a section that the source does not.", section.section, "absent", "iso1:" + section.hex);
   }
   return result;
 }

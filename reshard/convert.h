@@ -2,6 +2,7 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -20,6 +21,7 @@ struct ConvertOptions {
   StreamOptions stream;
   std::string latest_path;       // pointer file to replace last; empty: none
   std::string latest_text;
+  std::set<std::string> dropped;  // parts of hyper that the caller allowed to be left behind
   nlohmann::json certificate;    // what the caller knows: source, target, inferred, …
   std::function<void(const std::string& phase)> phase;
 };
@@ -39,6 +41,7 @@ ConvertResult convert(Storage& storage, const checkpoint::ShardedState& state, c
 
 // equal | cast | absent for each section of the source; throws Error(kMismatch) on a difference.
 nlohmann::json compare_sections(const checkpoint::ShardedState& source, const Digest& source_digest,
-                                const checkpoint::ShardedState& target, const Digest& target_digest);
+                                const checkpoint::ShardedState& target, const Digest& target_digest,
+                                const std::set<std::string>& dropped = {});
 
 }  // namespace isoshard::reshard

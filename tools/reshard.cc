@@ -57,10 +57,11 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
     options.latest_path = checkpoint::join(flags.target, "latest");
     options.latest_text = tag;
   }
+  options.dropped = std::set<std::string>(flags.allow_dropped.begin(), flags.allow_dropped.end());
   options.certificate = source_certificate(state, flags.source);
   options.certificate["target"] = {{"tag", tag}, {"format", "ZeRO-" + std::to_string(stage)}, {"topology", to_string(topology)}, {"stage", stage}, {"ds_version", state.version}};
   for (const std::string& text : files.synthesised) options.certificate["synthesised"].push_back(text);
-  for (const std::string& text : flags.allow_dropped) options.certificate["dropped"].push_back(text + " of ranks other than 0, allowed by --allow-dropped");
+  for (const std::string& text : flags.allow_dropped) options.certificate["dropped"].push_back(text + ", allowed by --allow-dropped");
   session->say(to_string(state.topology) + " stage " + std::to_string(state.stage) + "  →  " + to_string(topology) + " stage " + std::to_string(stage));
   finish_conversion(session, state, std::move(files.files), flags.common, &options);
 }
@@ -76,7 +77,7 @@ void add_reshard(CLI::App* app, Session* session) {
   verb->add_option("--to-config", flags->to_config, "A DeepSpeed config file instead, with --world");
   verb->add_option("--world", flags->world, "Number of ranks for --to-config");
   verb->add_option("--tag-out", flags->tag_out, "Tag of the target (default: the source's)");
-  verb->add_option("--allow-dropped", flags->allow_dropped, "What may be left behind: client_state (of ranks other than 0)")->check(CLI::IsMember({"client_state"}));
+  verb->add_option("--allow-dropped", flags->allow_dropped, "What may be left behind: client_state (of ranks other than 0), loss_scaler (its hysteresis, at stage 0)")->check(CLI::IsMember({"client_state", "loss_scaler"}));
   add_conversion_flags(verb, &flags->common);
   add_source_flags(verb, session);
   verb->callback([session, flags] { run_reshard(session, *flags); });

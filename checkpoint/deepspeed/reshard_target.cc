@@ -81,6 +81,16 @@ void check_client_state(const ShardedState& state, const ReshardTarget& target, 
   }
 }
 
+// Stage 0 keeps fewer fields of a dynamic loss scaler than the other stages.
+void check_loss_scaler(const ShardedState& state, int stage, const std::set<std::string>& allow_dropped) {
+  if (stage != 0 || state.flavour == Flavour::kZero0 || allow_dropped.count("loss_scaler")) return;
+  const nlohmann::json scaler = hyper_json(state)["loss_scaler"];
+  if (!scaler.value("dynamic", false) || !scaler.contains("cur_hysteresis")) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "A stage-0 file cannot hold the hysteresis of a dynamic loss scaler.", .file = state.folder,
+                        .entry = "loss_scaler", .expected = "a static loss scaler", .found = scaler.dump(),
+                        .next = "pass --allow-dropped loss_scaler: the scale itself is kept, the rest comes from ds_config again"});
+}
+
 }  // namespace
 
 ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage) {
@@ -185,6 +195,7 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
 ReshardFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage, const std::set<std::string>& allow_dropped) {
   ReshardTarget target = make_target(state, topology, stage);
   check_client_state(state, target, allow_dropped);
+  check_loss_scaler(state, stage, allow_dropped);
   ReshardFiles result;
   for (int rank = 0; rank < (stage == 3 ? target.ranks : 1); ++rank) result.files.push_back(model_blueprint(&target, rank));
   for (int rank = 0; rank < (stage == 0 ? 0 : target.ranks); ++rank) result.files.push_back(optim_blueprint(&target, rank));

@@ -9,6 +9,9 @@
 #include <cmath>
 #include <cstring>
 #include <functional>
+#include <map>
+#include <optional>
+#include <set>
 #include <tuple>
 
 #include "checkpoint/deepspeed/reader.h"
@@ -88,7 +91,7 @@ class OrderSearch {
   using Ways = std::vector<size_t>;
   using Layer = std::map<Placed, Ways>;
   static constexpr size_t kStart = SIZE_MAX;
-  static constexpr size_t kWorkLimit = 20'000'000;
+  static constexpr size_t kWorkLimit = 10'000'000;
 
   bool find_windows();
   void walk();
