@@ -50,4 +50,10 @@ struct FileBlueprint {
   std::vector<StorageFill> storages;
 };
 
+// All files of a target, and what they hold that no source file held ("what: rule").
+struct TargetFiles {
+  std::vector<FileBlueprint> files;
+  std::vector<std::string> synthesised;
+};
+
 }  // namespace isoshard::checkpoint

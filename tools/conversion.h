@@ -16,6 +16,15 @@ struct ConversionFlags {
   std::string verify = "reread";
 };
 
+struct ConvertFlags {
+  std::string source, target, to, format = "safetensors", max_shard_size = "5GB", like = "0.19.8";
+  bool exclude_frozen = false;
+  bool as_deepspeed = false;
+  ConversionFlags common;
+};
+
+void run_convert(Session* session, const ConvertFlags& flags);
+
 void add_conversion_flags(CLI::App* verb, ConversionFlags* flags);
 
 // TARGET equal to, inside or around SOURCE is refused.

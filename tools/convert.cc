@@ -13,13 +13,6 @@ namespace {
 
 using checkpoint::ShardedState;
 
-struct ConvertFlags {
-  std::string source, target, to, format = "safetensors", max_shard_size = "5GB", like = "0.19.8";
-  bool exclude_frozen = false;
-  bool as_deepspeed = false;
-  ConversionFlags common;
-};
-
 bool older(const std::string& version, const std::string& than) {
   const auto number = [](const std::string& text) {
     int major = 0, minor = 0, patch = 0;
@@ -28,6 +21,8 @@ bool older(const std::string& version, const std::string& than) {
   };
   return number(version) < number(than);
 }
+
+}  // namespace
 
 void run_convert(Session* session, const ConvertFlags& flags) {
   refuse_overlap(session, flags.source, flags.target);
@@ -40,7 +35,9 @@ void run_convert(Session* session, const ConvertFlags& flags) {
       state = checkpoint::as_deepspeed_believes(state);
       certificate["lossy"] = {"round-robin partitions read as DeepSpeed reads them (--as-deepspeed): parameters are swapped"};
     }
-    files = checkpoint::universal_blueprints(state, {.extra_folders = !older(flags.like, "0.19.6")});
+    checkpoint::TargetFiles universal = checkpoint::universal_blueprints(state, {.extra_folders = !older(flags.like, "0.19.6")});
+    files = std::move(universal.files);
+    for (const std::string& text : universal.synthesised) certificate["synthesised"].push_back(text);
     certificate["target"]["format"] = state.stage == 3 ? "universal (ZeRO-3 form)" : "universal (ZeRO-1/2 form)";
     if (!flags.common.no_latest) {
       options.latest_path = checkpoint::join(checkpoint::parent_folder(flags.target), "latest_universal");
@@ -56,8 +53,6 @@ void run_convert(Session* session, const ConvertFlags& flags) {
   options.certificate = std::move(certificate);
   finish_conversion(session, state, std::move(files), flags.common, &options);
 }
-
-}  // namespace
 
 void add_convert(CLI::App* app, Session* session) {
   auto flags = std::make_shared<ConvertFlags>();

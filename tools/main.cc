@@ -4,6 +4,7 @@
 #include <csignal>
 #include <fstream>
 #include <iostream>
+#include <vector>
 
 #include "checkpoint/cancel.h"
 #include "core/check.h"
@@ -104,8 +105,15 @@ int main(int argc, char** argv) {
     if (verb == "ds_to_universal" || verb == "zero_to_fp32") break;
     for (char* c = argv[i]; *c != '\0' && *c != '='; ++c) *c = *c == '_' ? '-' : *c;
   }
+  // `plan VERB …` is `VERB … --dry-run`.
+  std::vector<char*> arguments(argv, argv + argc);
+  static char dry_run[] = "--dry-run";
+  if (argc > 2 && std::string(argv[1]) == "plan" && argv[2][0] != '-') {
+    arguments.erase(arguments.begin() + 1);
+    arguments.push_back(dry_run);
+  }
   try {
-    return run(argc, argv, &session);
+    return run(static_cast<int>(arguments.size()), arguments.data(), &session);
   } catch (const isoshard::Error& error) {
     report(session, error);
     const int signal = isoshard::checkpoint::cancel_signal();

@@ -51,7 +51,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   if (const std::string why = why_unsafe_name(tag); !why.empty() || tag.find('/') != std::string::npos) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage, .what = "The tag cannot be used: " + (why.empty() ? "it has a '/'" : why) + ".", .found = quote(tag), .next = "name one with --tag-out"});
   }
-  checkpoint::ReshardFiles files = checkpoint::reshard_blueprints(state, topology, stage, std::set<std::string>(flags.allow_dropped.begin(), flags.allow_dropped.end()));
+  checkpoint::TargetFiles files = checkpoint::reshard_blueprints(state, topology, stage, std::set<std::string>(flags.allow_dropped.begin(), flags.allow_dropped.end()));
   reshard::ConvertOptions options = conversion_options(session, flags.common, checkpoint::join(flags.target, tag));
   if (!flags.common.no_latest) {
     options.latest_path = checkpoint::join(flags.target, "latest");

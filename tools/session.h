@@ -50,5 +50,6 @@ void add_inspect(CLI::App* app, Session* session);
 void add_digest(CLI::App* app, Session* session);
 void add_convert(CLI::App* app, Session* session);
 void add_reshard(CLI::App* app, Session* session);
+void add_deepspeed_aliases(CLI::App* app, Session* session);
 
 }  // namespace isoshard::tools

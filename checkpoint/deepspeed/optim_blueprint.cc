@@ -12,7 +12,7 @@ namespace isoshard::checkpoint {
 namespace {
 
 // The source's dictionary that holds loss_scaler, overflow, clip_grad and the like.
-NodeRef global_state(const ShardedState& state) {
+NodeRef global_source(const ShardedState& state) {
   if (state.flavour == Flavour::kZero0) {
     const Fields model(state.document(state.model_files[0]));
     return {state.model_files[0], model.maybe(model.root(), "optimizer")};
@@ -45,12 +45,32 @@ std::vector<int> leaves_of(const ReshardTarget& target, const TargetBuffer& buff
 class OptimWriter {
  public:
   OptimWriter(ReshardTarget* target, TorchBuilder* builder, int rank)
-      : target_(*target), state_(target->state), builder_(*builder), pickle_(builder->pickle), rank_(rank), global_(global_state(state_)) {}
+      : target_(*target), state_(target->state), builder_(*builder), pickle_(builder->pickle), rank_(rank), global_(global_source(state_)) {}
 
   NodeId file_root() {
     return builder_.dict({{"optimizer_state_dict", target_.stage == 3 ? stage3() : stage12()},
                           {"ds_config", target_config(&builder_, target_)},
                           {"ds_version", pickle_.string(state_.version)}});
+  }
+
+  // What ds_to_universal keeps of a stage-1 optimizer_state_dict: no partitions, zero paddings.
+  NodeId global_state() {
+    std::vector<std::pair<std::string, NodeId>> entries;
+    add_scaler(&entries);
+    std::vector<NodeId> paddings, alignments, counts;
+    for (const TargetBuffer& buffer : target_.buffers) {
+      paddings.push_back(pickle_.integer(0));
+      alignments.push_back(pickle_.list(std::vector<NodeId>(buffer.parameters.size(), pickle_.integer(0))));
+      counts.push_back(pickle_.integer(target_.ranks));
+    }
+    entries.emplace_back("clip_grad", clip_grad());
+    entries.emplace_back("zero_stage", stage_enum());
+    entries.emplace_back("group_paddings", pickle_.list(std::move(paddings)));
+    if (target_.writes_alignment) entries.emplace_back("param_alignment_paddings", pickle_.list(std::move(alignments)));
+    entries.emplace_back("partition_count", pickle_.list(std::move(counts)));
+    entries.emplace_back("ds_version", pickle_.string(state_.version));
+    entries.emplace_back("param_groups", param_groups());
+    return builder_.dict(std::move(entries));
   }
 
   NodeId stage0() {
@@ -343,6 +363,12 @@ FileBlueprint optim_blueprint(ReshardTarget* target, int rank) {
   TorchBuilder builder;
   const NodeId root = OptimWriter(target, &builder, rank).file_root();
   return builder.finish(optim_file_name(target->prefix, rank, 0), root);
+}
+
+FileBlueprint global_state_blueprint(ReshardTarget* target) {
+  TorchBuilder builder;
+  const NodeId root = OptimWriter(target, &builder, 0).global_state();
+  return builder.finish("zero/optimizer_state.pt", root);
 }
 
 NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder) { return OptimWriter(target, builder, 0).stage0(); }

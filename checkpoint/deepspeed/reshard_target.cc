@@ -192,11 +192,11 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
   return fill;
 }
 
-ReshardFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage, const std::set<std::string>& allow_dropped) {
+TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage, const std::set<std::string>& allow_dropped) {
   ReshardTarget target = make_target(state, topology, stage);
   check_client_state(state, target, allow_dropped);
   check_loss_scaler(state, stage, allow_dropped);
-  ReshardFiles result;
+  TargetFiles result;
   for (int rank = 0; rank < (stage == 3 ? target.ranks : 1); ++rank) result.files.push_back(model_blueprint(&target, rank));
   for (int rank = 0; rank < (stage == 0 ? 0 : target.ranks); ++rank) result.files.push_back(optim_blueprint(&target, rank));
   result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());

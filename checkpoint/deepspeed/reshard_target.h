@@ -74,14 +74,11 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
 FileBlueprint model_blueprint(ReshardTarget* target, int rank);
 FileBlueprint optim_blueprint(ReshardTarget* target, int rank);
 NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder);
-
-struct ReshardFiles {
-  std::vector<FileBlueprint> files;
-  std::vector<std::string> synthesised;
-};
+// zero/optimizer_state.pt of a universal folder whose source has no partition files (stage 0).
+FileBlueprint global_state_blueprint(ReshardTarget* target);
 
 // All files of a checkpoint of `state` at that topology and stage. `allow_dropped` names what may be
 // left behind: "client_state" (that of ranks other than 0).
-ReshardFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage, const std::set<std::string>& allow_dropped);
+TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage, const std::set<std::string>& allow_dropped);
 
 }  // namespace isoshard::checkpoint

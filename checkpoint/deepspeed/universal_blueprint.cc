@@ -5,6 +5,7 @@
 #include <set>
 
 #include "checkpoint/deepspeed/fields.h"
+#include "checkpoint/deepspeed/reshard_target.h"
 #include "checkpoint/torch_builder.h"
 #include "core/error.h"
 #include "core/utf8.h"
@@ -17,15 +18,24 @@ class UniversalWriter {
   UniversalWriter(const ShardedState& state, const UniversalOptions& options)
       : state_(state), options_(options), stage3_(state.flavour == Flavour::kZero3) {}
 
-  std::vector<FileBlueprint> run() {
+  TargetFiles run() {
     for (const GroupState& group : state_.groups) {
       for (int number : group.flat_order) add_parameter(state_.parameters[static_cast<size_t>(number)]);
     }
     if (!stage3_ && options_.extra_folders) add_extra_folders();
-    files_.push_back(stage3_ ? global_state_3() : global_state_12());
-    for (int file : state_.model_files) files_.push_back(copy_of(file));
+    TargetFiles result;
+    if (state_.flavour == Flavour::kZero0) {
+      ReshardTarget target = make_target(state_, state_.topology, 1);
+      files_.push_back(global_state_blueprint(&target));
+      files_.push_back(model_blueprint(&target, 0));
+      result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
+    } else {
+      files_.push_back(stage3_ ? global_state_3() : global_state_12());
+      for (int file : state_.model_files) files_.push_back(copy_of(file));
+    }
     check_paths();
-    return std::move(files_);
+    result.files = std::move(files_);
+    return result;
   }
 
  private:
@@ -195,8 +205,8 @@ ShardedState as_deepspeed_believes(const ShardedState& state) {
   return believed;
 }
 
-std::vector<FileBlueprint> universal_blueprints(const ShardedState& state, const UniversalOptions& options) {
-  const bool convertible = state.flavour == Flavour::kZero12 || state.flavour == Flavour::kBf16Optimizer || state.flavour == Flavour::kZero3;
+TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptions& options) {
+  const bool convertible = state.flavour == Flavour::kZero0 || state.flavour == Flavour::kZero12 || state.flavour == Flavour::kBf16Optimizer || state.flavour == Flavour::kZero3;
   if (!convertible) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "This source cannot be converted to universal.", .file = state.folder,
                           .expected = "a ZeRO checkpoint", .found = name(state.flavour)});

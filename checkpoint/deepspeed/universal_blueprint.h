@@ -14,8 +14,9 @@ struct UniversalOptions {
   bool extra_folders = true;    // buffers, frozen parameters and aliases too (DeepSpeed ≥ 0.19.6)
 };
 
+// A stage-0 source, which DeepSpeed's converter refuses, gets the files of a stage-1 one.
 // Paths are relative to the universal folder. Throws Error(kUsage, kUnsupported, kHostile).
-std::vector<FileBlueprint> universal_blueprints(const ShardedState& state, const UniversalOptions& options);
+TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptions& options);
 
 // The state as DeepSpeed's converter and its safe_get_full_* calls believe it to be under
 // round_robin_gradients: slices of the optimizer's order over buffers that lie in another order

@@ -6,17 +6,15 @@
 //   group 0 (slots)                    0                   1      order inside a group is kept,
 //   group 1 (slots)     0                                         groups may interleave
 #include <algorithm>
-#include <cmath>
-#include <cstring>
-#include <functional>
 #include <map>
 #include <optional>
 #include <set>
 #include <tuple>
 
+#include "checkpoint/deepspeed/master_compare.h"
+#include "checkpoint/deepspeed/order_search.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/zero_files.h"
-#include "checkpoint/format/crc.h"
 #include "core/cast.h"
 #include "core/error.h"
 
@@ -56,209 +54,6 @@ std::string describe_all(const std::vector<Item>& items) {
   std::string text = std::to_string(items.size()) + " in all";
   for (size_t i = 0; i < items.size() && i < 10; ++i) text += ", " + describe(items[i]);
   return items.size() > 10 ? text + ", …" : text;
-}
-
-// Assignments of slots to candidates that keep the order inside every group; slots are numbered
-// group by group. The walk goes over the candidates: its state is how many slots of each group are
-// placed, with up to two ways to get there.
-class OrderSearch {
- public:
-  using Order = std::vector<size_t>;  // candidates by slot
-  using Fits = std::function<bool(size_t slot, size_t candidate)>;
-
-  OrderSearch() = default;
-  OrderSearch(std::vector<size_t> group_sizes, size_t candidates, Fits fits)
-      : sizes_(std::move(group_sizes)), candidates_(candidates), fits_(std::move(fits)) {
-    for (size_t size : sizes_) {
-      begins_.push_back(slots_);
-      slots_ += size;
-    }
-    if (slots_ <= candidates_ && find_windows()) walk();
-  }
-
-  std::vector<Order> orders;    // none, the only one, or two of several
-  bool too_many = false;        // given up; orders is empty
-  std::optional<size_t> stuck;  // a slot without a place even in its group alone
-
- private:
-  // A way is a chain of placements, named by its last.
-  struct Placement {
-    size_t before;
-    size_t slot;
-    size_t candidate;
-  };
-  using Placed = std::vector<size_t>;
-  using Ways = std::vector<size_t>;
-  using Layer = std::map<Placed, Ways>;
-  static constexpr size_t kStart = SIZE_MAX;
-  static constexpr size_t kWorkLimit = 10'000'000;
-
-  bool find_windows();
-  void walk();
-  void reach(Layer* layer, const Placed& placed, const Ways& ways, size_t next) const;
-  Layer step(const Layer& layer, size_t candidate);
-
-  std::vector<size_t> sizes_;   // of the groups
-  std::vector<size_t> begins_;  // first slot of each group
-  size_t slots_ = 0;
-  size_t candidates_ = 0;
-  Fits fits_;
-  Order earliest_, latest_;  // every order lies between the two
-  std::vector<Placement> placements_;
-  size_t work_ = 0;  // about the words touched
-};
-
-bool OrderSearch::find_windows() {
-  earliest_.resize(slots_);
-  latest_.resize(slots_);
-  for (size_t group = 0; group < sizes_.size(); ++group) {
-    size_t candidate = 0;
-    for (size_t slot = begins_[group]; slot < begins_[group] + sizes_[group]; ++slot) {
-      while (candidate < candidates_ && !fits_(slot, candidate)) ++candidate;
-      if (candidate == candidates_) {
-        stuck = slot;
-        return false;
-      }
-      earliest_[slot] = candidate++;
-    }
-    candidate = candidates_;
-    for (size_t slot = begins_[group] + sizes_[group]; slot-- > begins_[group];) {
-      do --candidate;  // ends at earliest_ at the latest
-      while (!fits_(slot, candidate));
-      latest_[slot] = candidate;
-    }
-    work_ += candidates_;
-    too_many = work_ > kWorkLimit;
-    if (too_many) return false;
-  }
-  return true;
-}
-
-void OrderSearch::walk() {
-  if (earliest_ == latest_) {
-    const std::set<size_t> distinct(earliest_.begin(), earliest_.end());
-    if (distinct.size() == slots_) orders = {earliest_};
-    return;
-  }
-  Layer layer = {{Placed(sizes_.size(), 0), {kStart}}};
-  for (size_t candidate = 0; candidate < candidates_ && !layer.empty(); ++candidate) {
-    layer = step(layer, candidate);
-    too_many = work_ > kWorkLimit;
-    if (too_many) return;
-  }
-  if (layer.empty()) return;
-  for (size_t way : layer.begin()->second) {
-    Order& order = orders.emplace_back(slots_);
-    for (; way != kStart; way = placements_[way].before) {
-      order[placements_[way].slot] = placements_[way].candidate;
-    }
-  }
-}
-
-OrderSearch::Layer OrderSearch::step(const Layer& layer, size_t candidate) {
-  Layer next;
-  for (const auto& [placed, ways] : layer) {
-    work_ += 2 * sizes_.size() + 8;
-    reach(&next, placed, ways, candidate + 1);  // the candidate is left out
-    for (size_t group = 0; group < sizes_.size(); ++group) {
-      const size_t slot = begins_[group] + placed[group];
-      if (placed[group] == sizes_[group] || candidate < earliest_[slot] ||
-          candidate > latest_[slot] || !fits_(slot, candidate)) {
-        continue;
-      }
-      work_ += sizes_.size() + 8;
-      Placed more = placed;
-      ++more[group];
-      Ways longer;
-      for (size_t way : ways) {
-        longer.push_back(placements_.size());
-        placements_.push_back({way, slot, candidate});
-      }
-      reach(&next, more, longer, candidate + 1);
-    }
-  }
-  return next;
-}
-
-// Adds a state before candidate `next`, unless a slot can no longer be placed.
-void OrderSearch::reach(Layer* layer, const Placed& placed, const Ways& ways, size_t next) const {
-  size_t rest = 0;
-  for (size_t group = 0; group < sizes_.size(); ++group) {
-    if (placed[group] == sizes_[group]) continue;
-    if (latest_[begins_[group] + placed[group]] < next) return;
-    rest += sizes_[group] - placed[group];
-  }
-  if (rest > candidates_ - next) return;
-  Ways& known = (*layer)[placed];
-  known.insert(known.end(), ways.begin(), ways.end());
-  if (known.size() > 2) known.resize(2);
-}
-
-// Where the cast of a master first differs from the module's bits.
-struct Difference {
-  int64_t element = 0;
-  std::string expected;  // bits
-  std::string found;
-};
-
-// Fills `target` with the elements of a tensor from element `begin` on.
-void read_elements(const ReadableFile& file, const std::vector<FileFragment>& fragments,
-                   int64_t item, int64_t begin, std::span<std::byte> target) {
-  auto next = std::upper_bound(fragments.begin(), fragments.end(), begin,
-                               [](int64_t at, const FileFragment& f) { return at < f.begin; });
-  for (const FileFragment* f = &*--next; !target.empty(); ++f) {
-    const int64_t count =
-        std::min(f->begin + f->count - begin, static_cast<int64_t>(target.size()) / item);
-    file.read_at(f->offset_bytes + (begin - f->begin) * item,
-                 target.first(static_cast<size_t>(count * item)));
-    target = target.subspan(static_cast<size_t>(count * item));
-    begin += count;
-  }
-}
-
-bool is_nan(DType dtype, std::span<const std::byte> element) {
-  if (!is_floating(dtype) || !can_cast(dtype, DType::kFloat32)) return false;
-  float value = 0;
-  cast(dtype, element, DType::kFloat32, std::as_writable_bytes(std::span(&value, 1)));
-  return std::isnan(value);
-}
-
-std::string bits_of(std::span<const std::byte> element) {
-  uint64_t bits = 0;
-  const size_t length = std::min(element.size(), sizeof bits);
-  std::memcpy(&bits, element.data(), length);
-  return "0x" + hex16(bits).substr(16 - 2 * length);
-}
-
-std::optional<Difference> compare(const TorchFile& document, const TensorView& master,
-                                  const TensorView& module) {
-  const int64_t master_item = item_size_bytes(master.dtype);
-  const int64_t item = item_size_bytes(module.dtype);
-  const int64_t total = numel(master.shape);
-  const std::vector<FileFragment> masters = file_fragments(document, 0, master);
-  const std::vector<FileFragment> modules = file_fragments(document, 0, module);
-  std::vector<std::byte> raw, expected, found;
-  // The first piece is short: tensors that differ mostly do so at once.
-  for (int64_t begin = 0, piece = 1024; begin < total; begin += piece, piece = 1 << 18) {
-    const int64_t count = std::min(piece, total - begin);
-    raw.resize(static_cast<size_t>(count * master_item));
-    expected.resize(static_cast<size_t>(count * item));
-    found.resize(static_cast<size_t>(count * item));
-    read_elements(document.file(), masters, master_item, begin, raw);
-    read_elements(document.file(), modules, item, begin, found);
-    cast(master.dtype, raw, module.dtype, expected);
-    if (expected == found) continue;
-    for (int64_t i = 0; i < count; ++i) {
-      const size_t at = static_cast<size_t>(i * item), length = static_cast<size_t>(item);
-      const std::span<const std::byte> a = std::span(expected).subspan(at, length);
-      const std::span<const std::byte> b = std::span(found).subspan(at, length);
-      // Which NaN a cast makes differs between processors.
-      if (std::ranges::equal(a, b) || (is_nan(module.dtype, a) && is_nan(module.dtype, b)))
-        continue;
-      return Difference{begin + i, bits_of(a), bits_of(b)};
-    }
-  }
-  return std::nullopt;
 }
 
 class Zero0Reader {
