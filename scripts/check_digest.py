@@ -6,7 +6,7 @@
 SOURCE: a save folder, tag folder (ZeRO 1 to 3), universal folder, or pytorch_model.bin. Tensors are
 put together whole and their CRC-64s taken byte by byte; the program adds up CRCs of fragments.
 Prints all sections but `hyper`; --against compares them and the root with what the program prints.
-Not verified: `hyper`, stage 0, BF16_Optimizer. Exit status: 0 equal, 1 different, 2 cannot read.
+Not verified: `hyper`, stage 0. Exit status: 0 printed or equal, 1 different, 2 cannot read.
 """
 import hashlib
 import json

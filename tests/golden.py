@@ -43,7 +43,7 @@ def digest(path):
 
 
 def differences(expected, found, ignore=()):
-    return compare_torch.compare_paths(expected, found, list(ignore), [])
+    return compare_torch.compare_paths(expected, found, list(ignore), []).differences
 
 
 def equal(what, expected, found, ignore=()):
@@ -134,7 +134,7 @@ def truth(target):
                 continue
             ours = compare_torch.load(file)
             ours = ours["param"] if isinstance(ours, dict) else ours
-            if compare_torch.element_bytes(ours) != compare_torch.element_bytes(states[state]):
+            if bytes(ours.bits()) != bytes(states[state].bits()):
                 sys.exit(f"FAILED: {name} {state} differs from the live engine's")
     done.append("masters and moments equal the live engine's")
 
