@@ -268,7 +268,8 @@ void PosixStorage::sync_everything(const std::string& path) {
 
 void PosixStorage::drop_cache(const std::string& path) {
   const OpenedPath opened = open_path(path, O_RDONLY | O_NONBLOCK, "Opening the path");
-  if (::fsync(opened.descriptor.number()) != 0) fail_system(errno, {"Making the file durable", path});
+  if (::fsync(opened.descriptor.number()) != 0)
+    fail_system(errno, {"Making the file durable", path});
   // Advice only: where the kernel declines, the read comes from memory and is no less correct.
   (void)::posix_fadvise(opened.descriptor.number(), 0, 0, POSIX_FADV_DONTNEED);
 }

@@ -7,13 +7,20 @@ namespace isoshard::checkpoint {
 
 const char* name(Flavour flavour) {
   switch (flavour) {
-    case Flavour::kZero0: return "ZeRO-0 (no partitions)";
-    case Flavour::kZero12: return "ZeRO-1/2";
-    case Flavour::kBf16Optimizer: return "BF16_Optimizer (ZeRO-1 form)";
-    case Flavour::kZero3: return "ZeRO-3";
-    case Flavour::kUniversal12: return "universal (ZeRO-1/2 form)";
-    case Flavour::kUniversal3: return "universal (ZeRO-3 form)";
-    case Flavour::kWeights: break;
+    case Flavour::kZero0:
+      return "ZeRO-0 (no partitions)";
+    case Flavour::kZero12:
+      return "ZeRO-1/2";
+    case Flavour::kBf16Optimizer:
+      return "BF16_Optimizer (ZeRO-1 form)";
+    case Flavour::kZero3:
+      return "ZeRO-3";
+    case Flavour::kUniversal12:
+      return "universal (ZeRO-1/2 form)";
+    case Flavour::kUniversal3:
+      return "universal (ZeRO-3 form)";
+    case Flavour::kWeights:
+      break;
   }
   return "weights only";
 }

@@ -1,5 +1,6 @@
-// What a checkpoint holds, in logical terms: parameters and their states, each a leaf whose elements
-// lie in fragments of files. Readers make it; digest, diff, verify, convert and reshard use it.
+// What a checkpoint holds, in logical terms: parameters and their states, each a leaf whose
+// elements lie in fragments of files. Readers make it; digest, diff, verify, convert and reshard
+// use it.
 #pragma once
 
 #include <memory>
@@ -81,9 +82,9 @@ struct Alias {
 };
 
 struct GroupState {
-  NodeRef hyper;                 // the entry of param_groups
-  std::vector<int> parameters;   // in the optimizer's order
-  std::vector<int> flat_order;   // in the order of the saved flat buffers
+  NodeRef hyper;                // the entry of param_groups
+  std::vector<int> parameters;  // in the optimizer's order
+  std::vector<int> flat_order;  // in the order of the saved flat buffers
 };
 
 enum class Flavour { kZero0, kZero12, kBf16Optimizer, kZero3, kUniversal12, kUniversal3, kWeights };
@@ -100,7 +101,7 @@ struct ShardedState {
   std::string topology_evidence;  // why sp is what it is, when it was inferred
   std::string version;            // ds_version
   bool round_robin = false;
-  bool stepped = false;           // some optimizer state exists
+  bool stepped = false;  // some optimizer state exists
 
   std::vector<SourceFile> files;
   std::vector<Leaf> leaves;
@@ -127,7 +128,8 @@ struct ShardedState {
 };
 
 // Fragments of a tensor that lies in one file, whatever its strides.
-std::vector<FileFragment> file_fragments(const TorchFile& document, int file, const TensorView& view);
+std::vector<FileFragment> file_fragments(const TorchFile& document, int file,
+                                         const TensorView& view);
 
 // Checks that the fragments of every leaf cover it exactly once, in order; throws CheckFailure.
 void check_cover(const ShardedState& state);

@@ -26,12 +26,9 @@ std::vector<NodeId> TorchBuilder::tensor_args(const TensorSpec& spec) {
   std::vector<NodeId> shape, stride;
   for (int64_t size : spec.shape) shape.push_back(pickle.integer(size));
   for (int64_t step : contiguous_stride(spec.shape)) stride.push_back(pickle.integer(step));
-  return {storage_node(spec.storage),
-          pickle.integer(spec.offset),
-          pickle.tuple(std::move(shape)),
-          pickle.tuple(std::move(stride)),
-          pickle.boolean(spec.requires_grad),
-          pickle.ordered_dict({})};
+  return {storage_node(spec.storage),         pickle.integer(spec.offset),
+          pickle.tuple(std::move(shape)),     pickle.tuple(std::move(stride)),
+          pickle.boolean(spec.requires_grad), pickle.ordered_dict({})};
 }
 
 NodeId TorchBuilder::tensor(const TensorSpec& spec) {
@@ -40,10 +37,10 @@ NodeId TorchBuilder::tensor(const TensorSpec& spec) {
 
 NodeId TorchBuilder::tensor_with_attribute(const TensorSpec& spec, const std::string& name,
                                            const std::string& text) {
-  return pickle.reduce("torch._tensor", "_rebuild_from_type_v2",
-                       {pickle.global("torch._utils", "_rebuild_tensor_v2"),
-                        pickle.global("torch", "Tensor"), pickle.tuple(tensor_args(spec)),
-                        dict({{name, pickle.string(text)}})});
+  return pickle.reduce(
+      "torch._tensor", "_rebuild_from_type_v2",
+      {pickle.global("torch._utils", "_rebuild_tensor_v2"), pickle.global("torch", "Tensor"),
+       pickle.tuple(tensor_args(spec)), dict({{name, pickle.string(text)}})});
 }
 
 NodeId TorchBuilder::copy(const TorchFile& source, int source_file, NodeId node) {
@@ -55,9 +52,12 @@ NodeId TorchBuilder::copy(const TorchFile& source, int source_file, NodeId node)
       const StorageEntry& entry = source.storages()[static_cast<size_t>(number)];
       const ZipRecord& record = source.record(number);
       type_names_.push_back(entry.type_name);
-      storages_.push_back(StorageFill{
-          .dtype = entry.dtype, .numel = entry.numel, .runs = {},
-          .copy = SourceBytes{source_file, record.data_offset, record.size_bytes}, .literal = {}});
+      storages_.push_back(
+          StorageFill{.dtype = entry.dtype,
+                      .numel = entry.numel,
+                      .runs = {},
+                      .copy = SourceBytes{source_file, record.data_offset, record.size_bytes},
+                      .literal = {}});
       found->second = static_cast<int>(storages_.size()) - 1;
     }
     return storage_node(found->second);
@@ -69,7 +69,8 @@ NodeId TorchBuilder::copy_scalar(const TorchFile& source, int source_file, NodeI
   const std::optional<TensorView> view = source.tensor(node);
   if (!view) return copy(source, source_file, node);
   const int64_t bytes = numel(view->shape) * item_size_bytes(view->dtype);
-  StorageFill fill{.dtype = view->dtype, .numel = numel(view->shape), .runs = {}, .copy = {}, .literal = {}};
+  StorageFill fill{
+      .dtype = view->dtype, .numel = numel(view->shape), .runs = {}, .copy = {}, .literal = {}};
   fill.copy = SourceBytes{source_file, source.data_offset(*view), bytes};
   const int storage = add_storage(std::move(fill));
   return tensor({.shape = view->shape, .storage = storage, .requires_grad = view->requires_grad});
@@ -92,8 +93,10 @@ NodeId TorchBuilder::size_node(const Shape& shape) {
 
 FileBlueprint TorchBuilder::finish(const std::string& path, NodeId root) {
   pickle.root = root;
-  return FileBlueprint{.path = path, .kind = FileBlueprint::Kind::kTorch,
-                       .head = write_pickle(pickle), .storages = std::move(storages_)};
+  return FileBlueprint{.path = path,
+                       .kind = FileBlueprint::Kind::kTorch,
+                       .head = write_pickle(pickle),
+                       .storages = std::move(storages_)};
 }
 
 }  // namespace isoshard::checkpoint

@@ -25,17 +25,28 @@ void store(std::byte* at, T value) {
 
 float to_float(DType dtype, const std::byte* at) {
   switch (dtype) {
-    case DType::kFloat64: return static_cast<float>(load<double>(at));
-    case DType::kFloat32: return load<float>(at);
-    case DType::kFloat16: return float_from_half(load<uint16_t>(at));
-    case DType::kBFloat16: return float_from_bfloat16(load<uint16_t>(at));
-    case DType::kInt64: return static_cast<float>(load<int64_t>(at));
-    case DType::kInt32: return static_cast<float>(load<int32_t>(at));
-    case DType::kInt16: return static_cast<float>(load<int16_t>(at));
-    case DType::kInt8: return static_cast<float>(load<int8_t>(at));
-    case DType::kUInt8: return static_cast<float>(load<uint8_t>(at));
-    case DType::kBool: return load<uint8_t>(at) ? 1.0f : 0.0f;
-    default: break;
+    case DType::kFloat64:
+      return static_cast<float>(load<double>(at));
+    case DType::kFloat32:
+      return load<float>(at);
+    case DType::kFloat16:
+      return float_from_half(load<uint16_t>(at));
+    case DType::kBFloat16:
+      return float_from_bfloat16(load<uint16_t>(at));
+    case DType::kInt64:
+      return static_cast<float>(load<int64_t>(at));
+    case DType::kInt32:
+      return static_cast<float>(load<int32_t>(at));
+    case DType::kInt16:
+      return static_cast<float>(load<int16_t>(at));
+    case DType::kInt8:
+      return static_cast<float>(load<int8_t>(at));
+    case DType::kUInt8:
+      return static_cast<float>(load<uint8_t>(at));
+    case DType::kBool:
+      return load<uint8_t>(at) ? 1.0f : 0.0f;
+    default:
+      break;
   }
   fail_check("to_float", __FILE__, __LINE__, name(dtype));
 }

@@ -21,7 +21,7 @@ class CheckFailure : public std::logic_error {
 
 }  // namespace isoshard
 
-#define CHECK(condition, context)                                                \
-  do {                                                                           \
+#define CHECK(condition, context)                                                        \
+  do {                                                                                   \
     if (!(condition)) ::isoshard::fail_check(#condition, __FILE__, __LINE__, (context)); \
   } while (false)

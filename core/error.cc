@@ -9,19 +9,32 @@ namespace isoshard {
 
 const char* name(ErrorCode code) {
   switch (code) {
-    case ErrorCode::kUsage: return "usage";
-    case ErrorCode::kNotFound: return "not_found";
-    case ErrorCode::kUnreadable: return "unreadable";
-    case ErrorCode::kCorrupt: return "corrupt";
-    case ErrorCode::kIncomplete: return "incomplete";
-    case ErrorCode::kHostile: return "hostile";
-    case ErrorCode::kUnsupported: return "unsupported";
-    case ErrorCode::kLimit: return "limit";
-    case ErrorCode::kNoSpace: return "no_space";
-    case ErrorCode::kPermission: return "permission";
-    case ErrorCode::kExists: return "exists";
-    case ErrorCode::kMismatch: return "mismatch";
-    case ErrorCode::kInterrupted: return "interrupted";
+    case ErrorCode::kUsage:
+      return "usage";
+    case ErrorCode::kNotFound:
+      return "not_found";
+    case ErrorCode::kUnreadable:
+      return "unreadable";
+    case ErrorCode::kCorrupt:
+      return "corrupt";
+    case ErrorCode::kIncomplete:
+      return "incomplete";
+    case ErrorCode::kHostile:
+      return "hostile";
+    case ErrorCode::kUnsupported:
+      return "unsupported";
+    case ErrorCode::kLimit:
+      return "limit";
+    case ErrorCode::kNoSpace:
+      return "no_space";
+    case ErrorCode::kPermission:
+      return "permission";
+    case ErrorCode::kExists:
+      return "exists";
+    case ErrorCode::kMismatch:
+      return "mismatch";
+    case ErrorCode::kInterrupted:
+      return "interrupted";
   }
   return "unknown";
 }
@@ -35,8 +48,8 @@ Error::Error(ErrorInfo info) : info_(std::move(info)) {
   line("entry:    ", info_.entry);
   line("expected: ", info_.expected);
   line("found:    ", info_.found);
-  line("safe now: ", info_.safe.empty() ? "the source was only read; nothing was published"
-                                        : info_.safe);
+  line("safe now: ",
+       info_.safe.empty() ? "the source was only read; nothing was published" : info_.safe);
   line("next:     ", info_.next);
 }
 

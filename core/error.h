@@ -18,8 +18,8 @@ enum class ErrorCode {
   kLimit,        // a budget against resource bombs was reached
   kNoSpace,      // disk or quota full
   kPermission,
-  kExists,       // the target is already there
-  kMismatch,     // two things that must agree do not
+  kExists,    // the target is already there
+  kMismatch,  // two things that must agree do not
   kInterrupted,
 };
 
@@ -28,19 +28,20 @@ const char* name(ErrorCode code);
 
 struct ErrorInfo {
   ErrorCode code = ErrorCode::kUnreadable;
-  std::string what = {};      // one sentence
-  std::string file = {};      // path as the user would type it, or empty
-  std::string entry = {};     // record, key or tensor inside the file, or empty
+  std::string what = {};   // one sentence
+  std::string file = {};   // path as the user would type it, or empty
+  std::string entry = {};  // record, key or tensor inside the file, or empty
   std::string expected = {};
   std::string found = {};
-  std::string safe = {};      // what is safe now; empty: "nothing was changed"
-  std::string next = {};      // what to do next
+  std::string safe = {};  // what is safe now; empty: "nothing was changed"
+  std::string next = {};  // what to do next
 };
 
 class Error : public std::exception {
  public:
   explicit Error(ErrorInfo info);
-  Error(ErrorCode code, std::string what) : Error(ErrorInfo{.code = code, .what = std::move(what)}) {}
+  Error(ErrorCode code, std::string what)
+      : Error(ErrorInfo{.code = code, .what = std::move(what)}) {}
 
   const char* what() const noexcept override { return text_.c_str(); }
   const ErrorInfo& info() const { return info_; }

@@ -21,14 +21,15 @@ Location locate(const TensorLayout& layout, int64_t element) {
   CHECK(element >= 0, "element is negative");
   CHECK(element < layout.numel, "element is beyond the tensor");
   return std::visit(
-      Match{[&](const Replicated& p) { return Location{0, p.offset + element}; },
+      Match{[&](const Replicated& p) {
+              return Location{0, p.offset + element};
+            },
             [&](const FlatShard& p) {
               const int64_t flat = p.group_offset + element;
               return Location{static_cast<int>(flat / p.partition), flat % p.partition};
             },
             [&](const SlotShard& p) {
-              return Location{static_cast<int>(element / p.slot),
-                              p.slot_offset + element % p.slot};
+              return Location{static_cast<int>(element / p.slot), p.slot_offset + element % p.slot};
             }},
       layout.placement);
 }

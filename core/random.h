@@ -27,7 +27,9 @@ class Random {
   explicit Random(uint64_t seed) : state_(seed) {}
   uint64_t next() { return mix(state_++); }
   // Uniform in [0, bound); bound > 0. The bias of the modulo is below 2^-32 for bounds used here.
-  int64_t below(int64_t bound) { return static_cast<int64_t>(next() % static_cast<uint64_t>(bound)); }
+  int64_t below(int64_t bound) {
+    return static_cast<int64_t>(next() % static_cast<uint64_t>(bound));
+  }
   int64_t between(int64_t low, int64_t high) { return low + below(high - low + 1); }
 
  private:

@@ -53,21 +53,23 @@ class Storage {
  public:
   virtual ~Storage() = default;
   virtual std::unique_ptr<ReadableFile> open_read(const std::string& path) = 0;
-  virtual std::unique_ptr<WritableFile> create(const std::string& path) = 0;  // must not exist
+  virtual std::unique_ptr<WritableFile> create(const std::string& path) = 0;      // must not exist
   virtual std::unique_ptr<WritableFile> open_write(const std::string& path) = 0;  // must exist
-  virtual std::vector<DirectoryEntry> list(const std::string& directory) = 0;  // sorted by name
+  virtual std::vector<DirectoryEntry> list(const std::string& directory) = 0;     // sorted by name
   virtual bool is_file(const std::string& path) = 0;
   virtual bool is_directory(const std::string& path) = 0;
-  virtual void make_directories(const std::string& path) = 0;  // parents too; existing ones are fine
-  virtual void make_directory(const std::string& path) = 0;    // must not exist
-  virtual bool rename_if_absent(const std::string& from, const std::string& to) = 0;  // false: exists
+  virtual void make_directories(
+      const std::string& path) = 0;                          // parents too; existing ones are fine
+  virtual void make_directory(const std::string& path) = 0;  // must not exist
+  virtual bool rename_if_absent(const std::string& from,
+                                const std::string& to) = 0;  // false: exists
   virtual void rename_over(const std::string& from, const std::string& to) = 0;
   virtual void exchange(const std::string& a, const std::string& b) = 0;
   virtual void remove_file(const std::string& path) = 0;
   virtual void remove_tree(const std::string& path) = 0;
   virtual void sync_directory(const std::string& path) = 0;
   virtual void sync_everything(const std::string& path) = 0;  // the file system that holds path
-  virtual void drop_cache(const std::string& path) = 0;  // so that a read comes from the disk
+  virtual void drop_cache(const std::string& path) = 0;       // so that a read comes from the disk
   virtual FreeSpace free_space(const std::string& path) = 0;
   // The path with symbolic links and ".." resolved, as far as it exists.
   virtual std::string canonical(const std::string& path) = 0;

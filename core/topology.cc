@@ -14,11 +14,16 @@ constexpr Axis kAxes[] = {Axis::kData, Axis::kSequence, Axis::kTensor, Axis::kEx
 
 int& degree_of(Topology& topology, Axis axis) {
   switch (axis) {
-    case Axis::kData: return topology.data;
-    case Axis::kSequence: return topology.sequence;
-    case Axis::kTensor: return topology.tensor;
-    case Axis::kExpert: return topology.expert;
-    case Axis::kPipeline: break;
+    case Axis::kData:
+      return topology.data;
+    case Axis::kSequence:
+      return topology.sequence;
+    case Axis::kTensor:
+      return topology.tensor;
+    case Axis::kExpert:
+      return topology.expert;
+    case Axis::kPipeline:
+      break;
   }
   return topology.pipeline;
 }
@@ -37,11 +42,16 @@ Error bad_target(const std::string& text, const std::string& part, const std::st
 
 const char* name(Axis axis) {
   switch (axis) {
-    case Axis::kData: return "dp";
-    case Axis::kSequence: return "sp";
-    case Axis::kTensor: return "tp";
-    case Axis::kExpert: return "ep";
-    case Axis::kPipeline: break;
+    case Axis::kData:
+      return "dp";
+    case Axis::kSequence:
+      return "sp";
+    case Axis::kTensor:
+      return "tp";
+    case Axis::kExpert:
+      return "ep";
+    case Axis::kPipeline:
+      break;
   }
   return "pp";
 }

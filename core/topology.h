@@ -27,7 +27,8 @@ struct Topology {
 // "dp2.sp4": axes of degree 1 are left out, except dp.
 std::string to_string(const Topology& topology);
 
-// What `--to` asks for: axes left out keep the source's degree (nullopt-like: 0), stage −1 likewise.
+// What `--to` asks for: axes left out keep the source's degree (nullopt-like: 0), stage −1
+// likewise.
 struct TargetSpec {
   Topology topology{.data = 0, .sequence = 0, .tensor = 0, .expert = 0, .pipeline = 0};
   int stage = -1;

@@ -51,7 +51,8 @@ std::string why_unsafe_name(const std::string& name) {
     const size_t end = std::min(name.find('/', begin), name.size());
     const std::string component = name.substr(begin, end - begin);
     if (component.empty()) return "the name has an empty component";
-    if (component == "." || component == "..") return "the name has a '" + component + "' component";
+    if (component == "." || component == "..")
+      return "the name has a '" + component + "' component";
     if (component.size() > 255) return "the name has a component longer than 255 bytes";
     begin = end + 1;
   }

@@ -29,10 +29,12 @@ FlatSizes flat_sizes(int64_t total, int dp);
 // Padding elements at the end of rank `rank`'s partition (stage_1_and_2.py, group_paddings).
 int64_t partition_padding(int64_t total, int64_t partition, int rank);
 
-// BF16_Optimizer's rule: everything on the last rank, even beyond its partition (bf16_optimizer.py).
+// BF16_Optimizer's rule: everything on the last rank, even beyond its partition
+// (bf16_optimizer.py).
 int64_t bf16_partition_padding(int64_t total, FlatSizes sizes, int dp, int rank);
 
-// Alignment padding after a parameter that ends at `offset` (zero_optimization.parameter_alignment).
+// Alignment padding after a parameter that ends at `offset`
+// (zero_optimization.parameter_alignment).
 int64_t alignment_padding(int64_t offset, int64_t item_size_bytes);
 
 // Stage 1/2 with round_robin_gradients: order[k] is the index, in the optimizer's order, of the

@@ -23,13 +23,21 @@ using nlohmann::json;
 
 namespace {
 
-[[noreturn]] void refuse_mismatch(const std::string& what, const std::string& entry, const std::string& expected, const std::string& found) {
-  throw Error(ErrorInfo{.code = ErrorCode::kMismatch, .what = what, .entry = entry, .expected = expected, .found = found,
-                        .safe = "nothing was published; the source was only read",
-                        .next = "check memory and disk of this machine, then run again; report it if it repeats"});
+[[noreturn]] void refuse_mismatch(const std::string& what, const std::string& entry,
+                                  const std::string& expected, const std::string& found) {
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kMismatch,
+      .what = what,
+      .entry = entry,
+      .expected = expected,
+      .found = found,
+      .safe = "nothing was published; the source was only read",
+      .next = "check memory and disk of this machine, then run again; report it if it repeats"});
 }
 
-std::string crc_text(const LeafCrc& crc) { return checkpoint::hex16(crc.ecma) + checkpoint::hex16(crc.jones); }
+std::string crc_text(const LeafCrc& crc) {
+  return checkpoint::hex16(crc.ecma) + checkpoint::hex16(crc.jones);
+}
 
 // The CRC that a leaf's bytes have after a cast, by a pass of its own over the source.
 LeafCrc cast_crc(const ShardedState& state, const Leaf& leaf, DType dtype) {
@@ -47,13 +55,16 @@ LeafCrc cast_crc(const ShardedState& state, const Leaf& leaf, DType dtype) {
     }
   }
   const int64_t bytes = leaf.size_elements() * item_size_bytes(dtype);
-  return {true, crc64_ecma_polynomial().finish(crcs.ecma, bytes), crc64_jones_polynomial().finish(crcs.jones, bytes)};
+  return {true, crc64_ecma_polynomial().finish(crcs.ecma, bytes),
+          crc64_jones_polynomial().finish(crcs.jones, bytes)};
 }
 
 // Weights files: every tensor is the source's leaf of that name, as it is or cast.
-json compare_weights(const ShardedState& source, const Digest& source_digest, const ShardedState& target, const Digest& target_digest) {
+json compare_weights(const ShardedState& source, const Digest& source_digest,
+                     const ShardedState& target, const Digest& target_digest) {
   std::map<std::string, int> originals;
-  for (const checkpoint::ParameterState& parameter : source.parameters) originals[parameter.name] = parameter.weight;
+  for (const checkpoint::ParameterState& parameter : source.parameters)
+    originals[parameter.name] = parameter.weight;
   for (const checkpoint::BufferState& buffer : source.buffers) originals[buffer.name] = buffer.leaf;
   std::map<std::string, const LeafLine*> lines;
   for (const LeafLine& line : source_digest.leaves) {
@@ -62,38 +73,49 @@ json compare_weights(const ShardedState& source, const Digest& source_digest, co
   bool cast_any = false, cast_buffer = false;
   for (const LeafLine& line : target_digest.leaves) {
     const auto found = lines.find(line.name);
-    if (found == lines.end()) refuse_mismatch("The output holds a tensor that the source does not.", quote(line.name), "absent", "present");
+    if (found == lines.end())
+      refuse_mismatch("The output holds a tensor that the source does not.", quote(line.name),
+                      "absent", "present");
     const LeafLine& original = *found->second;
     LeafCrc expected = original.crc;
     if (original.dtype != line.dtype) {
       expected = cast_crc(source, source.leaf(originals[line.name]), line.dtype);
       (original.state == "buffer" ? cast_buffer : cast_any) = true;
     }
-    if (original.shape != line.shape || expected != line.crc) refuse_mismatch("The output differs from the source.", quote(line.name), crc_text(expected), crc_text(line.crc));
+    if (original.shape != line.shape || expected != line.crc)
+      refuse_mismatch("The output differs from the source.", quote(line.name), crc_text(expected),
+                      crc_text(line.crc));
     lines.erase(found);
   }
-  json result = {{"weights", cast_any ? "cast" : "equal"}, {"buffers", cast_buffer ? "cast" : "equal"}};
+  json result = {{"weights", cast_any ? "cast" : "equal"},
+                 {"buffers", cast_buffer ? "cast" : "equal"}};
   for (const auto& [name, line] : lines) result["skipped"].push_back(name);
   if (source.buffers.empty()) result.erase("buffers");
   std::map<std::string, std::string> aliases;
   for (const checkpoint::Alias& alias : target.aliases) aliases[alias.name] = alias.target;
   for (const checkpoint::Alias& alias : source.aliases) {
-    if (target.find_parameter(alias.target) != nullptr && aliases[alias.name] != alias.target) refuse_mismatch("A tied name was lost.", quote(alias.name), quote(alias.target), quote(aliases[alias.name]));
+    if (target.find_parameter(alias.target) != nullptr && aliases[alias.name] != alias.target)
+      refuse_mismatch("A tied name was lost.", quote(alias.name), quote(alias.target),
+                      quote(aliases[alias.name]));
   }
   for (const SectionDigest& section : source_digest.sections) {
-    if (!result.contains(section.section) && section.absent.empty()) result[section.section] = "absent: this format holds weights only";
+    if (!result.contains(section.section) && section.absent.empty())
+      result[section.section] = "absent: this format holds weights only";
   }
   return result;
 }
 
 // Hyper-parameters without what the caller allowed to be left behind.
-void compare_hyper(const ShardedState& source, const ShardedState& target, const std::set<std::string>& dropped) {
+void compare_hyper(const ShardedState& source, const ShardedState& target,
+                   const std::set<std::string>& dropped) {
   json expected = checkpoint::hyper_json(source), found = checkpoint::hyper_json(target);
   for (const std::string& key : dropped) {
     expected.erase(key);
     found.erase(key);
   }
-  if (expected != found) refuse_mismatch("The output differs from the source.", "hyper", expected.dump().substr(0, 200), found.dump().substr(0, 200));
+  if (expected != found)
+    refuse_mismatch("The output differs from the source.", "hyper", expected.dump().substr(0, 200),
+                    found.dump().substr(0, 200));
 }
 
 // Every file of the plan as a pseudo-leaf, so that one pass checks leaves and whole files.
@@ -101,30 +123,43 @@ std::map<std::string, int> add_whole_files(ShardedState* state) {
   std::map<std::string, int> numbers;
   for (size_t i = 0; i < state->files.size(); ++i) {
     const int64_t size = state->files[i].bytes().size_bytes();
-    numbers[state->files[i].relative] = state->add_leaf({.name = state->files[i].relative, .state = "file", .dtype = DType::kUInt8, .shape = {size},
-                                                         .fragments = {{0, size, static_cast<int>(i), 0}}});
+    numbers[state->files[i].relative] =
+        state->add_leaf({.name = state->files[i].relative,
+                         .state = "file",
+                         .dtype = DType::kUInt8,
+                         .shape = {size},
+                         .fragments = {{0, size, static_cast<int>(i), 0}}});
   }
   return numbers;
 }
 
 class Conversion {
  public:
-  Conversion(Storage& storage, const ShardedState& state, const ReshardPlan& plan, const ConvertOptions& options)
-      : storage_(storage), state_(state), plan_(plan), options_(options), staged_(storage, options.target, options.overwrite) {}
+  Conversion(Storage& storage, const ShardedState& state, const ReshardPlan& plan,
+             const ConvertOptions& options)
+      : storage_(storage),
+        state_(state),
+        plan_(plan),
+        options_(options),
+        staged_(storage, options.target, options.overwrite) {}
 
   ConvertResult run() {
-    phase("Moving " + std::to_string(plan_.bytes_to_write()) + " bytes into " + std::to_string(plan_.targets.size()) + " files");
+    phase("Moving " + std::to_string(plan_.bytes_to_write()) + " bytes into " +
+          std::to_string(plan_.targets.size()) + " files");
     StreamOptions stream = options_.stream;
     stream.digest = digested_leaves(state_);
     stream.sync_files = plan_.targets.size() <= 64;
     result_.stream = execute(storage_, state_, plan_, staged_.path(), stream);
     result_.source = make_digest(state_, result_.stream.leaves);
-    if (options_.verify != VerifyMode::kStream) reread();
-    else trust_stream();
+    if (options_.verify != VerifyMode::kStream)
+      reread();
+    else
+      trust_stream();
     write_papers();
     phase("Publishing " + options_.target);
     staged_.publish();
-    if (!options_.latest_path.empty()) checkpoint::replace_small_file(storage_, options_.latest_path, options_.latest_text);
+    if (!options_.latest_path.empty())
+      checkpoint::replace_small_file(storage_, options_.latest_path, options_.latest_text);
     return std::move(result_);
   }
 
@@ -136,9 +171,11 @@ class Conversion {
   void reread() {
     phase("Reading the output once more and comparing its digest");
     if (options_.verify == VerifyMode::kDisk) {
-      for (const TargetFile& target : plan_.targets) storage_.drop_cache(staged_.path() + "/" + target.path());
+      for (const TargetFile& target : plan_.targets)
+        storage_.drop_cache(staged_.path() + "/" + target.path());
     }
-    ShardedState target = checkpoint::read_checkpoint(storage_, staged_.path(), {.tag = "", .param_order = ""});
+    ShardedState target =
+        checkpoint::read_checkpoint(storage_, staged_.path(), {.tag = "", .param_order = ""});
     const std::map<std::string, int> whole = add_whole_files(&target);
     StreamOptions stream = options_.stream;
     stream.digest = digested_leaves(target);
@@ -149,7 +186,8 @@ class Conversion {
     sections_ = compare_sections(state_, result_.source, target, result_.target, options_.dropped);
   }
 
-  void check_file(const FileHash& file, const std::map<std::string, int>& whole, const StreamResult& read) {
+  void check_file(const FileHash& file, const std::map<std::string, int>& whole,
+                  const StreamResult& read) {
     LeafCrc found;
     if (const auto number = whole.find(file.path); number != whole.end()) {
       found = read.leaves[static_cast<size_t>(number->second)];
@@ -158,17 +196,21 @@ class Conversion {
       checkpoint::RawCrcs crcs;
       crcs.update(std::as_bytes(std::span(text)));
       const auto bytes = static_cast<int64_t>(text.size());
-      found = {true, crc64_ecma_polynomial().finish(crcs.ecma, bytes), crc64_jones_polynomial().finish(crcs.jones, bytes)};
+      found = {true, crc64_ecma_polynomial().finish(crcs.ecma, bytes),
+               crc64_jones_polynomial().finish(crcs.jones, bytes)};
     }
     const LeafCrc expected{true, file.ecma, file.jones};
-    if (found != expected) refuse_mismatch("A file reads back differently from what was written.", quote(file.path), crc_text(expected), crc_text(found));
+    if (found != expected)
+      refuse_mismatch("A file reads back differently from what was written.", quote(file.path),
+                      crc_text(expected), crc_text(found));
   }
 
   // --verify=stream: the plan's cover was checked; every byte written was digested on the way.
   void trust_stream() {
     result_.target = result_.source;
     for (const SectionDigest& section : result_.source.sections) {
-      if (section.absent.empty()) sections_[section.section] = "planned: not read back (--verify=stream)";
+      if (section.absent.empty())
+        sections_[section.section] = "planned: not read back (--verify=stream)";
     }
   }
 
@@ -177,10 +219,16 @@ class Conversion {
     certificate["schema"] = 1;
     certificate["kind"] = "isoshard-certificate";
     certificate["sections"] = sections_;
-    certificate["verify"] = options_.verify == VerifyMode::kStream ? "stream" : options_.verify == VerifyMode::kReread ? "reread" : "disk";
-    for (const SectionDigest& section : result_.source.sections) certificate["source"]["digests"][section.section] = section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+    certificate["verify"] = options_.verify == VerifyMode::kStream   ? "stream"
+                            : options_.verify == VerifyMode::kReread ? "reread"
+                                                                     : "disk";
+    for (const SectionDigest& section : result_.source.sections)
+      certificate["source"]["digests"][section.section] =
+          section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
     if (options_.verify != VerifyMode::kStream) {
-      for (const SectionDigest& section : result_.target.sections) certificate["target"]["digests"][section.section] = section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+      for (const SectionDigest& section : result_.target.sections)
+        certificate["target"]["digests"][section.section] =
+            section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
     }
     for (const char* list : {"lossy", "inferred", "synthesised", "dropped", "skipped"}) {
       if (!certificate.contains(list)) certificate[list] = json::array();
@@ -189,10 +237,13 @@ class Conversion {
     checkpoint::Manifest manifest;
     manifest.program_version = certificate.value("program", "");
     for (const FileHash& file : result_.stream.files) {
-      manifest.files.push_back({file.path, file.size_bytes, "crc64x2:" + checkpoint::hex16(file.ecma) + checkpoint::hex16(file.jones)});
+      manifest.files.push_back(
+          {file.path, file.size_bytes,
+           "crc64x2:" + checkpoint::hex16(file.ecma) + checkpoint::hex16(file.jones)});
     }
     write_text("certificate.json", text);
-    manifest.files.push_back({"certificate.json", static_cast<int64_t>(text.size()), "sha256:" + checkpoint::sha256_hex(text)});
+    manifest.files.push_back({"certificate.json", static_cast<int64_t>(text.size()),
+                              "sha256:" + checkpoint::sha256_hex(text)});
     write_text(checkpoint::kManifestName, checkpoint::to_json(manifest));
     result_.certificate = std::move(certificate);
   }
@@ -215,30 +266,39 @@ class Conversion {
 
 }  // namespace
 
-json compare_sections(const ShardedState& source, const Digest& source_digest, const ShardedState& target, const Digest& target_digest,
+json compare_sections(const ShardedState& source, const Digest& source_digest,
+                      const ShardedState& target, const Digest& target_digest,
                       const std::set<std::string>& dropped) {
-  if (target.flavour == Flavour::kWeights) return compare_weights(source, source_digest, target, target_digest);
+  if (target.flavour == Flavour::kWeights)
+    return compare_weights(source, source_digest, target, target_digest);
   json result = json::object();
   for (const SectionDigest& section : source_digest.sections) {
     if (!section.absent.empty()) continue;
     const SectionDigest* other = find_section(target_digest, section.section);
-    if (other == nullptr || !other->absent.empty()) refuse_mismatch("A section of the state is missing from the output.", section.section, "iso1:" + section.hex, "absent");
+    if (other == nullptr || !other->absent.empty())
+      refuse_mismatch("A section of the state is missing from the output.", section.section,
+                      "iso1:" + section.hex, "absent");
     if (section.section == "hyper" && !dropped.empty()) {
       compare_hyper(source, target, dropped);
       result[section.section] = "equal but for what was dropped by name";
       continue;
     }
-    if (other->hex != section.hex) refuse_mismatch("The output differs from the source.", section.section, "iso1:" + section.hex, "iso1:" + other->hex);
+    if (other->hex != section.hex)
+      refuse_mismatch("The output differs from the source.", section.section, "iso1:" + section.hex,
+                      "iso1:" + other->hex);
     result[section.section] = "equal";
   }
   for (const SectionDigest& section : target_digest.sections) {
     const SectionDigest* other = find_section(source_digest, section.section);
-    if (section.absent.empty() && (other == nullptr || !other->absent.empty())) refuse_mismatch("The output holds a section that the source does not.", section.section, "absent", "iso1:" + section.hex);
+    if (section.absent.empty() && (other == nullptr || !other->absent.empty()))
+      refuse_mismatch("The output holds a section that the source does not.", section.section,
+                      "absent", "iso1:" + section.hex);
   }
   return result;
 }
 
-ConvertResult convert(Storage& storage, const ShardedState& state, const ReshardPlan& plan, const ConvertOptions& options) {
+ConvertResult convert(Storage& storage, const ShardedState& state, const ReshardPlan& plan,
+                      const ConvertOptions& options) {
   return Conversion(storage, state, plan, options).run();
 }
 

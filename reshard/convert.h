@@ -14,21 +14,21 @@ namespace isoshard::reshard {
 enum class VerifyMode { kStream, kReread, kDisk };
 
 struct ConvertOptions {
-  std::string target;            // the folder that appears
+  std::string target;  // the folder that appears
   bool overwrite = false;
-  bool sha256 = false;           // hash files with SHA-256 too (reads them once more)
+  bool sha256 = false;  // hash files with SHA-256 too (reads them once more)
   VerifyMode verify = VerifyMode::kReread;
   StreamOptions stream;
-  std::string latest_path;       // pointer file to replace last; empty: none
+  std::string latest_path;  // pointer file to replace last; empty: none
   std::string latest_text;
   std::set<std::string> dropped;  // parts of hyper that the caller allowed to be left behind
-  nlohmann::json certificate;    // what the caller knows: source, target, inferred, …
+  nlohmann::json certificate;     // what the caller knows: source, target, inferred, …
   std::function<void(const std::string& phase)> phase;
 };
 
 struct ConvertResult {
-  Digest source;                // of what was read
-  Digest target;                // of what was written, read back (reread, disk)
+  Digest source;  // of what was read
+  Digest target;  // of what was written, read back (reread, disk)
   StreamResult stream;
   nlohmann::json certificate;
 };
@@ -36,8 +36,8 @@ struct ConvertResult {
 // Publishes the plan's files as options.target, or nothing. Throws Error(kMismatch) when what was
 // written is not what was read (nothing is published then). `sections` are compared by cast rules:
 // a section is "equal", "cast" or "absent".
-ConvertResult convert(Storage& storage, const checkpoint::ShardedState& state, const ReshardPlan& plan,
-                      const ConvertOptions& options);
+ConvertResult convert(Storage& storage, const checkpoint::ShardedState& state,
+                      const ReshardPlan& plan, const ConvertOptions& options);
 
 // equal | cast | absent for each section of the source; throws Error(kMismatch) on a difference.
 nlohmann::json compare_sections(const checkpoint::ShardedState& source, const Digest& source_digest,

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <map>
-#include <tuple>
 #include <nlohmann/json.hpp>
+#include <tuple>
 
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/reader.h"
@@ -24,13 +24,17 @@ std::string shape_text(const Shape& shape) { return nlohmann::json(shape).dump()
 
 class Builder {
  public:
-  Builder(const ShardedState& state, const std::vector<LeafCrc>& crcs) : state_(state), crcs_(crcs) {}
+  Builder(const ShardedState& state, const std::vector<LeafCrc>& crcs)
+      : state_(state), crcs_(crcs) {}
 
   Digest run() {
     for (const ParameterState& parameter : state_.parameters) add_parameter(parameter);
-    for (const checkpoint::BufferState& buffer : state_.buffers) add("buffers", buffer.name, "buffer", buffer.leaf);
+    for (const checkpoint::BufferState& buffer : state_.buffers)
+      add("buffers", buffer.name, "buffer", buffer.leaf);
     for (const checkpoint::Alias& alias : state_.aliases) {
-      lines_["weights"].push_back({alias.name, "alias", json_text(alias.name) + "\talias\t" + json_text(alias.target) + "\n", 0});
+      lines_["weights"].push_back(
+          {alias.name, "alias",
+           json_text(alias.name) + "\talias\t" + json_text(alias.target) + "\n", 0});
     }
     Digest digest;
     for (auto& [section, lines] : lines_) {
@@ -39,13 +43,16 @@ class Builder {
     }
     add_hyper(&digest);
     add_absent(&digest);
-    std::sort(digest.sections.begin(), digest.sections.end(), [](const SectionDigest& a, const SectionDigest& b) { return rank(a) < rank(b); });
+    std::sort(digest.sections.begin(), digest.sections.end(),
+              [](const SectionDigest& a, const SectionDigest& b) { return rank(a) < rank(b); });
     std::string root;
     for (const SectionDigest& section : digest.sections) {
       if (section.absent.empty()) root += section.section + "\t" + section.hex + "\n";
     }
     digest.root = checkpoint::sha256_hex(root);
-    std::sort(leaves_.begin(), leaves_.end(), [](const LeafLine& a, const LeafLine& b) { return std::tie(a.name, a.state) < std::tie(b.name, b.state); });
+    std::sort(leaves_.begin(), leaves_.end(), [](const LeafLine& a, const LeafLine& b) {
+      return std::tie(a.name, a.state) < std::tie(b.name, b.state);
+    });
     digest.leaves = std::move(leaves_);
     return digest;
   }
@@ -54,16 +61,23 @@ class Builder {
   struct Line {
     std::string name, state, text;
     int64_t elements;
-    bool operator<(const Line& other) const { return std::tie(name, state, text) < std::tie(other.name, other.state, other.text); }
+    bool operator<(const Line& other) const {
+      return std::tie(name, state, text) < std::tie(other.name, other.state, other.text);
+    }
   };
 
   // weights, then optimizer states by name, then steps, buffers, hyper.
   static std::pair<int, std::string> rank(const SectionDigest& s) {
-    const int order = s.section == "weights" ? 0 : s.section == "steps" ? 2 : s.section == "buffers" ? 3 : s.section == "hyper" ? 4 : 1;
+    const int order = s.section == "weights"   ? 0
+                      : s.section == "steps"   ? 2
+                      : s.section == "buffers" ? 3
+                      : s.section == "hyper"   ? 4
+                                               : 1;
     return {order, s.section};
   }
 
-  void add(const std::string& section, const std::string& name, const std::string& state, int number) {
+  void add(const std::string& section, const std::string& name, const std::string& state,
+           int number) {
     const checkpoint::Leaf& leaf = state_.leaf(number);
     LeafLine line{name, state, leaf.dtype, leaf.shape, crcs_[static_cast<size_t>(number)]};
     lines_[section].push_back({name, state, leaf_line(line), leaf.size_elements()});
@@ -71,11 +85,14 @@ class Builder {
   }
   void add_parameter(const ParameterState& parameter) {
     add("weights", parameter.name, "weight", parameter.weight);
-    for (int number : parameter.states) add(state_.leaf(number).state, parameter.name, state_.leaf(number).state, number);
+    for (int number : parameter.states)
+      add(state_.leaf(number).state, parameter.name, state_.leaf(number).state, number);
     for (const checkpoint::Scalar& scalar : parameter.scalars) {
       const std::string value = checkpoint::scalar_text(state_, scalar.value);
       if (value == "None") continue;  // a state that the optimizer has not made yet
-      lines_["steps"].push_back({parameter.name, scalar.name, json_text(parameter.name) + "\t" + scalar.name + "\t" + value + "\n", 1});
+      lines_["steps"].push_back(
+          {parameter.name, scalar.name,
+           json_text(parameter.name) + "\t" + scalar.name + "\t" + value + "\n", 1});
     }
   }
   static SectionDigest close(const std::string& section, const std::vector<Line>& lines) {
@@ -101,10 +118,14 @@ class Builder {
   void add_absent(Digest* digest) {
     const bool weights = state_.flavour == Flavour::kWeights;
     const auto absent = [&](const std::string& section, const std::string& reason) {
-      if (lines_.count(section) == 0) digest->sections.push_back({.section = section, .hex = "", .absent = reason});
+      if (lines_.count(section) == 0)
+        digest->sections.push_back({.section = section, .hex = "", .absent = reason});
     };
-    absent("steps", weights ? "this format holds weights only" : state_.stepped ? "the optimizer counts no steps" : "the optimizer never stepped");
-    absent("buffers", weights ? "this format does not tell buffers from weights" : "the model has none");
+    absent("steps", weights          ? "this format holds weights only"
+                    : state_.stepped ? "the optimizer counts no steps"
+                                     : "the optimizer never stepped");
+    absent("buffers",
+           weights ? "this format does not tell buffers from weights" : "the model has none");
   }
 
   const ShardedState& state_;
@@ -116,8 +137,9 @@ class Builder {
 }  // namespace
 
 std::string leaf_line(const LeafLine& leaf) {
-  return json_text(leaf.name) + "\t" + leaf.state + "\t" + name(leaf.dtype) + "\t" + shape_text(leaf.shape) + "\t" +
-         checkpoint::hex16(leaf.crc.ecma) + "\t" + checkpoint::hex16(leaf.crc.jones) + "\n";
+  return json_text(leaf.name) + "\t" + leaf.state + "\t" + name(leaf.dtype) + "\t" +
+         shape_text(leaf.shape) + "\t" + checkpoint::hex16(leaf.crc.ecma) + "\t" +
+         checkpoint::hex16(leaf.crc.jones) + "\n";
 }
 
 std::vector<int> digested_leaves(const ShardedState& state) {
@@ -130,7 +152,9 @@ std::vector<int> digested_leaves(const ShardedState& state) {
   return result;
 }
 
-Digest make_digest(const ShardedState& state, const std::vector<LeafCrc>& crcs) { return Builder(state, crcs).run(); }
+Digest make_digest(const ShardedState& state, const std::vector<LeafCrc>& crcs) {
+  return Builder(state, crcs).run();
+}
 
 Digest compute_digest(Storage& storage, const ShardedState& state, const StreamOptions& options) {
   StreamOptions all = options;

@@ -38,7 +38,8 @@ std::vector<int> digested_leaves(const checkpoint::ShardedState& state);
 Digest make_digest(const checkpoint::ShardedState& state, const std::vector<LeafCrc>& crcs);
 
 // Reads the payloads and makes the digest.
-Digest compute_digest(Storage& storage, const checkpoint::ShardedState& state, const StreamOptions& options);
+Digest compute_digest(Storage& storage, const checkpoint::ShardedState& state,
+                      const StreamOptions& options);
 
 // The canonical line of a leaf, as it goes into its section's SHA-256.
 std::string leaf_line(const LeafLine& leaf);

@@ -44,7 +44,8 @@ class Intervals {
   }
   template <typename Visit>
   void overlapping(int64_t from, int64_t to, const Visit& visit) const {
-    size_t i = static_cast<size_t>(std::upper_bound(reach_.begin(), reach_.end(), from) - reach_.begin());
+    size_t i =
+        static_cast<size_t>(std::upper_bound(reach_.begin(), reach_.end(), from) - reach_.begin());
     for (; i < items_.size() && begin(items_[i]) < to; ++i) {
       if (end(items_[i]) > from) visit(items_[i]);
     }
@@ -99,19 +100,26 @@ struct Buffers {
 };
 
 bool all_zero(std::span<const std::byte> bytes) {
-  return bytes[0] == std::byte{0} && std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
+  return bytes[0] == std::byte{0} &&
+         std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
 }
 
 class Executor {
  public:
   Executor(Storage& storage, const ShardedState& state, const ReshardPlan& plan,
            const std::string& folder, const StreamOptions& options)
-      : state_(state), plan_(plan), options_(options), pool_(storage, plan, folder, options),
-        leaf_ecma_(state.leaves.size()), leaf_jones_(state.leaves.size()), jobs_(state.files.size()) {}
+      : state_(state),
+        plan_(plan),
+        options_(options),
+        pool_(storage, plan, folder, options),
+        leaf_ecma_(state.leaves.size()),
+        leaf_jones_(state.leaves.size()),
+        jobs_(state.files.size()) {}
 
   StreamResult run() {
     prepare();
-    for (const Transfer& transfer : plan_.transfers) pool_.announce(transfer.target_file, transfer.size_bytes);
+    for (const Transfer& transfer : plan_.transfers)
+      pool_.announce(transfer.target_file, transfer.size_bytes);
     pool_.finish_untouched();
     work_through();
     check_records();
@@ -156,12 +164,14 @@ class Executor {
 void Executor::prepare() {
   std::vector<std::vector<Transfer>> transfers(jobs_.size());
   std::vector<std::vector<Span>> spans(jobs_.size());
-  for (const Transfer& transfer : plan_.transfers) transfers[static_cast<size_t>(transfer.source_file)].push_back(transfer);
+  for (const Transfer& transfer : plan_.transfers)
+    transfers[static_cast<size_t>(transfer.source_file)].push_back(transfer);
   for (int number : options_.digest) {
     const Leaf& leaf = state_.leaf(number);
     const int64_t item = item_size_bytes(leaf.dtype);
     for (const FileFragment& f : leaf.fragments) {
-      spans[static_cast<size_t>(f.file)].push_back({f.offset_bytes, f.count * item, number, f.begin * item});
+      spans[static_cast<size_t>(f.file)].push_back(
+          {f.offset_bytes, f.count * item, number, f.begin * item});
     }
   }
   for (size_t file = 0; file < jobs_.size(); ++file) {
@@ -169,13 +179,15 @@ void Executor::prepare() {
       return std::tie(a.offset, a.leaf, a.leaf_offset) < std::tie(b.offset, b.leaf, b.leaf_offset);
     });
     Ranges ranges;
-    for (const Transfer& t : transfers[file]) ranges.emplace_back(t.source_offset, t.source_offset + t.size_bytes);
+    for (const Transfer& t : transfers[file])
+      ranges.emplace_back(t.source_offset, t.source_offset + t.size_bytes);
     for (const Span& s : spans[file]) ranges.emplace_back(s.offset, s.offset + s.size);
     SourceJob& job = jobs_[file];
     job.transfers.set(std::move(transfers[file]));
     job.spans.set(std::move(spans[file]));
     merge(&ranges);
-    if (!ranges.empty() && state_.files[file].torch) add_touched_records(static_cast<int>(file), &ranges);
+    if (!ranges.empty() && state_.files[file].torch)
+      add_touched_records(static_cast<int>(file), &ranges);
     merge(&ranges);
     add_chunks(static_cast<int>(file), ranges);
   }
@@ -185,7 +197,8 @@ void Executor::prepare() {
 void Executor::add_touched_records(int file, Ranges* ranges) {
   const Ranges touching = *ranges;
   SourceJob& job = jobs_[static_cast<size_t>(file)];
-  for (const checkpoint::ZipRecord& record : state_.files[static_cast<size_t>(file)].torch->zip().records) {
+  for (const checkpoint::ZipRecord& record :
+       state_.files[static_cast<size_t>(file)].torch->zip().records) {
     const int64_t begin = record.data_offset, end = begin + record.size_bytes;
     const auto range = std::upper_bound(touching.begin(), touching.end(), begin,
                                         [](int64_t at, const auto& r) { return at < r.second; });
@@ -247,7 +260,8 @@ void Executor::work_through() {
   }
   for (std::thread& thread : threads) thread.join();
   // Of several failures the one at the lowest offset is told, so that messages repeat.
-  const size_t first = static_cast<size_t>(std::min_element(failed_at.begin(), failed_at.end()) - failed_at.begin());
+  const size_t first =
+      static_cast<size_t>(std::min_element(failed_at.begin(), failed_at.end()) - failed_at.begin());
   if (failures[first]) std::rethrow_exception(failures[first]);
 }
 
@@ -272,27 +286,32 @@ void Executor::process(const Chunk& chunk, Buffers* buffers) {
     cut(s.offset);
     cut(s.offset + s.size);
   });
-  for (auto r = std::lower_bound(job.records.begin(), job.records.end(), chunk.begin,
-                                 [](const Record& record, int64_t at) { return record.offset + record.size <= at; });
+  for (auto r = std::lower_bound(
+           job.records.begin(), job.records.end(), chunk.begin,
+           [](const Record&record, int64_t at) { return record.offset + record.size <= at; });
        r != job.records.end() && r->offset < chunk.end; ++r) {
     cut(r->offset);
     cut(r->offset + r->size);
   }
   std::sort(cuts.begin(), cuts.end());
   cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
-  for (size_t i = 0; i + 1 < cuts.size(); ++i) process_piece(chunk, cuts[i], cuts[i + 1], hole, buffers);
+  for (size_t i = 0; i + 1 < cuts.size(); ++i)
+    process_piece(chunk, cuts[i], cuts[i + 1], hole, buffers);
   bytes_done_ += size;
 }
 
-void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool hole, Buffers* buffers) {
+void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool hole,
+                             Buffers* buffers) {
   const SourceJob& job = jobs_[static_cast<size_t>(chunk.file)];
   const auto size = static_cast<size_t>(to - from);
-  const std::span<const std::byte> bytes = std::span(buffers->source).subspan(static_cast<size_t>(from - chunk.begin), size);
+  const std::span<const std::byte> bytes =
+      std::span(buffers->source).subspan(static_cast<size_t>(from - chunk.begin), size);
   const bool zero = hole || (to - from >= kHoleBytes && all_zero(bytes));
   RawCrcs crcs;
   if (!zero) crcs.update(bytes);
-  const auto record = std::lower_bound(job.records.begin(), job.records.end(), from,
-                                       [](const Record& r, int64_t at) { return r.offset + r.size <= at; });
+  const auto record =
+      std::lower_bound(job.records.begin(), job.records.end(), from,
+                       [](const Record& r, int64_t at) { return r.offset + r.size <= at; });
   if (record != job.records.end() && record->offset <= from) {
     record->sum->add(crc32_polynomial(), crcs.crc32, record->offset + record->size - to);
   }
@@ -308,7 +327,8 @@ void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool 
       piece.offset = t.target_offset + (from - t.source_offset);
       piece.size_bytes = to - from;
     } else {
-      const int64_t source_item = item_size_bytes(t.source_dtype), target_item = item_size_bytes(t.target_dtype);
+      const int64_t source_item = item_size_bytes(t.source_dtype),
+                    target_item = item_size_bytes(t.target_dtype);
       CHECK((from - t.source_offset) % source_item == 0, "a piece begins inside an element");
       const int64_t count = (to - from) / source_item;
       piece.offset = t.target_offset + (from - t.source_offset) / source_item * target_item;
@@ -331,21 +351,27 @@ void Executor::check_records() const {
     for (const Record& record : jobs_[file].records) {
       const uint64_t found = record.sum->finish(crc32_polynomial(), record.size);
       if (found == record.zip->crc32) continue;
-      throw Error(ErrorInfo{.code = ErrorCode::kCorrupt, .what = "A record's bytes do not fit its CRC: the file is damaged.",
-                            .file = state_.files[file].path, .entry = quote(record.zip->name),
-                            .expected = checkpoint::hex16(record.zip->crc32).substr(8), .found = checkpoint::hex16(found).substr(8),
-                            .next = "restore this file from another copy, or use an older checkpoint"});
+      throw Error(
+          ErrorInfo{.code = ErrorCode::kCorrupt,
+                    .what = "A record's bytes do not fit its CRC: the file is damaged.",
+                    .file = state_.files[file].path,
+                    .entry = quote(record.zip->name),
+                    .expected = checkpoint::hex16(record.zip->crc32).substr(8),
+                    .found = checkpoint::hex16(found).substr(8),
+                    .next = "restore this file from another copy, or use an older checkpoint"});
     }
   }
 }
 
 }  // namespace
 
-StreamResult execute(Storage& storage, const ShardedState& state, const ReshardPlan& plan, const std::string& folder, const StreamOptions& options) {
+StreamResult execute(Storage& storage, const ShardedState& state, const ReshardPlan& plan,
+                     const std::string& folder, const StreamOptions& options) {
   return Executor(storage, state, plan, folder, options).run();
 }
 
-StreamResult digest_leaves(Storage& storage, const ShardedState& state, const StreamOptions& options) {
+StreamResult digest_leaves(Storage& storage, const ShardedState& state,
+                           const StreamOptions& options) {
   const ReshardPlan nothing;
   return Executor(storage, state, nothing, "", options).run();
 }

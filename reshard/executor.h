@@ -27,23 +27,24 @@ struct FileHash {
 
 struct StreamOptions {
   int workers = 2;
-  int open_files = 256;        // most target files open at a time
-  bool sync_files = false;     // sync each file as it is finished
-  std::vector<int> digest;     // leaves whose CRC is taken on the way
+  int open_files = 256;     // most target files open at a time
+  bool sync_files = false;  // sync each file as it is finished
+  std::vector<int> digest;  // leaves whose CRC is taken on the way
   std::function<void(int64_t done, int64_t total)> progress;  // called a few times a second
 };
 
 struct StreamResult {
-  std::vector<LeafCrc> leaves;       // by leaf number; of the source's bytes
-  std::vector<FileHash> files;       // by target file; of the bytes handed to write
+  std::vector<LeafCrc> leaves;  // by leaf number; of the source's bytes
+  std::vector<FileHash> files;  // by target file; of the bytes handed to write
   int64_t bytes_read = 0;
   int64_t bytes_written = 0;
 };
 
 // Writes the plan's files under `folder` (which exists). Every record of the source that is touched
 // is read whole and its CRC is checked: Error(kCorrupt) names file and record.
-StreamResult execute(Storage& storage, const checkpoint::ShardedState& state, const ReshardPlan& plan,
-                     const std::string& folder, const StreamOptions& options);
+StreamResult execute(Storage& storage, const checkpoint::ShardedState& state,
+                     const ReshardPlan& plan, const std::string& folder,
+                     const StreamOptions& options);
 
 // The same without targets: reads the leaves in options.digest and checks their records.
 StreamResult digest_leaves(Storage& storage, const checkpoint::ShardedState& state,

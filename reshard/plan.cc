@@ -23,7 +23,8 @@ struct Place {
 
 void check_runs(const checkpoint::ShardedState& state, const StorageFill& fill) {
   std::vector<LeafRun> runs = fill.runs;
-  std::sort(runs.begin(), runs.end(), [](const LeafRun& a, const LeafRun& b) { return a.at < b.at; });
+  std::sort(runs.begin(), runs.end(),
+            [](const LeafRun& a, const LeafRun& b) { return a.at < b.at; });
   int64_t free_from = 0;
   for (const LeafRun& run : runs) {
     CHECK(run.count > 0, "an empty run");
@@ -95,8 +96,8 @@ ReshardPlan make_plan(const checkpoint::ShardedState& state,
       for (const LeafRun& run : fill.runs) add_run(state, run, fill.dtype, place, &plan.transfers);
       if (fill.copy && fill.copy->size_bytes > 0) {
         CHECK(fill.copy->size_bytes == fill.size_bytes(), "a copy of another size");
-        plan.transfers.push_back({fill.copy->file, fill.copy->offset_bytes, fill.copy->size_bytes, file,
-                                  place.offset_bytes, storage, DType::kUInt8, DType::kUInt8});
+        plan.transfers.push_back({fill.copy->file, fill.copy->offset_bytes, fill.copy->size_bytes,
+                                  file, place.offset_bytes, storage, DType::kUInt8, DType::kUInt8});
       }
     }
   }

@@ -21,15 +21,19 @@ std::string stem_of(const std::string& path) {
   return ascii && !stem.empty() ? stem : "archive";
 }
 
-uint32_t crc_of(const std::string& text) { return checkpoint::crc32_of(std::as_bytes(std::span(text))); }
+uint32_t crc_of(const std::string& text) {
+  return checkpoint::crc32_of(std::as_bytes(std::span(text)));
+}
 
 // Torch writes a hash of the names and a hash of the CRCs; readers do not check them.
 std::string serialization_id(const checkpoint::ZipLayout& zip, const std::vector<uint32_t>& crcs) {
   checkpoint::RawCrcs names, sums;
-  for (int i = 0; i + 1 < zip.count(); ++i) names.update(std::as_bytes(std::span(zip.record(i).name)));
+  for (int i = 0; i + 1 < zip.count(); ++i)
+    names.update(std::as_bytes(std::span(zip.record(i).name)));
   sums.update(std::as_bytes(std::span(crcs.data(), crcs.size() - 1)));
   char buffer[41];
-  std::snprintf(buffer, sizeof buffer, "%020llu%020llu", static_cast<unsigned long long>(names.ecma),
+  std::snprintf(buffer, sizeof buffer, "%020llu%020llu",
+                static_cast<unsigned long long>(names.ecma),
                 static_cast<unsigned long long>(sums.ecma));
   return buffer;
 }
@@ -75,14 +79,16 @@ void TargetFile::lay_out_torch(const FileBlueprint& blueprint) {
   const int last = zip_.add(prefix_ + "/.data/serialization_id", 40);
   opening_.push_back({zip_.record(last).header_offset, zip_.header(last)});
   literal_crcs_.push_back(0);
-  size_bytes_ = zip_.directory_offset() + static_cast<int64_t>(zip_.directory(literal_crcs_).size());
+  size_bytes_ =
+      zip_.directory_offset() + static_cast<int64_t>(zip_.directory(literal_crcs_).size());
 }
 
 std::vector<Literal> TargetFile::closing(const std::vector<uint32_t>& storage_crcs) const {
   if (!torch_) return {};
   CHECK(storage_crcs.size() == storage_records_.size(), "one CRC a storage");
   std::vector<uint32_t> crcs = literal_crcs_;
-  for (size_t i = 0; i < storage_crcs.size(); ++i) crcs[static_cast<size_t>(storage_records_[i])] = storage_crcs[i];
+  for (size_t i = 0; i < storage_crcs.size(); ++i)
+    crcs[static_cast<size_t>(storage_records_[i])] = storage_crcs[i];
   const std::string id = serialization_id(zip_, crcs);
   crcs.back() = crc_of(id);
   std::vector<Literal> result;

@@ -9,7 +9,11 @@ namespace isoshard::reshard {
 
 TargetPool::TargetPool(Storage& storage, const ReshardPlan& plan, const std::string& folder,
                        const StreamOptions& options)
-    : storage_(storage), plan_(plan), folder_(folder), options_(options), targets_(plan.targets.size()) {
+    : storage_(storage),
+      plan_(plan),
+      folder_(folder),
+      options_(options),
+      targets_(plan.targets.size()) {
   for (size_t i = 0; i < targets_.size(); ++i) {
     targets_[i].storages = std::vector<CrcSum>(plan.blueprints[i].storages.size());
   }
@@ -37,7 +41,8 @@ std::shared_ptr<WritableFile> TargetPool::acquire(int number) {
         write_literal(number, *target.open, literal);
       }
       for (size_t i = 0; i < target.storages.size(); ++i) {
-        const std::string& literal = plan_.blueprints[static_cast<size_t>(number)].storages[i].literal;
+        const std::string& literal =
+            plan_.blueprints[static_cast<size_t>(number)].storages[i].literal;
         checkpoint::RawCrcs crcs;
         crcs.update(std::as_bytes(std::span(literal)));
         if (!literal.empty()) target.storages[i].add(crc32_polynomial(), crcs.crc32, 0);
@@ -78,8 +83,8 @@ void TargetPool::write_literal(int number, WritableFile& file, const Literal& li
   bytes_written_ += static_cast<int64_t>(bytes.size());
   checkpoint::RawCrcs crcs;
   crcs.update(bytes);
-  const int64_t after = plan_.targets[static_cast<size_t>(number)].size_bytes() - literal.offset_bytes -
-                        static_cast<int64_t>(bytes.size());
+  const int64_t after = plan_.targets[static_cast<size_t>(number)].size_bytes() -
+                        literal.offset_bytes - static_cast<int64_t>(bytes.size());
   target.ecma.add(crc64_ecma_polynomial(), crcs.ecma, after);
   target.jones.add(crc64_jones_polynomial(), crcs.jones, after);
 }
@@ -95,10 +100,12 @@ void TargetPool::write(const Piece& piece) {
   file->write_at(piece.offset, piece.bytes);
   bytes_written_ += piece.size_bytes;
   const TargetFile& layout = plan_.targets[static_cast<size_t>(piece.target)];
-  const auto& fill = plan_.blueprints[static_cast<size_t>(piece.target)].storages[static_cast<size_t>(piece.storage)];
+  const auto& fill = plan_.blueprints[static_cast<size_t>(piece.target)]
+                         .storages[static_cast<size_t>(piece.storage)];
   const int64_t end = piece.offset + piece.size_bytes;
   const int64_t storage_end = layout.storage_offset(piece.storage) + fill.size_bytes();
-  target.storages[static_cast<size_t>(piece.storage)].add(crc32_polynomial(), piece.crcs.crc32, storage_end - end);
+  target.storages[static_cast<size_t>(piece.storage)].add(crc32_polynomial(), piece.crcs.crc32,
+                                                          storage_end - end);
   target.ecma.add(crc64_ecma_polynomial(), piece.crcs.ecma, layout.size_bytes() - end);
   target.jones.add(crc64_jones_polynomial(), piece.crcs.jones, layout.size_bytes() - end);
   file.reset();
@@ -133,7 +140,8 @@ std::vector<FileHash> TargetPool::hashes() const {
   std::vector<FileHash> result;
   for (size_t i = 0; i < targets_.size(); ++i) {
     const int64_t size = plan_.targets[i].size_bytes();
-    result.push_back({plan_.targets[i].path(), size, targets_[i].ecma.finish(crc64_ecma_polynomial(), size),
+    result.push_back({plan_.targets[i].path(), size,
+                      targets_[i].ecma.finish(crc64_ecma_polynomial(), size),
                       targets_[i].jones.finish(crc64_jones_polynomial(), size)});
   }
   return result;

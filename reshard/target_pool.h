@@ -20,7 +20,9 @@ class TargetPool {
              const StreamOptions& options);
 
   // Announces source bytes that will come to a target; all before the first is written.
-  void announce(int target, int64_t bytes) { targets_[static_cast<size_t>(target)].pending += bytes; }
+  void announce(int target, int64_t bytes) {
+    targets_[static_cast<size_t>(target)].pending += bytes;
+  }
   void finish_untouched();  // targets without any piece
 
   // One piece of a storage: bytes and their raw CRCs; `zero` pieces stay holes.

@@ -43,7 +43,7 @@ ROOT = os.path.dirname(HERE)
 RECORDINGS = os.path.join(ROOT, "traces", "deepspeed")
 PINS = "torch==2.13.0 numpy packaging psutil ninja setuptools wheel".split()
 REFERENCE = "0.19.8"
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 EQUAL_STATE = ("weights", "exp_avg", "exp_avg_sq", "steps")
 # The config is the run's own; the recovery scripts are copies of DeepSpeed's sources.
 SAVED_AGAIN = ("--ignore", r"\['ds_config'\]", "--ignore-file", "*.py")
@@ -109,7 +109,10 @@ def first_words(text, count=260):
 
 
 def settings(source):
-    return record_traces.read_case(os.path.join(RECORDINGS, source))
+    with open(os.path.join(RECORDINGS, source, "case.json")) as file:
+        case = json.load(file)
+    case = {k: v for k, v in case.items() if k != "versions" and not k.endswith("_fails_with")}
+    return {"world": case.get("dp"), **case}
 
 
 def target_case(case, to, change=()):
@@ -141,8 +144,11 @@ class Peer:
             del self.env["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]  # only older ones need it
         os.makedirs(self.work, exist_ok=True)
 
+    def path(self, name, part, below=""):
+        return os.path.join(self.work, f"{name}-{part}".translate({44: "_", 61: None}), below)
+
     def folder(self, *parts):
-        path = os.path.join(self.work, "-".join(parts).replace(",", "_").replace("=", ""))
+        path = self.path("-".join(parts[:-1]), parts[-1]).rstrip("/")
         shutil.rmtree(path, ignore_errors=True)
         return path
 
@@ -359,36 +365,42 @@ def converters(peer, ours, name, source):
             yield tool, "WRONG", outcome[1]
 
 
-def reshard(peer, item):
-    name = f"reshard-{item.source}-{item.to}"
+def plain_load(peer, source, to, name, steps):
+    """Resharded by us, loaded by a plain load_checkpoint."""
     ours, out = peer.folder(name, "ours"), peer.folder(name, "out")
-    ckpt, case = os.path.join(RECORDINGS, item.source, "ckpt"), settings(item.source)
-    good, text = peer.isoshard("reshard", ckpt, ours, "--to", item.to)
+    case = target_case(settings(source), to)
+    good, text = peer.isoshard("reshard", os.path.join(RECORDINGS, source, "ckpt"), ours,
+                               "--to", to)
     yield "reshard", *(("right", "") if good else ("refused", first_words(text)))
     if not good:
         return
-    case = target_case(case, item.to)
-    good, text = peer.engine(case, ours, out, look_of(case))
+    good, text = peer.engine(case, ours, out, look_of(case), steps)
     yield "load", *(("right", "") if good else ("refused", first_words(text)))
     if good:
-        yield ("live state", *peer.judge("live", os.path.join(out, "live"), item.source))
+        yield ("live state", *peer.judge("live", os.path.join(out, "live"), source))
         again = os.path.join(out, "again")
         outcome = peer.compare(ours, again, *SAVED_AGAIN) if peer.version == REFERENCE else \
             peer.same_state(ours, again)
         yield ("saved again = ours", *equal_as_right(outcome))
-        if item.theirs:
-            yield from theirs_of(peer, item, case, os.path.join(out, "step"), name)
-    if case["stage"]:
-        yield from converters(peer, ours, name, item.source)
+
+
+def reshard(peer, item):
+    name = f"reshard-{item.source}-{item.to}"
+    case, results = target_case(settings(item.source), item.to), {}
+    for fact in plain_load(peer, item.source, item.to, name, 1):
+        results[fact[0]] = fact[1]
+        yield fact
+    if results.get("load") == "right" and item.theirs:
+        yield from theirs_of(peer, item, case, peer.path(name, "out", "step"), name)
+    if results["reshard"] == "right" and case["stage"]:
+        yield from converters(peer, peer.path(name, "ours"), name, item.source)
 
 
 def loaded(peer, source, to):
-    """Resharded by us, loaded by the real engine; one result for the matrix."""
-    found = {check: (result, detail) for check, result, detail in
-             reshard(peer, Reshard(source, to, None))}
-    for check in ("reshard", "load", "live state", "saved again = ours"):
-        if found[check][0] not in ("right", "lacks"):
-            return found[check][0].lower(), f"{to}: {check}: {found[check][1]}"
+    """One result for the matrix."""
+    for check, result, detail in plain_load(peer, source, to, f"matrix-{source}-{to}", 0):
+        if result not in ("right", "lacks"):
+            return result.lower(), f"{to}: {check}: {detail}"
     return "right", to
 
 
@@ -437,3 +449,114 @@ def reading(peer, source):
             yield tool, "right", "theirs: " + first_words(text)
         else:
             yield (tool, *equal_as_right(peer.compare(*outs)))
+
+
+# ---- The report.
+
+
+def write_report(lines):
+    pass
+
+
+# ---- Running them.
+
+
+def plan(version):
+    """(group, title, checks to run, settings shown in the report)"""
+    for source in ("z1_bf16_dp2", "z3_bf16_dp3"):
+        yield "aa", source, lambda p, s=source: aa(p, s)
+    yield "control", "z2_rr_dp3", lambda p: control(p, "z2_rr_dp3")
+    for case in UNIVERSALS:
+        if version == REFERENCE or not case.source.startswith("z1_bf16opt"):
+            off = " round robin off" if case.change else ""
+            yield "universal", f"{case.source} {case.to}{off}", lambda p, c=case: universal(p, *c)
+    for case in RESHARDS:
+        title = f"{case.source} {case.to}"
+        if version == REFERENCE or title in OLDER:
+            yield "reshard", title, lambda p, c=case: reshard(p, c)
+    for source in READINGS:
+        yield "reading", source, lambda p, s=source: reading(p, s)
+    for source in sorted(os.listdir(RECORDINGS)) if version == REFERENCE else ():
+        if "_to_" not in source:
+            yield "matrix", source, lambda p, s=source: matrix(p, s)
+
+
+def run_plan(options, version, overlay, results):
+    peer, bad = Peer(options, version, overlay), 0
+    for group, title, checks in plan(version):
+        if not re.search(options.cases, f"{group} {title}"):
+            continue
+        start = time.monotonic()
+        for check, result, detail in checks(peer):
+            line = {"version": version, "group": group, "case": title, "check": check,
+                    "result": result, "detail": detail}
+            results.write(json.dumps(line) + "\n")
+            bad += is_bad(line)
+        results.flush()
+        print(f"{version} {group} {title}: {time.monotonic() - start:.0f} s", flush=True)
+        for left in glob.glob(os.path.join(peer.work, "*")) if not options.keep else ():
+            shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
+    return bad
+
+
+def is_bad(line):
+    """A refusal of DeepSpeed's, or its own wrong output, says nothing against our files."""
+    if line["group"] == "matrix":
+        return line["check"].startswith("isoshard") and line["result"] == "wrong"
+    return line["result"] in ("WRONG", "wrong", "refused")
+
+
+def overlay_of(options, version):
+    """The folder that goes first on PYTHONPATH; empty for the version in the environment."""
+    if version == REFERENCE:
+        return ""
+    folder = os.path.join(options.overlays, "deepspeed-" + version)
+    if not os.path.isdir(folder):
+        subprocess.check_call([options.python, "-m", "pip", "install", "--quiet", "--no-deps",
+                               "--no-build-isolation", "--target", folder,
+                               f"deepspeed=={version}"], env={**os.environ, "DS_BUILD_OPS": "0"})
+    return folder
+
+
+def make_environment(folder):
+    python = os.path.join(folder, "bin", "python")
+    if not os.path.exists(python):
+        subprocess.check_call([sys.executable, "-m", "venv", folder])
+        subprocess.check_call([python, "-m", "pip", "install", "--quiet", *PINS])
+        subprocess.check_call([python, "-m", "pip", "install", "--quiet", "--no-build-isolation",
+                               f"deepspeed=={REFERENCE}"])
+    return python
+
+
+def main(arguments):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    build = os.path.join(ROOT, "build")
+    parser.add_argument("--venv", default=os.path.join(build, "peer", "venv"))
+    parser.add_argument("--overlays", default=os.path.join(build, "peer"), metavar="DIR",
+                        help="where deepspeed-VERSION folders are or will be")
+    parser.add_argument("--program", default=os.path.join(build, "release", "isoshard"))
+    parser.add_argument("--versions", default="0.19.8,0.18.9,0.16.9")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="matched on 'group case'")
+    parser.add_argument("--out", default=os.path.join(build, "peer", "out"))
+    parser.add_argument("--keep", action="store_true", help="keep every folder that was written")
+    parser.add_argument("--report-only", action="store_true")
+    options = parser.parse_args(arguments)
+    options.out, bad = os.path.abspath(options.out), 0
+    os.makedirs(options.out, exist_ok=True)
+    path = os.path.join(options.out, "results.jsonl")
+    if not options.report_only:
+        options.python = os.path.abspath(make_environment(options.venv))
+        options.program = os.path.abspath(options.program)
+        with open(path, "a") as results:
+            for version in options.versions.split(","):
+                bad += run_plan(options, version, overlay_of(options, version), results)
+    with open(path) as file:
+        lines = {tuple(line[k] for k in ("version", "group", "case", "check")): line
+                 for line in map(json.loads, file)}  # the last run of a fact counts
+    write_report(list(lines.values()))
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -70,8 +70,12 @@ def run_rank(job):
         if path is None:
             raise SystemExit("load_checkpoint returned None")
         client_state = {key: found[key] for key in client_state}  # what the folder says, not we
+        stepped = case.get("steps", 3) > 0
+        link_moments = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+        if stepped and link_moments:
+            link_moments()  # or the accessors find no moments until the next step, which does this
         live = whole_weights(engine) if job["look"] == "param" else \
-            record_traces.truth_of(engine, case.get("steps", 3) > 0)
+            record_traces.truth_of(engine, stepped)
         os.makedirs(os.path.join(out, "live"), exist_ok=True)
         torch.save(live, os.path.join(out, "live", f"rank{rank}.pt"))
         engine.save_checkpoint(os.path.join(out, "again"), client_state=client_state,

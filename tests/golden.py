@@ -10,6 +10,7 @@ Checks, for traces/deepspeed/CASE:
 DeepSpeed's faults are pinned: where its output is wrong, ours must differ from it, and equal it only
 under --as-deepspeed. Not compared: uninitialised padding of stage-3 masters (docs/deepspeed_errata.md).
 """
+
 import json
 import os
 import re
@@ -33,8 +34,10 @@ done = []
 def run(*args, status=0):
     result = subprocess.run([PROGRAM, *args], capture_output=True, text=True)
     if result.returncode != status:
-        sys.exit(f"FAILED: isoshard {' '.join(args)}\nstatus {result.returncode}, expected {status}\n"
-                 f"{result.stdout[-2000:]}{result.stderr[-2000:]}")
+        sys.exit(
+            f"FAILED: isoshard {' '.join(args)}\nstatus {result.returncode}, expected {status}\n"
+            f"{result.stdout[-2000:]}{result.stderr[-2000:]}"
+        )
     return result.stdout
 
 
@@ -74,14 +77,27 @@ def universal(work, source):
     if ROUND_ROBIN:
         check("universal: differs from DeepSpeed's wrong one", differences(theirs, target))
         believed = os.path.join(work, "believed")
-        run("convert", CKPT, os.path.join(believed, name), "--to", "universal", "--quiet", "--as-deepspeed")
+        run(
+            "convert",
+            CKPT,
+            os.path.join(believed, name),
+            "--to",
+            "universal",
+            "--quiet",
+            "--as-deepspeed",
+        )
         equal("universal: --as-deepspeed equals DeepSpeed's", theirs, believed)
     elif "never_stepped" in CASE:
         # DeepSpeed extracts nothing here and writes rounded weights without a word.
-        check("universal: holds the masters, which DeepSpeed's does not", differences(theirs, target))
+        check(
+            "universal: holds the masters, which DeepSpeed's does not", differences(theirs, target)
+        )
     else:
         equal("universal equals DeepSpeed's", theirs, target)
-        check("DeepSpeed's universal has the source's digest", digest(theirs)["sections"] == source["sections"])
+        check(
+            "DeepSpeed's universal has the source's digest",
+            digest(theirs)["sections"] == source["sections"],
+        )
     return target
 
 
@@ -93,7 +109,18 @@ def fp32(work):
         if "frozen" in CASE and CASE.startswith("z1"):
             extra = ["norm"]
         equal("fp32 equals DeepSpeed's", os.path.join(FOLDER, "fp32"), target, extra)
-    run("convert", CKPT, target + "_st", "--to", "fp32", "--like", LIKE, "--quiet", "--max-shard-size", "2KB")
+    run(
+        "convert",
+        CKPT,
+        target + "_st",
+        "--to",
+        "fp32",
+        "--like",
+        LIKE,
+        "--quiet",
+        "--max-shard-size",
+        "2KB",
+    )
     a, b = digest(target)["sections"]["weights"], digest(target + "_st")["sections"]["weights"]
     check("fp32: sharded safetensors hold the same tensors", a == b, f"{a} {b}")
 
@@ -103,9 +130,21 @@ def reshard(work, source_digest):
     stage = int(topology.rsplit("=", 1)[1])
     same = os.path.join(work, "same")
     run("reshard", CKPT, same, "--to", topology, "--quiet")
-    side_files = [name for name in os.listdir(CKPT) if name not in ("latest",) and not name.startswith("global_step")]
-    wrong = [d for d in differences(CKPT, same, PADDING + TRUE_SLICES) if not any(name in str(d) for name in side_files)]
-    check("reshard to the own topology gives the own files", not wrong, "\n".join(map(str, wrong[:10])))
+    side_files = [
+        name
+        for name in os.listdir(CKPT)
+        if name not in ("latest",) and not name.startswith("global_step")
+    ]
+    wrong = [
+        d
+        for d in differences(CKPT, same, PADDING + TRUE_SLICES)
+        if not any(name in str(d) for name in side_files)
+    ]
+    check(
+        "reshard to the own topology gives the own files",
+        not wrong,
+        "\n".join(map(str, wrong[:10])),
+    )
     dropped = ["--allow-dropped", "loss_scaler"] if "fp16" in CASE else []
     for other in range(4):
         there, back = os.path.join(work, f"there{other}"), os.path.join(work, f"back{other}")
@@ -114,7 +153,11 @@ def reshard(work, source_digest):
         if not dropped:
             check(f"stage {other} at dp 3: same digest", found == source_digest["sections"])
         run("reshard", there, back, "--to", topology, "--quiet", *dropped)
-        ignore = [r"\['clip_grad'\]", r"\['loss_scaler'\]"] if stage in (1, 2) else [r"\['loss_scaler'\]"]
+        ignore = (
+            [r"\['clip_grad'\]", r"\['loss_scaler'\]"]
+            if stage in (1, 2)
+            else [r"\['loss_scaler'\]"]
+        )
         if other != stage:
             ignore += [r"\['zero_optimization'\]", r"\['optimizer'\]\['cur_iter'\]"]
         if stage >= 2 and other < 2:

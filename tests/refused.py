@@ -4,13 +4,19 @@
 For every folder of traces/refused/: exit status 2 from inspect, digest, convert and reshard, a message
 that names the kind, and no output left behind.
 """
+
 import os
 import subprocess
 import sys
 import tempfile
 
 PROGRAM, TRACES = sys.argv[1:3]
-WORDS = {"autotp": "ensor-parallel", "moe": "ixture-of-experts", "autoep": "ixture-of-experts", "pipe": "ipeline"}
+WORDS = {
+    "autotp": "ensor-parallel",
+    "moe": "ixture-of-experts",
+    "autoep": "ixture-of-experts",
+    "pipe": "ipeline",
+}
 
 
 def main():
@@ -21,8 +27,12 @@ def main():
             continue
         with tempfile.TemporaryDirectory() as work:
             target = os.path.join(work, "out", "x")
-            for command in (["inspect", source], ["digest", source], ["convert", source, target, "--to", "universal"],
-                            ["reshard", source, target, "--to", "dp=1"]):
+            for command in (
+                ["inspect", source],
+                ["digest", source],
+                ["convert", source, target, "--to", "universal"],
+                ["reshard", source, target, "--to", "dp=1"],
+            ):
                 result = subprocess.run([PROGRAM, *command], capture_output=True, text=True)
                 word = WORDS[case.split("_")[0]]
                 if result.returncode != 2 or word not in result.stderr or os.listdir(work):

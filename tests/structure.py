@@ -6,6 +6,7 @@ real DeepSpeed wrote at that stage: the same keys in the same order, the same Py
 the same dtype and requires_grad. Not compared: values, shapes and the names of parameters, which
 belong to the run; ds_config, which carries the source's settings.
 """
+
 import os
 import subprocess
 import sys
@@ -17,14 +18,31 @@ import compare_torch  # noqa: E402
 PROGRAM, TRACES = sys.argv[1:3]
 # (source case, target stage, real case of the same kind of model at that stage)
 PAIRS = [
-    ("z2_offload_dp2", 3, "z3_offload_dp2"), ("z3_offload_dp2", 2, "z2_offload_dp2"),
-    ("z1_bf16_dp2", 3, "z3_bf16_dp2_frozen"), ("z3_bf16_dp2_frozen", 1, "z1_bf16_dp2"), ("z1_bf16_dp2", 0, "z0_bf16_dp2"),
-    ("z0_bf16_dp2", 1, "z1_bf16_dp2"), ("z0_bf16_dp2", 3, "z3_bf16_dp2_frozen"), ("z3_fp32_dp2_subgroups", 0, "z0_fp32_dp2"),
-    ("z0_fp32_dp2", 3, "z3_fp32_dp2_subgroups"), ("z0_fp32_dp2_groups", 1, "z1_fp32_dp3"), ("z1_fp32_dp3", 0, "z0_fp32_dp2_groups"),
-    ("z3_bf16_dp3", 2, "z2_bf16_dp4"), ("z2_bf16_dp4", 3, "z3_bf16_dp5"), ("z1_never_stepped_dp2", 3, "z3_never_stepped_dp2"),
-    ("z2_sgdm_dp2", 3, "z3_sgdm_dp2"), ("z3_sgdm_dp2", 2, "z2_sgdm_dp2"),
+    ("z2_offload_dp2", 3, "z3_offload_dp2"),
+    ("z3_offload_dp2", 2, "z2_offload_dp2"),
+    ("z1_bf16_dp2", 3, "z3_bf16_dp2_frozen"),
+    ("z3_bf16_dp2_frozen", 1, "z1_bf16_dp2"),
+    ("z1_bf16_dp2", 0, "z0_bf16_dp2"),
+    ("z0_bf16_dp2", 1, "z1_bf16_dp2"),
+    ("z0_bf16_dp2", 3, "z3_bf16_dp2_frozen"),
+    ("z3_fp32_dp2_subgroups", 0, "z0_fp32_dp2"),
+    ("z0_fp32_dp2", 3, "z3_fp32_dp2_subgroups"),
+    ("z0_fp32_dp2_groups", 1, "z1_fp32_dp3"),
+    ("z1_fp32_dp3", 0, "z0_fp32_dp2_groups"),
+    ("z3_bf16_dp3", 2, "z2_bf16_dp4"),
+    ("z2_bf16_dp4", 3, "z3_bf16_dp5"),
+    ("z1_never_stepped_dp2", 3, "z3_never_stepped_dp2"),
+    ("z2_sgdm_dp2", 3, "z3_sgdm_dp2"),
+    ("z3_sgdm_dp2", 2, "z2_sgdm_dp2"),
 ]
-BY_NAME = {"module", "param_shapes", "frozen_param_shapes", "shared_params", "frozen_param_fragments", "param_slice_mappings"}
+BY_NAME = {
+    "module",
+    "param_shapes",
+    "frozen_param_shapes",
+    "shared_params",
+    "frozen_param_fragments",
+    "param_slice_mappings",
+}
 ANY = "any"  # an empty dictionary by names says nothing of its values
 SKIPPED = {"ds_config", "lr_scheduler", "_metadata", "loss_scaler"}
 
@@ -34,13 +52,27 @@ def shape_of(item, key=""):
     if key in SKIPPED:
         return "…"
     if isinstance(item, compare_torch.Tensor):
-        return ("tensor", len(item.shape) if key not in ("module",) else "-", item.requires_grad, sorted(item.attributes))
+        return (
+            "tensor",
+            len(item.shape) if key not in ("module",) else "-",
+            item.requires_grad,
+            sorted(item.attributes),
+        )
     if isinstance(item, dict):
         if key in BY_NAME:
             kinds = sorted({str(shape_of(value)) for value in item.values()})
             return (type(item).__name__, kinds or ANY)
-        inner = [(name if isinstance(name, str) else "#", shape_of(value, name if isinstance(name, str) else "")) for name, value in item.items()]
-        return (type(item).__name__, [entry for i, entry in enumerate(inner) if entry not in inner[:i]])
+        inner = [
+            (
+                name if isinstance(name, str) else "#",
+                shape_of(value, name if isinstance(name, str) else ""),
+            )
+            for name, value in item.items()
+        ]
+        return (
+            type(item).__name__,
+            [entry for i, entry in enumerate(inner) if entry not in inner[:i]],
+        )
     if isinstance(item, (list, tuple)):
         inner = [str(shape_of(value, key)) for value in item]
         return (type(item).__name__, sorted(set(inner)))
@@ -82,14 +114,30 @@ def main():
         with tempfile.TemporaryDirectory() as work:
             ours = os.path.join(work, "out")
             flags = ["--allow-dropped", "loss_scaler"] if "fp16" in source and stage == 0 else []
-            subprocess.run([PROGRAM, "reshard", os.path.join(TRACES, "deepspeed", source, "ckpt"), ours, "--to", f"dp=2,stage={stage}", "--quiet", *flags], check=True)
-            expected_files, found_files = files_of(os.path.join(TRACES, "deepspeed", real, "ckpt")), files_of(ours)
+            subprocess.run(
+                [
+                    PROGRAM,
+                    "reshard",
+                    os.path.join(TRACES, "deepspeed", source, "ckpt"),
+                    ours,
+                    "--to",
+                    f"dp=2,stage={stage}",
+                    "--quiet",
+                    *flags,
+                ],
+                check=True,
+            )
+            expected_files, found_files = files_of(
+                os.path.join(TRACES, "deepspeed", real, "ckpt")
+            ), files_of(ours)
             if len(expected_files) != len(found_files):
                 sys.exit(f"FAILED: {source} to stage {stage}: {found_files}, as {expected_files}")
             for a, b in zip(expected_files, found_files):
                 expected, found = shape_of(compare_torch.load(a)), shape_of(compare_torch.load(b))
                 if not same(expected, found):
-                    sys.exit(f"FAILED: {source} to stage {stage}, as {real}: {os.path.basename(b)} {first_difference(expected, found)}")
+                    sys.exit(
+                        f"FAILED: {source} to stage {stage}, as {real}: {os.path.basename(b)} {first_difference(expected, found)}"
+                    )
         print(f"{source} to stage {stage}: structured as {real}")
 
 

@@ -20,15 +20,22 @@ struct UniversalAlias {
 };
 
 void run_ds_to_universal(Session* session, const UniversalAlias& alias) {
-  const checkpoint::SourcePlace place = checkpoint::resolve_source(session->storage, alias.flags.source, "");
+  const checkpoint::SourcePlace place =
+      checkpoint::resolve_source(session->storage, alias.flags.source, "");
   if (!place.save_folder.empty()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage, .what = "--input_folder is the tag folder, not its parent.", .file = alias.flags.source,
-                          .expected = quote(place.folder), .found = quote(alias.flags.source), .next = "name the tag folder"});
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "--input_folder is the tag folder, not its parent.",
+                          .file = alias.flags.source,
+                          .expected = quote(place.folder),
+                          .found = quote(alias.flags.source),
+                          .next = "name the tag folder"});
   }
   if (!alias.inject) {
     const checkpoint::ShardedState state = session->open(alias.flags.source, /*prove=*/false);
     if (state.stage > 0 && state.stage < 3) {
-      throw Error(ErrorInfo{.code = ErrorCode::kUsage, .what = "Required universal_checkpoint_info state is missing.", .file = state.folder,
+      throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                            .what = "Required universal_checkpoint_info state is missing.",
+                            .file = state.folder,
                             .next = "pass --inject_missing_state, as DeepSpeed asks too"});
     }
   }
@@ -42,14 +49,19 @@ void run_ds_to_universal(Session* session, const UniversalAlias& alias) {
 
 void add_deepspeed_aliases(CLI::App* app, Session* session) {
   auto universal = std::make_shared<UniversalAlias>();
-  CLI::App* verb = app->add_subcommand("ds_to_universal", "DeepSpeed's ds_to_universal.py, by its own flags");
+  CLI::App* verb =
+      app->add_subcommand("ds_to_universal", "DeepSpeed's ds_to_universal.py, by its own flags");
   verb->add_option("--input_folder", universal->flags.source, "The tag folder")->required();
   verb->add_option("--output_folder", universal->flags.target, "The universal folder")->required();
-  verb->add_option("--num_extract_workers", universal->ignored.extract_workers, "Changes nothing here (--workers does)");
+  verb->add_option("--num_extract_workers", universal->ignored.extract_workers,
+                   "Changes nothing here (--workers does)");
   verb->add_option("--num_merge_workers", universal->ignored.merge_workers, "Changes nothing here");
-  verb->add_flag("--keep_temp_folder", universal->ignored.keep_temp, "Changes nothing here: there are no temporary files");
-  verb->add_flag("--no_strict", universal->ignored.no_strict, "Changes nothing here: no pattern lists are used");
-  verb->add_flag("--inject_missing_state", universal->inject, "Go on without universal_checkpoint_info, as DeepSpeed does only when asked");
+  verb->add_flag("--keep_temp_folder", universal->ignored.keep_temp,
+                 "Changes nothing here: there are no temporary files");
+  verb->add_flag("--no_strict", universal->ignored.no_strict,
+                 "Changes nothing here: no pattern lists are used");
+  verb->add_flag("--inject_missing_state", universal->inject,
+                 "Go on without universal_checkpoint_info, as DeepSpeed does only when asked");
   add_common_flags(verb, session);
   verb->callback([session, universal] {
     universal->flags.to = "universal";
@@ -59,13 +71,16 @@ void add_deepspeed_aliases(CLI::App* app, Session* session) {
   auto weights = std::make_shared<ConvertFlags>();
   auto ignored = std::make_shared<Ignored>();
   auto safe = std::make_shared<bool>(false);
-  CLI::App* fp32 = app->add_subcommand("zero_to_fp32", "DeepSpeed's zero_to_fp32.py, by its own flags");
+  CLI::App* fp32 =
+      app->add_subcommand("zero_to_fp32", "DeepSpeed's zero_to_fp32.py, by its own flags");
   fp32->add_option("checkpoint_dir", weights->source)->required();
   fp32->add_option("output_dir", weights->target)->required();
-  fp32->add_option("--max_shard_size", weights->max_shard_size, "Size of one file")->capture_default_str();
+  fp32->add_option("--max_shard_size", weights->max_shard_size, "Size of one file")
+      ->capture_default_str();
   fp32->add_flag("--safe_serialization", *safe, "safetensors instead of .bin");
   fp32->add_option("-t,--tag", session->read.tag, "Tag to read instead of the one in latest");
-  fp32->add_flag("--exclude_frozen_parameters", weights->exclude_frozen, "Leave frozen parameters out");
+  fp32->add_flag("--exclude_frozen_parameters", weights->exclude_frozen,
+                 "Leave frozen parameters out");
   fp32->add_flag("-d,--debug", ignored->debug, "Changes nothing here");
   add_common_flags(fp32, session);
   fp32->callback([session, weights, safe, ignored] {

@@ -14,26 +14,40 @@ bool is_inside(const std::string& inner, const std::string& outer) {
 
 void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
   std::string folder = checkpoint::parent_folder(target);
-  while (!session->storage.is_directory(folder) && folder != "/" && folder != ".") folder = checkpoint::parent_folder(folder);
+  while (!session->storage.is_directory(folder) && folder != "/" && folder != ".")
+    folder = checkpoint::parent_folder(folder);
   const FreeSpace space = session->storage.free_space(folder);
   const auto files = static_cast<int64_t>(plan.targets.size()) + 2;
-  const bool bytes_short = space.bytes < plan.bytes_to_write(), inodes_short = space.inodes >= 0 && space.inodes < 2 * files;
+  const bool bytes_short = space.bytes < plan.bytes_to_write(),
+             inodes_short = space.inodes >= 0 && space.inodes < 2 * files;
   if (!bytes_short && !inodes_short) return;
-  throw Error(ErrorInfo{.code = ErrorCode::kNoSpace, .what = bytes_short ? "The target's file system has too little space." : "The target's file system has too few inodes.",
-                        .file = target, .expected = std::to_string(plan.bytes_to_write()) + " bytes in " + std::to_string(files) + " files",
-                        .found = std::to_string(space.bytes) + " bytes and " + std::to_string(space.inodes) + " inodes free",
-                        .safe = "nothing was written", .next = "free some space, or name a target elsewhere"});
+  throw Error(ErrorInfo{.code = ErrorCode::kNoSpace,
+                        .what = bytes_short ? "The target's file system has too little space."
+                                            : "The target's file system has too few inodes.",
+                        .file = target,
+                        .expected = std::to_string(plan.bytes_to_write()) + " bytes in " +
+                                    std::to_string(files) + " files",
+                        .found = std::to_string(space.bytes) + " bytes and " +
+                                 std::to_string(space.inodes) + " inodes free",
+                        .safe = "nothing was written",
+                        .next = "free some space, or name a target elsewhere"});
 }
 
 void print_plan(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
-  const nlohmann::json object = {{"kind", "plan"}, {"target", target}, {"transfers", plan.transfers.size()}, {"files", plan.targets.size()},
-                                 {"bytes_to_read", plan.bytes_to_read()}, {"bytes_to_write", plan.bytes_to_write()},
-                                 {"workers", session->stream_options().workers}, {"buffer_bytes", session->stream_options().workers * (3 << 20)}};
+  const nlohmann::json object = {{"kind", "plan"},
+                                 {"target", target},
+                                 {"transfers", plan.transfers.size()},
+                                 {"files", plan.targets.size()},
+                                 {"bytes_to_read", plan.bytes_to_read()},
+                                 {"bytes_to_write", plan.bytes_to_write()},
+                                 {"workers", session->stream_options().workers},
+                                 {"buffer_bytes", session->stream_options().workers * (3 << 20)}};
   if (session->json) {
     session->print_json(object);
     return;
   }
-  for (const auto& [key, value] : object.items()) session->say(key + std::string(key.size() < 16 ? 16 - key.size() : 1, ' ') + value.dump());
+  for (const auto& [key, value] : object.items())
+    session->say(key + std::string(key.size() < 16 ? 16 - key.size() : 1, ' ') + value.dump());
   session->say("nothing was written (--dry-run)");
 }
 
@@ -43,56 +57,80 @@ void add_conversion_flags(CLI::App* verb, ConversionFlags* flags) {
   verb->add_flag("--overwrite", flags->overwrite, "Exchange an existing target whole");
   verb->add_flag("--no-latest", flags->no_latest, "Leave the pointer file beside the target alone");
   verb->add_flag("--dry-run", flags->dry_run, "Print the plan and do nothing");
-  verb->add_option("--verify", flags->verify, "stream: digest what is written; reread: read it back; disk: from the disk")
-      ->check(CLI::IsMember({"stream", "reread", "disk"}))->capture_default_str();
+  verb->add_option("--verify", flags->verify,
+                   "stream: digest what is written; reread: read it back; disk: from the disk")
+      ->check(CLI::IsMember({"stream", "reread", "disk"}))
+      ->capture_default_str();
 }
 
 void refuse_overlap(Session* session, const std::string& source, const std::string& target) {
-  const std::string from = session->storage.canonical(source), to = session->storage.canonical(target);
+  const std::string from = session->storage.canonical(source),
+                    to = session->storage.canonical(target);
   if (!is_inside(to, from) && !is_inside(from, to)) return;
-  throw Error(ErrorInfo{.code = ErrorCode::kUsage, .what = "The target is the source, inside it, or around it.", .file = target,
-                        .expected = "a folder apart from " + quote(source), .found = quote(target), .safe = "nothing was written", .next = "name another target"});
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "The target is the source, inside it, or around it.",
+                        .file = target,
+                        .expected = "a folder apart from " + quote(source),
+                        .found = quote(target),
+                        .safe = "nothing was written",
+                        .next = "name another target"});
 }
 
 nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string&) {
   nlohmann::json certificate = {{"program", program_version()}};
-  certificate["source"] = {{"tag", state.tag}, {"format", name(state.flavour)}, {"topology", to_string(state.topology)},
-                           {"stage", state.stage}, {"ds_version", state.version}};
+  certificate["source"] = {{"tag", state.tag},
+                           {"format", name(state.flavour)},
+                           {"topology", to_string(state.topology)},
+                           {"stage", state.stage},
+                           {"ds_version", state.version}};
   for (const std::string& text : state.inferred) {
     const size_t colon = text.find(": ");
-    certificate["inferred"].push_back({{"what", text.substr(0, colon)}, {"evidence", colon == std::string::npos ? "" : text.substr(colon + 2)}});
+    certificate["inferred"].push_back(
+        {{"what", text.substr(0, colon)},
+         {"evidence", colon == std::string::npos ? "" : text.substr(colon + 2)}});
   }
   return certificate;
 }
 
-reshard::ConvertOptions conversion_options(Session* session, const ConversionFlags& flags, const std::string& target) {
+reshard::ConvertOptions conversion_options(Session* session, const ConversionFlags& flags,
+                                           const std::string& target) {
   reshard::ConvertOptions options;
   options.target = target;
   while (options.target.size() > 1 && options.target.back() == '/') options.target.pop_back();
   options.overwrite = flags.overwrite;
-  options.verify = flags.verify == "stream" ? reshard::VerifyMode::kStream : flags.verify == "disk" ? reshard::VerifyMode::kDisk : reshard::VerifyMode::kReread;
+  options.verify = flags.verify == "stream" ? reshard::VerifyMode::kStream
+                   : flags.verify == "disk" ? reshard::VerifyMode::kDisk
+                                            : reshard::VerifyMode::kReread;
   options.stream = session->stream_options();
-  options.phase = [session, number = 0](const std::string& text) mutable { session->say("*** " + std::to_string(++number) + ". " + text); };
+  options.phase = [session, number = 0](const std::string& text) mutable {
+    session->say("*** " + std::to_string(++number) + ". " + text);
+  };
   return options;
 }
 
-void finish_conversion(Session* session, const checkpoint::ShardedState& state, std::vector<checkpoint::FileBlueprint> files,
-                       const ConversionFlags& flags, reshard::ConvertOptions* options) {
+void finish_conversion(Session* session, const checkpoint::ShardedState& state,
+                       std::vector<checkpoint::FileBlueprint> files, const ConversionFlags& flags,
+                       reshard::ConvertOptions* options) {
   const reshard::ReshardPlan plan = reshard::make_plan(state, std::move(files));
   if (flags.dry_run) return print_plan(session, plan, options->target);
   check_space(session, plan, options->target);
   const reshard::ConvertResult result = reshard::convert(session->storage, state, plan, *options);
   if (session->json) {
-    session->print_json({{"kind", "conversion"}, {"target", options->target}, {"bytes_read", result.stream.bytes_read},
-                         {"bytes_written", result.stream.bytes_written}, {"certificate", result.certificate}});
+    session->print_json({{"kind", "conversion"},
+                         {"target", options->target},
+                         {"bytes_read", result.stream.bytes_read},
+                         {"bytes_written", result.stream.bytes_written},
+                         {"certificate", result.certificate}});
     return;
   }
   for (const auto& [section, verdict] : result.certificate["sections"].items()) {
     const reshard::SectionDigest* digest = find_section(result.source, section);
     session->say("  " + section + std::string(section.size() < 12 ? 12 - section.size() : 1, ' ') +
-                 (verdict.is_string() ? verdict.get<std::string>() : verdict.dump()) + (digest ? "  iso1:" + digest->hex.substr(0, 16) + "…" : ""));
+                 (verdict.is_string() ? verdict.get<std::string>() : verdict.dump()) +
+                 (digest ? "  iso1:" + digest->hex.substr(0, 16) + "…" : ""));
   }
-  session->say("read " + human_bytes(result.stream.bytes_read) + ", wrote " + human_bytes(result.stream.bytes_written) + " in " +
+  session->say("read " + human_bytes(result.stream.bytes_read) + ", wrote " +
+               human_bytes(result.stream.bytes_written) + " in " +
                std::to_string(result.stream.files.size()) + " files");
   session->say("*** Done! " + options->target);
 }

@@ -33,10 +33,12 @@ void refuse_overlap(Session* session, const std::string& source, const std::stri
 // The certificate's source part.
 nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string& source);
 
-reshard::ConvertOptions conversion_options(Session* session, const ConversionFlags& flags, const std::string& target);
+reshard::ConvertOptions conversion_options(Session* session, const ConversionFlags& flags,
+                                           const std::string& target);
 
 // Plans; with --dry-run prints the plan; otherwise checks space, converts and reports.
-void finish_conversion(Session* session, const checkpoint::ShardedState& state, std::vector<checkpoint::FileBlueprint> files,
-                       const ConversionFlags& flags, reshard::ConvertOptions* options);
+void finish_conversion(Session* session, const checkpoint::ShardedState& state,
+                       std::vector<checkpoint::FileBlueprint> files, const ConversionFlags& flags,
+                       reshard::ConvertOptions* options);
 
 }  // namespace isoshard::tools

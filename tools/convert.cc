@@ -33,20 +33,30 @@ void run_convert(Session* session, const ConvertFlags& flags) {
   if (flags.to == "universal") {
     if (flags.as_deepspeed) {
       state = checkpoint::as_deepspeed_believes(state);
-      certificate["lossy"] = {"round-robin partitions read as DeepSpeed reads them (--as-deepspeed): parameters are swapped"};
+      certificate["lossy"] = {
+          "round-robin partitions read as DeepSpeed reads them (--as-deepspeed): parameters are "
+          "swapped"};
     }
-    checkpoint::TargetFiles universal = checkpoint::universal_blueprints(state, {.extra_folders = !older(flags.like, "0.19.6")});
+    checkpoint::TargetFiles universal =
+        checkpoint::universal_blueprints(state, {.extra_folders = !older(flags.like, "0.19.6")});
     files = std::move(universal.files);
-    for (const std::string& text : universal.synthesised) certificate["synthesised"].push_back(text);
-    certificate["target"]["format"] = state.stage == 3 ? "universal (ZeRO-3 form)" : "universal (ZeRO-1/2 form)";
+    for (const std::string& text : universal.synthesised)
+      certificate["synthesised"].push_back(text);
+    certificate["target"]["format"] =
+        state.stage == 3 ? "universal (ZeRO-3 form)" : "universal (ZeRO-1/2 form)";
     if (!flags.common.no_latest) {
-      options.latest_path = checkpoint::join(checkpoint::parent_folder(flags.target), "latest_universal");
+      options.latest_path =
+          checkpoint::join(checkpoint::parent_folder(flags.target), "latest_universal");
       options.latest_text = checkpoint::base_name(flags.target);
     }
   } else {
-    const checkpoint::WeightsOptions weights{.safetensors = flags.format == "safetensors", .max_shard_bytes = checkpoint::parse_size(flags.max_shard_size),
-                                             .exclude_frozen = flags.exclude_frozen, .buffers_in_fp32 = older(flags.like, "0.19.0"),
-                                             .frozen_keep_dtype = older(flags.like, "0.19.0"), .ordered_dict = older(flags.like, "0.15.0")};
+    const checkpoint::WeightsOptions weights{
+        .safetensors = flags.format == "safetensors",
+        .max_shard_bytes = checkpoint::parse_size(flags.max_shard_size),
+        .exclude_frozen = flags.exclude_frozen,
+        .buffers_in_fp32 = older(flags.like, "0.19.0"),
+        .frozen_keep_dtype = older(flags.like, "0.19.0"),
+        .ordered_dict = older(flags.like, "0.15.0")};
     files = checkpoint::weights_blueprints(state, weights);
     certificate["target"]["format"] = "fp32 weights, " + flags.format;
   }
@@ -56,15 +66,23 @@ void run_convert(Session* session, const ConvertFlags& flags) {
 
 void add_convert(CLI::App* app, Session* session) {
   auto flags = std::make_shared<ConvertFlags>();
-  CLI::App* verb = app->add_subcommand("convert", "ZeRO checkpoint to universal or fp32, proven equal to the source");
+  CLI::App* verb = app->add_subcommand(
+      "convert", "ZeRO checkpoint to universal or fp32, proven equal to the source");
   verb->add_option("SOURCE", flags->source)->required();
-  verb->add_option("TARGET", flags->target, "universal: the tag folder itself; fp32: a folder")->required();
+  verb->add_option("TARGET", flags->target, "universal: the tag folder itself; fp32: a folder")
+      ->required();
   verb->add_option("--to", flags->to)->required()->check(CLI::IsMember({"universal", "fp32"}));
-  verb->add_option("--format", flags->format, "fp32: safetensors or bin")->check(CLI::IsMember({"safetensors", "bin"}))->capture_default_str();
-  verb->add_option("--max-shard-size", flags->max_shard_size, "fp32: size of one file")->capture_default_str();
-  verb->add_flag("--exclude-frozen-parameters", flags->exclude_frozen, "fp32: leave frozen parameters out");
-  verb->add_option("--like", flags->like, "Output as this DeepSpeed version writes it")->capture_default_str();
-  verb->add_flag("--as-deepspeed", flags->as_deepspeed, "Round robin: swap parameters as DeepSpeed's converter does");
+  verb->add_option("--format", flags->format, "fp32: safetensors or bin")
+      ->check(CLI::IsMember({"safetensors", "bin"}))
+      ->capture_default_str();
+  verb->add_option("--max-shard-size", flags->max_shard_size, "fp32: size of one file")
+      ->capture_default_str();
+  verb->add_flag("--exclude-frozen-parameters", flags->exclude_frozen,
+                 "fp32: leave frozen parameters out");
+  verb->add_option("--like", flags->like, "Output as this DeepSpeed version writes it")
+      ->capture_default_str();
+  verb->add_flag("--as-deepspeed", flags->as_deepspeed,
+                 "Round robin: swap parameters as DeepSpeed's converter does");
   add_conversion_flags(verb, &flags->common);
   add_source_flags(verb, session);
   verb->callback([session, flags] { run_convert(session, *flags); });

@@ -1,8 +1,9 @@
 // isoshard digest: one line a section, after a first line for the root.
+#include "reshard/digest.h"
+
 #include <iostream>
 
 #include "core/error.h"
-#include "reshard/digest.h"
 #include "tools/session.h"
 
 namespace isoshard::tools {
@@ -13,11 +14,14 @@ struct DigestFlags {
   bool leaves = false;
 };
 
-std::string strip(const std::string& text) { return text.rfind("iso1:", 0) == 0 ? text.substr(5) : text; }
+std::string strip(const std::string& text) {
+  return text.rfind("iso1:", 0) == 0 ? text.substr(5) : text;
+}
 
 void run_digest(Session* session, const DigestFlags& flags) {
   const checkpoint::ShardedState state = session->open(flags.source);
-  const reshard::Digest digest = reshard::compute_digest(session->storage, state, session->stream_options());
+  const reshard::Digest digest =
+      reshard::compute_digest(session->storage, state, session->stream_options());
   int64_t tensors = 0, elements = 0;
   for (const reshard::SectionDigest& section : digest.sections) {
     tensors += section.tensors;
@@ -26,15 +30,20 @@ void run_digest(Session* session, const DigestFlags& flags) {
   if (session->json) {
     nlohmann::json object = {{"kind", "digest"}, {"root", "iso1:" + digest.root}};
     for (const reshard::SectionDigest& s : digest.sections) {
-      object["sections"][s.section] = s.absent.empty() ? nlohmann::json{{"digest", "iso1:" + s.hex}, {"tensors", s.tensors}, {"elements", s.elements}}
+      object["sections"][s.section] = s.absent.empty() ? nlohmann::json{{"digest", "iso1:" + s.hex},
+                                                                        {"tensors", s.tensors},
+                                                                        {"elements", s.elements}}
                                                        : nlohmann::json{{"absent", s.absent}};
     }
     session->print_json(object);
   } else {
     std::cout << "iso1:" << digest.root << "  root  " << tensors << "  " << elements << "\n";
     for (const reshard::SectionDigest& s : digest.sections) {
-      if (s.absent.empty()) std::cout << "iso1:" << s.hex << "  " << s.section << "  " << s.tensors << "  " << s.elements << "\n";
-      else std::cout << "absent: " << s.absent << "  " << s.section << "\n";
+      if (s.absent.empty())
+        std::cout << "iso1:" << s.hex << "  " << s.section << "  " << s.tensors << "  "
+                  << s.elements << "\n";
+      else
+        std::cout << "absent: " << s.absent << "  " << s.section << "\n";
     }
     if (flags.leaves) {
       for (const reshard::LeafLine& leaf : digest.leaves) std::cout << reshard::leaf_line(leaf);
@@ -43,7 +52,8 @@ void run_digest(Session* session, const DigestFlags& flags) {
   if (session->expect.empty()) return;
   const std::string expected = strip(session->expect);
   bool found = expected == digest.root;
-  for (const reshard::SectionDigest& s : digest.sections) found = found || (s.absent.empty() && s.hex == expected);
+  for (const reshard::SectionDigest& s : digest.sections)
+    found = found || (s.absent.empty() && s.hex == expected);
   if (!found) {
     session->notice("digest differs from --expect iso1:" + expected);
     session->status = kAnswerIsNo;
@@ -54,9 +64,11 @@ void run_digest(Session* session, const DigestFlags& flags) {
 
 void add_digest(CLI::App* app, Session* session) {
   auto flags = std::make_shared<DigestFlags>();
-  CLI::App* verb = app->add_subcommand("digest", "One value for one state, whatever its topology, format and files");
+  CLI::App* verb = app->add_subcommand(
+      "digest", "One value for one state, whatever its topology, format and files");
   verb->add_option("SOURCE", flags->source)->required();
-  verb->add_option("--expect", session->expect, "Exit 1 unless the root or a section has this digest (iso1:…)");
+  verb->add_option("--expect", session->expect,
+                   "Exit 1 unless the root or a section has this digest (iso1:…)");
   verb->add_flag("--leaves", flags->leaves, "Also print every leaf's canonical line");
   add_source_flags(verb, session);
   verb->callback([session, flags] { run_digest(session, *flags); });

@@ -2,8 +2,8 @@
 #include <algorithm>
 #include <iostream>
 
-#include "core/error.h"
 #include "checkpoint/deepspeed/name_filter.h"
+#include "core/error.h"
 #include "tools/session.h"
 
 namespace isoshard::tools {
@@ -29,58 +29,91 @@ Totals totals_of(const ShardedState& state) {
 
 std::vector<std::string> abilities(const ShardedState& state) {
   switch (state.flavour) {
-    case Flavour::kWeights: return {"digest, diff, show, verify"};
+    case Flavour::kWeights:
+      return {"digest, diff, show, verify"};
     case Flavour::kUniversal12:
-    case Flavour::kUniversal3: return {"digest, diff, show, verify", "convert --to fp32", "reshard --to dp=N[,sp=,stage=]"};
-    default: return {"digest, diff, show, verify", "convert --to universal", "convert --to fp32", "reshard --to dp=N[,sp=,stage=]"};
+    case Flavour::kUniversal3:
+      return {"digest, diff, show, verify", "convert --to fp32", "reshard --to dp=N[,sp=,stage=]"};
+    default:
+      return {"digest, diff, show, verify", "convert --to universal", "convert --to fp32",
+              "reshard --to dp=N[,sp=,stage=]"};
   }
 }
 
 std::string target_text(const ShardedState& state) {
-  return "dp=" + std::to_string(state.topology.data) + ",sp=" + std::to_string(state.topology.sequence) + ",stage=" + std::to_string(state.stage);
+  return "dp=" + std::to_string(state.topology.data) +
+         ",sp=" + std::to_string(state.topology.sequence) + ",stage=" + std::to_string(state.stage);
 }
 
 std::string states_of(const ShardedState& state, const ParameterState& parameter) {
   std::string text;
   for (int leaf : parameter.states) text += (text.empty() ? "" : " ") + state.leaf(leaf).state;
-  for (const checkpoint::Scalar& scalar : parameter.scalars) text += (text.empty() ? "" : " ") + scalar.name;
+  for (const checkpoint::Scalar& scalar : parameter.scalars)
+    text += (text.empty() ? "" : " ") + scalar.name;
   return text;
 }
 
 void print_json_form(Session* session, const ShardedState& state, const Totals& totals) {
-  nlohmann::json object = {{"kind", "checkpoint"}, {"format", name(state.flavour)}, {"stage", state.stage}, {"tag", state.tag},
-                           {"topology", to_string(state.topology)}, {"to", target_text(state)}, {"ds_version", state.version},
-                           {"files", state.files.size()}, {"bytes", totals.bytes}, {"parameters", totals.trained}, {"frozen", totals.frozen},
-                           {"buffers", state.buffers.size()}, {"elements", totals.elements}, {"round_robin", state.round_robin},
-                           {"stepped", state.stepped}, {"inferred", state.inferred}, {"notices", state.notices}};
+  nlohmann::json object = {{"kind", "checkpoint"},
+                           {"format", name(state.flavour)},
+                           {"stage", state.stage},
+                           {"tag", state.tag},
+                           {"topology", to_string(state.topology)},
+                           {"to", target_text(state)},
+                           {"ds_version", state.version},
+                           {"files", state.files.size()},
+                           {"bytes", totals.bytes},
+                           {"parameters", totals.trained},
+                           {"frozen", totals.frozen},
+                           {"buffers", state.buffers.size()},
+                           {"elements", totals.elements},
+                           {"round_robin", state.round_robin},
+                           {"stepped", state.stepped},
+                           {"inferred", state.inferred},
+                           {"notices", state.notices}};
   for (const checkpoint::Alias& alias : state.aliases) object["aliases"][alias.name] = alias.target;
   session->print_json(object);
   const checkpoint::NameFilter filter(session->only);
   for (const ParameterState& parameter : state.parameters) {
     if (!filter.matches(parameter.name)) continue;
-    session->print_json({{"kind", "parameter"}, {"name", parameter.name}, {"shape", parameter.shape}, {"group", parameter.group},
-                         {"dtype", name(parameter.model_dtype)}, {"weight_dtype", name(state.leaf(parameter.weight).dtype)}, {"states", states_of(state, parameter)}});
+    session->print_json({{"kind", "parameter"},
+                         {"name", parameter.name},
+                         {"shape", parameter.shape},
+                         {"group", parameter.group},
+                         {"dtype", name(parameter.model_dtype)},
+                         {"weight_dtype", name(state.leaf(parameter.weight).dtype)},
+                         {"states", states_of(state, parameter)}});
   }
 }
 
 void print_text(Session* session, const ShardedState& state, const Totals& totals, bool list) {
-  session->say("checkpoint   " + quote(state.folder) + (state.tag.empty() ? "" : ", tag " + quote(state.tag)));
-  session->say(std::string("format       ") + name(state.flavour) + (state.version.empty() ? "" : ", written by DeepSpeed " + state.version));
+  session->say("checkpoint   " + quote(state.folder) +
+               (state.tag.empty() ? "" : ", tag " + quote(state.tag)));
+  session->say(std::string("format       ") + name(state.flavour) +
+               (state.version.empty() ? "" : ", written by DeepSpeed " + state.version));
   if (state.flavour != Flavour::kWeights) {
-    session->say("topology     " + to_string(state.topology) + " (as --to takes it: " + target_text(state) + ")");
+    session->say("topology     " + to_string(state.topology) +
+                 " (as --to takes it: " + target_text(state) + ")");
   }
-  session->say("files        " + std::to_string(state.files.size()) + ", " + human_bytes(totals.bytes));
-  session->say("parameters   " + std::to_string(totals.trained) + (totals.frozen ? " and " + std::to_string(totals.frozen) + " frozen" : "") + ", " +
-               std::to_string(totals.elements) + " elements, in " + std::to_string(std::max<size_t>(state.groups.size(), 1)) + " group(s)");
+  session->say("files        " + std::to_string(state.files.size()) + ", " +
+               human_bytes(totals.bytes));
+  session->say("parameters   " + std::to_string(totals.trained) +
+               (totals.frozen ? " and " + std::to_string(totals.frozen) + " frozen" : "") + ", " +
+               std::to_string(totals.elements) + " elements, in " +
+               std::to_string(std::max<size_t>(state.groups.size(), 1)) + " group(s)");
   std::string states;
   for (const ParameterState& parameter : state.parameters) {
     if (states.empty()) states = states_of(state, parameter);
   }
-  if (state.flavour != Flavour::kWeights) session->say("optimizer    " + (states.empty() ? "never stepped: no state" : states));
+  if (state.flavour != Flavour::kWeights)
+    session->say("optimizer    " + (states.empty() ? "never stepped: no state" : states));
   session->say("buffers      " + std::to_string(state.buffers.size()));
-  for (const checkpoint::Alias& alias : state.aliases) session->say("tied         " + quote(alias.name) + " = " + quote(alias.target));
+  for (const checkpoint::Alias& alias : state.aliases)
+    session->say("tied         " + quote(alias.name) + " = " + quote(alias.target));
   if (state.round_robin) {
-    session->say("round robin  the flat buffers are permuted; DeepSpeed's own converter swaps parameters here");
+    session->say(
+        "round robin  the flat buffers are permuted; DeepSpeed's own converter swaps parameters "
+        "here");
   }
   for (const std::string& text : state.inferred) session->say("inferred     " + text);
   for (const std::string& text : abilities(state)) session->say("can          " + text);
@@ -88,8 +121,10 @@ void print_text(Session* session, const ShardedState& state, const Totals& total
   const checkpoint::NameFilter filter(session->only);
   for (const ParameterState& parameter : state.parameters) {
     if (!filter.matches(parameter.name)) continue;
-    session->say("  " + quote(parameter.name) + "  " + to_string(parameter.shape) + "  " + name(parameter.model_dtype) +
-                 (parameter.group < 0 ? "" : "  group " + std::to_string(parameter.group)) + "  " + states_of(state, parameter));
+    session->say("  " + quote(parameter.name) + "  " + to_string(parameter.shape) + "  " +
+                 name(parameter.model_dtype) +
+                 (parameter.group < 0 ? "" : "  group " + std::to_string(parameter.group)) + "  " +
+                 states_of(state, parameter));
   }
 }
 
@@ -98,15 +133,18 @@ void print_text(Session* session, const ShardedState& state, const Totals& total
 void add_inspect(CLI::App* app, Session* session) {
   auto source = std::make_shared<std::string>();
   auto list = std::make_shared<bool>(false);
-  CLI::App* verb = app->add_subcommand("inspect", "What a checkpoint is and what can be done with it; reads headers only");
+  CLI::App* verb = app->add_subcommand(
+      "inspect", "What a checkpoint is and what can be done with it; reads headers only");
   verb->add_option("SOURCE", *source)->required();
   verb->add_flag("--parameters", *list, "List every parameter");
   add_source_flags(verb, session);
   verb->callback([session, source, list] {
     const ShardedState state = session->open(*source, /*prove=*/false);
     const Totals totals = totals_of(state);
-    if (session->json) print_json_form(session, state, totals);
-    else print_text(session, state, totals, *list || !session->only.empty());
+    if (session->json)
+      print_json_form(session, state, totals);
+    else
+      print_text(session, state, totals, *list || !session->only.empty());
   });
 }
 

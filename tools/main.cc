@@ -38,11 +38,19 @@ void raise_file_limit() {
 void report(const Session& session, const isoshard::Error& error) {
   const isoshard::ErrorInfo& info = error.info();
   if (session.json) {
-    session.print_json({{"kind", "error"}, {"code", name(info.code)}, {"what", info.what}, {"file", info.file}, {"entry", info.entry},
-                        {"expected", info.expected}, {"found", info.found}, {"safe", info.safe}, {"next", info.next}});
+    session.print_json({{"kind", "error"},
+                        {"code", name(info.code)},
+                        {"what", info.what},
+                        {"file", info.file},
+                        {"entry", info.entry},
+                        {"expected", info.expected},
+                        {"found", info.found},
+                        {"safe", info.safe},
+                        {"next", info.next}});
   }
   std::cerr << "isoshard: " << error.what() << "\n";
-  if (!session.log_file.empty()) std::ofstream(session.log_file, std::ios::app) << "isoshard: " << error.what() << "\n";
+  if (!session.log_file.empty())
+    std::ofstream(session.log_file, std::ios::app) << "isoshard: " << error.what() << "\n";
 }
 
 const char* kHelp = R"(isoshard: the same state, whatever the shards
@@ -82,7 +90,8 @@ int run(int argc, char** argv, Session* session) {
     std::cout << isoshard::tools::version_text() << "\n";
     return isoshard::tools::kDone;
   } catch (const CLI::ParseError& error) {
-    std::cerr << "isoshard: " << error.what() << "\n  next: isoshard help, or isoshard VERB --help\n";
+    std::cerr << "isoshard: " << error.what()
+              << "\n  next: isoshard help, or isoshard VERB --help\n";
     return isoshard::tools::kCouldNot;
   }
   if (help || app.get_subcommands().empty()) {
@@ -117,15 +126,19 @@ int main(int argc, char** argv) {
   } catch (const isoshard::Error& error) {
     report(session, error);
     const int signal = isoshard::checkpoint::cancel_signal();
-    return error.info().code == isoshard::ErrorCode::kInterrupted ? 128 + signal : isoshard::tools::kCouldNot;
+    return error.info().code == isoshard::ErrorCode::kInterrupted ? 128 + signal
+                                                                  : isoshard::tools::kCouldNot;
   } catch (const isoshard::CheckFailure& failure) {
-    std::cerr << "isoshard: this is our own bug, please report this line:\n  " << failure.what() << "\n";
+    std::cerr << "isoshard: this is our own bug, please report this line:\n  " << failure.what()
+              << "\n";
     return isoshard::tools::kOurBug;
   } catch (const std::bad_alloc&) {
-    std::cerr << "isoshard: memory is exhausted\n  safe now: the source was only read; nothing was published\n";
+    std::cerr << "isoshard: memory is exhausted\n  safe now: the source was only read; nothing was "
+                 "published\n";
     return isoshard::tools::kCouldNot;
   } catch (const std::exception& failure) {
-    std::cerr << "isoshard: this is our own bug, please report this line:\n  unexpected: " << failure.what() << "\n";
+    std::cerr << "isoshard: this is our own bug, please report this line:\n  unexpected: "
+              << failure.what() << "\n";
     return isoshard::tools::kOurBug;
   }
 }

@@ -21,18 +21,27 @@ struct ReshardFlags {
 
 // stage and sp from a DeepSpeed config file, dp from --world.
 TargetSpec spec_from_config(Session* session, const ReshardFlags& flags) {
-  const nlohmann::json config = nlohmann::json::parse(read_small_file(session->storage, flags.to_config, 16 << 20), nullptr, false);
+  const nlohmann::json config = nlohmann::json::parse(
+      read_small_file(session->storage, flags.to_config, 16 << 20), nullptr, false);
   if (!config.is_object()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage, .what = "The DeepSpeed config is not a JSON object.", .file = flags.to_config});
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "The DeepSpeed config is not a JSON object.",
+                          .file = flags.to_config});
   }
   TargetSpec spec;
   const nlohmann::json zero = config.value("zero_optimization", nlohmann::json::object());
-  spec.stage = zero.is_object() && zero.contains("stage") && zero["stage"].is_number_integer() ? zero["stage"].get<int>() : 0;
+  spec.stage = zero.is_object() && zero.contains("stage") && zero["stage"].is_number_integer()
+                   ? zero["stage"].get<int>()
+                   : 0;
   const nlohmann::json sp = config.value("sequence_parallel_size", nlohmann::json(1));
   spec.topology.sequence = sp.is_number_integer() ? sp.get<int>() : 1;
   if (flags.world < 1 || spec.topology.sequence < 1 || flags.world % spec.topology.sequence != 0) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage, .what = "--to-config needs --world N, a multiple of the config's sequence_parallel_size.", .file = flags.to_config,
-                          .expected = "a multiple of " + std::to_string(spec.topology.sequence), .found = std::to_string(flags.world)});
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUsage,
+        .what = "--to-config needs --world N, a multiple of the config's sequence_parallel_size.",
+        .file = flags.to_config,
+        .expected = "a multiple of " + std::to_string(spec.topology.sequence),
+        .found = std::to_string(flags.world)});
   }
   spec.topology.data = flags.world / spec.topology.sequence;
   return spec;
@@ -40,29 +49,47 @@ TargetSpec spec_from_config(Session* session, const ReshardFlags& flags) {
 
 void run_reshard(Session* session, const ReshardFlags& flags) {
   if (flags.to.empty() == flags.to_config.empty()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage, .what = "Say the target once: --to dp=4[,sp=,stage=], or --to-config FILE --world N."});
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUsage,
+        .what = "Say the target once: --to dp=4[,sp=,stage=], or --to-config FILE --world N."});
   }
-  const TargetSpec spec = flags.to.empty() ? spec_from_config(session, flags) : parse_target(flags.to);
+  const TargetSpec spec =
+      flags.to.empty() ? spec_from_config(session, flags) : parse_target(flags.to);
   refuse_overlap(session, flags.source, flags.target);
   const checkpoint::ShardedState state = session->open(flags.source);
   const Topology topology = resolve(spec, state.topology);
   const int stage = spec.stage >= 0 ? spec.stage : state.stage;
   const std::string tag = flags.tag_out.empty() ? state.tag : flags.tag_out;
-  if (const std::string why = why_unsafe_name(tag); !why.empty() || tag.find('/') != std::string::npos) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage, .what = "The tag cannot be used: " + (why.empty() ? "it has a '/'" : why) + ".", .found = quote(tag), .next = "name one with --tag-out"});
+  if (const std::string why = why_unsafe_name(tag);
+      !why.empty() || tag.find('/') != std::string::npos) {
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kUsage,
+                  .what = "The tag cannot be used: " + (why.empty() ? "it has a '/'" : why) + ".",
+                  .found = quote(tag),
+                  .next = "name one with --tag-out"});
   }
-  checkpoint::TargetFiles files = checkpoint::reshard_blueprints(state, topology, stage, std::set<std::string>(flags.allow_dropped.begin(), flags.allow_dropped.end()));
-  reshard::ConvertOptions options = conversion_options(session, flags.common, checkpoint::join(flags.target, tag));
+  checkpoint::TargetFiles files = checkpoint::reshard_blueprints(
+      state, topology, stage,
+      std::set<std::string>(flags.allow_dropped.begin(), flags.allow_dropped.end()));
+  reshard::ConvertOptions options =
+      conversion_options(session, flags.common, checkpoint::join(flags.target, tag));
   if (!flags.common.no_latest) {
     options.latest_path = checkpoint::join(flags.target, "latest");
     options.latest_text = tag;
   }
   options.dropped = std::set<std::string>(flags.allow_dropped.begin(), flags.allow_dropped.end());
   options.certificate = source_certificate(state, flags.source);
-  options.certificate["target"] = {{"tag", tag}, {"format", "ZeRO-" + std::to_string(stage)}, {"topology", to_string(topology)}, {"stage", stage}, {"ds_version", state.version}};
-  for (const std::string& text : files.synthesised) options.certificate["synthesised"].push_back(text);
-  for (const std::string& text : flags.allow_dropped) options.certificate["dropped"].push_back(text + ", allowed by --allow-dropped");
-  session->say(to_string(state.topology) + " stage " + std::to_string(state.stage) + "  →  " + to_string(topology) + " stage " + std::to_string(stage));
+  options.certificate["target"] = {{"tag", tag},
+                                   {"format", "ZeRO-" + std::to_string(stage)},
+                                   {"topology", to_string(topology)},
+                                   {"stage", stage},
+                                   {"ds_version", state.version}};
+  for (const std::string& text : files.synthesised)
+    options.certificate["synthesised"].push_back(text);
+  for (const std::string& text : flags.allow_dropped)
+    options.certificate["dropped"].push_back(text + ", allowed by --allow-dropped");
+  session->say(to_string(state.topology) + " stage " + std::to_string(state.stage) + "  →  " +
+               to_string(topology) + " stage " + std::to_string(stage));
   finish_conversion(session, state, std::move(files.files), flags.common, &options);
 }
 
@@ -72,12 +99,18 @@ void add_reshard(CLI::App* app, Session* session) {
   auto flags = std::make_shared<ReshardFlags>();
   CLI::App* verb = app->add_subcommand("reshard", "The same state at another dp, sp or ZeRO stage");
   verb->add_option("SOURCE", flags->source)->required();
-  verb->add_option("TARGET", flags->target, "A save folder: TARGET/<tag>/, then TARGET/latest")->required();
-  verb->add_option("--to", flags->to, "dp=4[,sp=2,stage=3]; axes left out keep the source's degree");
-  verb->add_option("--to-config", flags->to_config, "A DeepSpeed config file instead, with --world");
+  verb->add_option("TARGET", flags->target, "A save folder: TARGET/<tag>/, then TARGET/latest")
+      ->required();
+  verb->add_option("--to", flags->to,
+                   "dp=4[,sp=2,stage=3]; axes left out keep the source's degree");
+  verb->add_option("--to-config", flags->to_config,
+                   "A DeepSpeed config file instead, with --world");
   verb->add_option("--world", flags->world, "Number of ranks for --to-config");
   verb->add_option("--tag-out", flags->tag_out, "Tag of the target (default: the source's)");
-  verb->add_option("--allow-dropped", flags->allow_dropped, "What may be left behind: client_state (of ranks other than 0), loss_scaler (its hysteresis, at stage 0)")->check(CLI::IsMember({"client_state", "loss_scaler"}));
+  verb->add_option("--allow-dropped", flags->allow_dropped,
+                   "What may be left behind: client_state (of ranks other than 0), loss_scaler "
+                   "(its hysteresis, at stage 0)")
+      ->check(CLI::IsMember({"client_state", "loss_scaler"}));
   add_conversion_flags(verb, &flags->common);
   add_source_flags(verb, session);
   verb->callback([session, flags] { run_reshard(session, *flags); });

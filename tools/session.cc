@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <iostream>
 #include <memory>
-
 #include <thread>
 
 #include "checkpoint/deepspeed/weights_blueprint.h"
@@ -48,24 +47,29 @@ reshard::StreamOptions Session::stream_options() const {
     // A worker holds one chunk of 1 MiB and at most twice that for a cast.
     const int64_t each = 4 << 20, fixed = 32 << 20;
     const int64_t bytes = checkpoint::parse_size(max_memory);
-    options.workers = static_cast<int>(std::clamp<int64_t>((bytes - fixed) / each, 1, options.workers));
+    options.workers =
+        static_cast<int>(std::clamp<int64_t>((bytes - fixed) / each, 1, options.workers));
   }
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
-    options.open_files = static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(limit.rlim_cur) - 128, 16, 2048));
+    options.open_files =
+        static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(limit.rlim_cur) - 128, 16, 2048));
   }
   if (no_progress || quiet || json) return options;
   const bool terminal = isatty(STDERR_FILENO) != 0;
-  const auto began = std::make_shared<std::chrono::steady_clock::time_point>(std::chrono::steady_clock::now());
+  const auto began =
+      std::make_shared<std::chrono::steady_clock::time_point>(std::chrono::steady_clock::now());
   const auto last = std::make_shared<double>(0);
   options.progress = [terminal, began, last](int64_t done, int64_t total) {
-    const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - *began).count();
+    const double seconds =
+        std::chrono::duration<double>(std::chrono::steady_clock::now() - *began).count();
     if (!terminal && seconds - *last < 5) return;
     if (seconds < 0.5) return;
     *last = seconds;
     const double rate = static_cast<double>(done) / seconds;
-    std::fprintf(stderr, "%s  %3d %%  %s of %s, %s/s%s", terminal ? "\r" : "", total > 0 ? static_cast<int>(100 * done / total) : 100,
-                 human_bytes(done).c_str(), human_bytes(total).c_str(), human_bytes(static_cast<int64_t>(rate)).c_str(),
+    std::fprintf(stderr, "%s  %3d %%  %s of %s, %s/s%s", terminal ? "\r" : "",
+                 total > 0 ? static_cast<int>(100 * done / total) : 100, human_bytes(done).c_str(),
+                 human_bytes(total).c_str(), human_bytes(static_cast<int64_t>(rate)).c_str(),
                  terminal ? (done == total ? "\n" : "   ") : "\n");
   };
   return options;
@@ -88,7 +92,8 @@ void add_common_flags(CLI::App* verb, Session* session) {
   verb->add_flag("--json", session->json, "One JSON object a line on stdout");
   verb->add_flag("--quiet", session->quiet, "Say nothing that was not asked for");
   verb->add_flag("--no-progress", session->no_progress, "No progress line");
-  verb->add_option("--workers", session->workers, "Threads (default: the processors)")->check(CLI::Range(1, 256));
+  verb->add_option("--workers", session->workers, "Threads (default: the processors)")
+      ->check(CLI::Range(1, 256));
   verb->add_option("--max-memory", session->max_memory, "Upper bound for buffers, such as 256MB");
   verb->add_option("--log-file", session->log_file, "Also write messages to this file");
 }
@@ -96,9 +101,12 @@ void add_common_flags(CLI::App* verb, Session* session) {
 void add_source_flags(CLI::App* verb, Session* session) {
   add_common_flags(verb, session);
   verb->add_option("--tag,-t", session->read.tag, "Tag to read instead of the one in latest");
-  verb->add_option("--sp", session->read.sequence_degree, "Sequence-parallel degree of the source")->check(CLI::Range(1, 1000000));
-  verb->add_option("--param-order", session->read.param_order, "Stage 0: file with the parameter names in the optimizer's order");
-  verb->add_flag("--allow-renamed", session->read.allow_renamed, "Accept a file that was saved under another name");
+  verb->add_option("--sp", session->read.sequence_degree, "Sequence-parallel degree of the source")
+      ->check(CLI::Range(1, 1000000));
+  verb->add_option("--param-order", session->read.param_order,
+                   "Stage 0: file with the parameter names in the optimizer's order");
+  verb->add_flag("--allow-renamed", session->read.allow_renamed,
+                 "Accept a file that was saved under another name");
   verb->add_option("--only", session->only, "Regular expression: parameters to show");
 }
 

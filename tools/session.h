@@ -30,8 +30,8 @@ struct Session {
 
   // One JSON object a line, with "schema": 1.
   void print_json(nlohmann::json object) const;
-  void say(const std::string& line) const;      // to stdout unless --quiet or --json
-  void notice(const std::string& line) const;   // to stderr unless --quiet
+  void say(const std::string& line) const;     // to stdout unless --quiet or --json
+  void notice(const std::string& line) const;  // to stderr unless --quiet
 
   checkpoint::ShardedState open(const std::string& source, bool prove = true);
   reshard::StreamOptions stream_options() const;

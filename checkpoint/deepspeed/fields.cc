@@ -8,14 +8,19 @@ namespace isoshard::checkpoint {
 
 void Fields::fail(const std::string& what, const std::string& entry, const std::string& expected,
                   const std::string& found) const {
-  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt, .what = what, .file = document_.path(),
-                        .entry = entry, .expected = expected, .found = found,
+  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
+                        .what = what,
+                        .file = document_.path(),
+                        .entry = entry,
+                        .expected = expected,
+                        .found = found,
                         .next = "compare with the other ranks' files, or use another checkpoint"});
 }
 
 NodeId Fields::need(NodeId mapping, const std::string& key) const {
   const NodeId node = mapping == kNoNode ? kNoNode : pickle_.find(mapping, key);
-  if (node == kNoNode) fail("A key that DeepSpeed always writes is missing.", quote(key), "present", "absent");
+  if (node == kNoNode)
+    fail("A key that DeepSpeed always writes is missing.", quote(key), "present", "absent");
   return node;
 }
 
@@ -26,14 +31,16 @@ NodeId Fields::maybe(NodeId mapping, const std::string& key) const {
 
 int64_t Fields::integer(NodeId node, const std::string& what) const {
   if (node == kNoNode || pickle_.kind(node) != Kind::kInt) {
-    fail("A value has the wrong type.", what, "int", node == kNoNode ? "absent" : name(pickle_.kind(node)));
+    fail("A value has the wrong type.", what, "int",
+         node == kNoNode ? "absent" : name(pickle_.kind(node)));
   }
   return pickle_.integer_value(node);
 }
 
 std::string Fields::text(NodeId node, const std::string& what) const {
   if (node == kNoNode || pickle_.kind(node) != Kind::kString) {
-    fail("A value has the wrong type.", what, "str", node == kNoNode ? "absent" : name(pickle_.kind(node)));
+    fail("A value has the wrong type.", what, "str",
+         node == kNoNode ? "absent" : name(pickle_.kind(node)));
   }
   return pickle_.text(node);
 }
@@ -44,8 +51,10 @@ bool Fields::truth(NodeId mapping, const std::string& key) const {
 }
 
 const std::vector<NodeId>& Fields::list(NodeId node, const std::string& what) const {
-  if (node == kNoNode || (pickle_.kind(node) != Kind::kList && pickle_.kind(node) != Kind::kTuple)) {
-    fail("A value has the wrong type.", what, "list", node == kNoNode ? "absent" : name(pickle_.kind(node)));
+  if (node == kNoNode ||
+      (pickle_.kind(node) != Kind::kList && pickle_.kind(node) != Kind::kTuple)) {
+    fail("A value has the wrong type.", what, "list",
+         node == kNoNode ? "absent" : name(pickle_.kind(node)));
   }
   return pickle_.items(node);
 }
@@ -64,7 +73,8 @@ Shape Fields::shape(NodeId node, const std::string& what) const {
 TensorView Fields::tensor(NodeId node, const std::string& what) const {
   const std::optional<TensorView> view = document_.tensor(node);
   if (!view) {
-    fail("A value has the wrong type.", what, "tensor", node == kNoNode ? "absent" : name(pickle_.kind(node)));
+    fail("A value has the wrong type.", what, "tensor",
+         node == kNoNode ? "absent" : name(pickle_.kind(node)));
   }
   return *view;
 }
@@ -79,17 +89,20 @@ TensorView Fields::flat_tensor(NodeId node, const std::string& what) const {
 
 std::vector<std::pair<std::string, NodeId>> Fields::named(NodeId mapping,
                                                           const std::string& what) const {
-  if (!pickle_.is_mapping(mapping)) fail("A value has the wrong type.", what, "dict", name(pickle_.kind(mapping)));
+  if (!pickle_.is_mapping(mapping))
+    fail("A value has the wrong type.", what, "dict", name(pickle_.kind(mapping)));
   std::vector<std::pair<std::string, NodeId>> result;
   const std::vector<NodeId>& entries = pickle_.entries(mapping);
   for (size_t i = 0; i + 1 < entries.size(); i += 2) {
     const std::string key = text(entries[i], what + " key");
     const std::string why = why_unsafe_name(key);
     if (!why.empty()) {
-      throw Error(ErrorInfo{.code = ErrorCode::kHostile,
-                            .what = "A tensor name cannot be a file name: " + why + ".",
-                            .file = document_.path(), .entry = what + " " + quote(key),
-                            .next = "find out who wrote this file; training code does not make such names"});
+      throw Error(ErrorInfo{
+          .code = ErrorCode::kHostile,
+          .what = "A tensor name cannot be a file name: " + why + ".",
+          .file = document_.path(),
+          .entry = what + " " + quote(key),
+          .next = "find out who wrote this file; training code does not make such names"});
     }
     result.emplace_back(key, entries[i + 1]);
   }

@@ -18,9 +18,9 @@ class Fields {
   NodeId maybe(NodeId mapping, const std::string& key) const;  // kNoNode if absent or None
   int64_t integer(NodeId node, const std::string& what) const;
   std::string text(NodeId node, const std::string& what) const;
-  bool truth(NodeId mapping, const std::string& key) const;    // key present and True
+  bool truth(NodeId mapping, const std::string& key) const;  // key present and True
   const std::vector<NodeId>& list(NodeId node, const std::string& what) const;
-  Shape shape(NodeId node, const std::string& what) const;     // torch.Size, tuple or list of int
+  Shape shape(NodeId node, const std::string& what) const;  // torch.Size, tuple or list of int
   TensorView tensor(NodeId node, const std::string& what) const;
   TensorView flat_tensor(NodeId node, const std::string& what) const;  // contiguous, 1-D
 

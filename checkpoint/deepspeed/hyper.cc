@@ -20,23 +20,39 @@ class Renderer {
 
   json render(NodeId node) {
     if (++visited_ > 2'000'000) {
-      throw Error(ErrorInfo{.code = ErrorCode::kLimit, .what = "A limit against resource bombs was reached: values in the client state.",
-                            .file = document_.path(), .expected = "at most 2000000", .next = "look at what the training script passes as client_state"});
+      throw Error(ErrorInfo{
+          .code = ErrorCode::kLimit,
+          .what = "A limit against resource bombs was reached: values in the client state.",
+          .file = document_.path(),
+          .expected = "at most 2000000",
+          .next = "look at what the training script passes as client_state"});
     }
     if (const std::optional<TensorView> view = document_.tensor(node)) return tensor(*view);
     switch (pickle_.kind(node)) {
-      case Kind::kNone: return nullptr;
-      case Kind::kBool: return pickle_.integer_value(node) != 0;
-      case Kind::kInt: return pickle_.integer_value(node);
-      case Kind::kBigInt: return {{"int", hex(pickle_.text(node))}};
-      case Kind::kFloat: return real(pickle_.real_value(node));
-      case Kind::kString: return text(node);
-      case Kind::kTuple: return {{"tuple", list(pickle_.items(node))}};
-      case Kind::kList: return list(pickle_.items(node));
-      case Kind::kDict: return mapping(pickle_.items(node));
-      case Kind::kGlobal: return {{"global", pickle_.module(node) + " " + pickle_.attribute(node)}};
-      case Kind::kPersistent: return {{"storage", "?"}};
-      case Kind::kObject: break;
+      case Kind::kNone:
+        return nullptr;
+      case Kind::kBool:
+        return pickle_.integer_value(node) != 0;
+      case Kind::kInt:
+        return pickle_.integer_value(node);
+      case Kind::kBigInt:
+        return {{"int", hex(pickle_.text(node))}};
+      case Kind::kFloat:
+        return real(pickle_.real_value(node));
+      case Kind::kString:
+        return text(node);
+      case Kind::kTuple:
+        return {{"tuple", list(pickle_.items(node))}};
+      case Kind::kList:
+        return list(pickle_.items(node));
+      case Kind::kDict:
+        return mapping(pickle_.items(node));
+      case Kind::kGlobal:
+        return {{"global", pickle_.module(node) + " " + pickle_.attribute(node)}};
+      case Kind::kPersistent:
+        return {{"storage", "?"}};
+      case Kind::kObject:
+        break;
     }
     const ObjectParts& parts = pickle_.parts(node);
     json object = {{"class", render(parts.callable)}, {"args", render(parts.args)}};
@@ -78,14 +94,17 @@ class Renderer {
   }
   json mapping(const std::vector<NodeId>& entries) {
     const bool plain = std::all_of(entries.begin(), entries.end(), [&, i = 0](NodeId node) mutable {
-      return (i++ % 2) == 1 || (pickle_.kind(node) == Kind::kString && pickle_.text(node) != "dict");
+      return (i++ % 2) == 1 ||
+             (pickle_.kind(node) == Kind::kString && pickle_.text(node) != "dict");
     });
     json result = json::object();
     json pairs = json::array();
     for (size_t i = 0; i + 1 < entries.size(); i += 2) {
       const json key = plain ? text(entries[i]) : render(entries[i]);
-      if (plain && key.is_string()) result[key.get<std::string>()] = render(entries[i + 1]);
-      else pairs.push_back({key, render(entries[i + 1])});
+      if (plain && key.is_string())
+        result[key.get<std::string>()] = render(entries[i + 1]);
+      else
+        pairs.push_back({key, render(entries[i + 1])});
     }
     return plain && pairs.empty() ? result : json{{"dict", pairs}};
   }
@@ -94,7 +113,10 @@ class Renderer {
     const int64_t item = item_size_bytes(view.dtype);
     for (const FileFragment& fragment : file_fragments(document_, 0, view)) {
       if (fragment.count * item > (64 << 20)) {
-        throw Error(ErrorInfo{.code = ErrorCode::kLimit, .what = "A tensor in the client state is very large.", .file = document_.path(), .expected = "at most 64 MiB"});
+        throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                              .what = "A tensor in the client state is very large.",
+                              .file = document_.path(),
+                              .expected = "at most 64 MiB"});
       }
       std::vector<std::byte> bytes(static_cast<size_t>(fragment.count * item));
       document_.file().read_at(fragment.offset_bytes, bytes);
@@ -116,7 +138,8 @@ json loss_scaler(const ShardedState& state) {
   const Fields fields(document);
   NodeId holder = pickle.root;
   if (state.flavour == Flavour::kZero0) holder = fields.maybe(holder, "optimizer");
-  if (state.flavour == Flavour::kZero12 || state.flavour == Flavour::kZero3 || state.flavour == Flavour::kBf16Optimizer) {
+  if (state.flavour == Flavour::kZero12 || state.flavour == Flavour::kZero3 ||
+      state.flavour == Flavour::kBf16Optimizer) {
     holder = fields.maybe(holder, "optimizer_state_dict");
   }
   if (holder == kNoNode || !pickle.is_mapping(holder)) return none;
@@ -128,7 +151,8 @@ json loss_scaler(const ShardedState& state) {
     result["dynamic"] = fields.truth(holder, "dynamic_loss_scale");
     if (!result["dynamic"].get<bool>()) return result;
     for (const char* key : {"cur_iter", "last_overflow_iter", "scale_factor", "scale_window"}) {
-      if (const NodeId value = pickle.find(holder, key); value != kNoNode) result[key] = python_json(document, value);
+      if (const NodeId value = pickle.find(holder, key); value != kNoNode)
+        result[key] = python_json(document, value);
     }
     return result;
   }
@@ -143,12 +167,30 @@ json loss_scaler(const ShardedState& state) {
 json python_json(const TorchFile& document, NodeId node) { return Renderer(document).render(node); }
 
 bool is_engine_key(const std::string& key) {
-  static const std::set<std::string> kKeys = {
-      "module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "shared_params",
-      "frozen_param_fragments", "lr_scheduler", "data_sampler", "random_ltd",
-      "sparse_tensor_module_names", "skipped_steps", "global_steps", "global_samples",
-      "dp_world_size", "mp_world_size", "checkpoint_parallel_dimensions", "ds_config", "ds_version",
-      "universal_checkpoint_info", "num_experts", "ds_autoep_layers", "autoep_layers", "folding"};
+  static const std::set<std::string> kKeys = {"module",
+                                              "buffer_names",
+                                              "optimizer",
+                                              "param_shapes",
+                                              "frozen_param_shapes",
+                                              "shared_params",
+                                              "frozen_param_fragments",
+                                              "lr_scheduler",
+                                              "data_sampler",
+                                              "random_ltd",
+                                              "sparse_tensor_module_names",
+                                              "skipped_steps",
+                                              "global_steps",
+                                              "global_samples",
+                                              "dp_world_size",
+                                              "mp_world_size",
+                                              "checkpoint_parallel_dimensions",
+                                              "ds_config",
+                                              "ds_version",
+                                              "universal_checkpoint_info",
+                                              "num_experts",
+                                              "ds_autoep_layers",
+                                              "autoep_layers",
+                                              "folding"};
   return kKeys.count(key) != 0;
 }
 
@@ -158,7 +200,8 @@ json client_state_json(const TorchFile& document) {
   const std::vector<NodeId>& entries = fields.pickle().entries(fields.root());
   for (size_t i = 0; i + 1 < entries.size(); i += 2) {
     if (fields.pickle().kind(entries[i]) != Kind::kString) {
-      result["(key " + python_json(document, entries[i]).dump() + ")"] = python_json(document, entries[i + 1]);
+      result["(key " + python_json(document, entries[i]).dump() + ")"] =
+          python_json(document, entries[i + 1]);
     } else if (!is_engine_key(fields.pickle().text(entries[i]))) {
       result[python_json(document, entries[i]).dump()] = python_json(document, entries[i + 1]);
     }
@@ -170,9 +213,11 @@ json hyper_json(const ShardedState& state) {
   if (state.model_files.empty()) return json::object();
   const TorchFile& document = state.document(state.model_files[0]);
   const Fields fields(document);
-  json result = {{"client_state", client_state_json(document)}, {"loss_scaler", loss_scaler(state)}};
+  json result = {{"client_state", client_state_json(document)},
+                 {"loss_scaler", loss_scaler(state)}};
   for (const char* key : {"global_samples", "global_steps", "skipped_steps"}) {
-    if (const NodeId value = fields.maybe(fields.root(), key); value != kNoNode) result["counters"][key] = python_json(document, value);
+    if (const NodeId value = fields.maybe(fields.root(), key); value != kNoNode)
+      result["counters"][key] = python_json(document, value);
   }
   for (const char* key : {"lr_scheduler", "data_sampler", "random_ltd"}) {
     const NodeId value = fields.maybe(fields.root(), key);
@@ -183,7 +228,8 @@ json hyper_json(const ShardedState& state) {
     json entry = python_json(holder, group.hyper.node);
     entry.erase("params");
     std::vector<std::string> names;
-    for (int number : group.parameters) names.push_back(state.parameters[static_cast<size_t>(number)].name);
+    for (int number : group.parameters)
+      names.push_back(state.parameters[static_cast<size_t>(number)].name);
     std::sort(names.begin(), names.end());
     entry["names"] = names;
     result["param_groups"].push_back(entry);

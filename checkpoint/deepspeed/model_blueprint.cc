@@ -1,5 +1,5 @@
-// The model-state file of a target rank (deepspeed/runtime/engine.py, _save_checkpoint): the source's
-// keys in the source's order; what depends on topology or stage is made anew
+// The model-state file of a target rank (deepspeed/runtime/engine.py, _save_checkpoint): the
+// source's keys in the source's order; what depends on topology or stage is made anew
 // (docs/formats/stage_change.md).
 #include <map>
 
@@ -13,8 +13,10 @@ namespace {
 
 class ModelWriter {
  public:
-  ModelWriter(ReshardTarget* target, int rank) : target_(*target), state_(target->state), rank_(rank) {
-    const bool own = target->stage == 3 && static_cast<int>(state_.model_files.size()) == target->ranks;
+  ModelWriter(ReshardTarget* target, int rank)
+      : target_(*target), state_(target->state), rank_(rank) {
+    const bool own =
+        target->stage == 3 && static_cast<int>(state_.model_files.size()) == target->ranks;
     file_ = state_.model_files[own ? static_cast<size_t>(rank) : 0];
   }
 
@@ -23,7 +25,8 @@ class ModelWriter {
     MappingCopy root(&builder_, state_, {file_, document.pickle().root});
     Pickle& pickle = builder_.pickle;
     root.set("module", module());
-    root.set("optimizer", target_.stage == 0 ? stage0_optimizer(&target_, &builder_) : pickle.none());
+    root.set("optimizer",
+             target_.stage == 0 ? stage0_optimizer(&target_, &builder_) : pickle.none());
     root.set("param_shapes", target_.stage == 0 ? pickle.none() : param_shapes());
     const bool frozen = target_.stage >= 2 && !target_.frozen_excluded;
     root.set("frozen_param_shapes", frozen ? frozen_shapes() : pickle.none());
@@ -32,9 +35,11 @@ class ModelWriter {
     root.set("dp_world_size", pickle.integer(target_.ranks));
     root.set("mp_world_size", pickle.integer(1));
     root.set_if_present("checkpoint_parallel_dimensions",
-                        builder_.dict({{"pp_degree", pickle.integer(1)}, {"tp_degree", pickle.integer(target_.topology.sequence)}}));
+                        builder_.dict({{"pp_degree", pickle.integer(1)},
+                                       {"tp_degree", pickle.integer(target_.topology.sequence)}}));
     root.set_if_present("ds_config", target_config(&builder_, target_));
-    const std::string path = target_.stage == 3 ? model_file_name_of_rank(rank_, 0) : model_file_name(0);
+    const std::string path =
+        target_.stage == 3 ? model_file_name_of_rank(rank_, 0) : model_file_name(0);
     return builder_.finish(path, root.finish());
   }
 
@@ -44,8 +49,10 @@ class ModelWriter {
     if (target_.stage == 1 || target_.stage == 2) add_flat_storages();
     const TorchFile& document = state_.document(file_);
     const NodeId node = document.pickle().find(document.pickle().root, "module");
-    for (const ParameterState& parameter : state_.parameters) tensors_[parameter.name] = parameter_tensor(parameter);
-    for (const BufferState& buffer : state_.buffers) tensors_[buffer.name] = leaf_tensor(buffer.leaf);
+    for (const ParameterState& parameter : state_.parameters)
+      tensors_[parameter.name] = parameter_tensor(parameter);
+    for (const BufferState& buffer : state_.buffers)
+      tensors_[buffer.name] = leaf_tensor(buffer.leaf);
     for (const Alias& alias : state_.aliases) {
       CHECK(tensors_.count(alias.target) != 0, "an alias of a known parameter");
       tensors_[alias.name] = alias_tensor(alias);
@@ -62,13 +69,18 @@ class ModelWriter {
   // Stages 1 and 2: the trained parameters are views of one padded storage a group.
   void add_flat_storages() {
     for (const TargetBuffer& buffer : target_.buffers) {
-      StorageFill fill{.dtype = DType::kFloat32, .numel = buffer.partition * target_.ranks, .runs = {}, .copy = {}, .literal = {}};
+      StorageFill fill{.dtype = DType::kFloat32,
+                       .numel = buffer.partition * target_.ranks,
+                       .runs = {},
+                       .copy = {},
+                       .literal = {}};
       std::vector<std::pair<int, int64_t>> places;
       for (size_t i = 0; i < buffer.parameters.size(); ++i) {
         const ParameterState& parameter = target_.parameter(buffer.parameters[i]);
         fill.dtype = parameter.model_dtype;
         const int64_t offset = std::get<FlatShard>(buffer.layouts[i].placement).group_offset;
-        if (buffer.layouts[i].numel > 0) fill.runs.push_back({model_leaf(parameter), 0, buffer.layouts[i].numel, offset});
+        if (buffer.layouts[i].numel > 0)
+          fill.runs.push_back({model_leaf(parameter), 0, buffer.layouts[i].numel, offset});
         places.emplace_back(buffer.parameters[i], offset);
       }
       const int storage = builder_.add_storage(std::move(fill));
@@ -87,14 +99,18 @@ class ModelWriter {
 
   NodeId parameter_tensor(const ParameterState& parameter) {
     if (target_.stage == 3) {
-      const int storage = builder_.add_storage({.dtype = parameter.model_dtype, .numel = 0, .runs = {}, .copy = {}, .literal = {}});
+      const int storage = builder_.add_storage(
+          {.dtype = parameter.model_dtype, .numel = 0, .runs = {}, .copy = {}, .literal = {}});
       return builder_.tensor({.shape = {0}, .storage = storage});
     }
     const int number = static_cast<int>(&parameter - state_.parameters.data());
     if (const auto place = flat_place_.find(number); place != flat_place_.end()) {
-      place_of_[parameter.name] = {.shape = parameter.shape, .storage = place->second.first, .offset = place->second.second};
+      place_of_[parameter.name] = {
+          .shape = parameter.shape, .storage = place->second.first, .offset = place->second.second};
     } else {
-      place_of_[parameter.name] = {.shape = parameter.shape, .storage = own_storage(model_leaf(parameter), parameter.model_dtype)};
+      place_of_[parameter.name] = {
+          .shape = parameter.shape,
+          .storage = own_storage(model_leaf(parameter), parameter.model_dtype)};
     }
     return builder_.tensor(place_of_[parameter.name]);
   }
@@ -102,7 +118,8 @@ class ModelWriter {
   NodeId alias_tensor(const Alias& alias) {
     if (target_.stage != 3) return builder_.tensor(place_of_.at(alias.target));
     const ParameterState* parameter = state_.find_parameter(alias.target);
-    const int storage = builder_.add_storage({.dtype = parameter->model_dtype, .numel = 0, .runs = {}, .copy = {}, .literal = {}});
+    const int storage = builder_.add_storage(
+        {.dtype = parameter->model_dtype, .numel = 0, .runs = {}, .copy = {}, .literal = {}});
     return builder_.tensor({.shape = {0}, .storage = storage});
   }
 
@@ -147,17 +164,25 @@ class ModelWriter {
     for (const ParameterState& parameter : state_.parameters) {
       if (parameter.group >= 0) continue;
       items.push_back(builder_.pickle.string(parameter.name));
-      items.push_back(target_.stage == 3 ? frozen_slot(parameter) : builder_.tensor(place_of_.at(parameter.name)));
+      items.push_back(target_.stage == 3 ? frozen_slot(parameter)
+                                         : builder_.tensor(place_of_.at(parameter.name)));
     }
     return builder_.pickle.ordered_dict(std::move(items));
   }
 
   NodeId frozen_slot(const ParameterState& parameter) {
     const int64_t count = numel(parameter.shape), slot = slot_size(count, target_.ranks);
-    StorageFill fill{.dtype = state_.leaf(parameter.weight).dtype, .numel = slot, .runs = {}, .copy = {}, .literal = {}};
-    const TensorLayout layout{.numel = count, .ranks = target_.ranks, .placement = SlotShard{0, std::max<int64_t>(slot, 1)}};
+    StorageFill fill{.dtype = state_.leaf(parameter.weight).dtype,
+                     .numel = slot,
+                     .runs = {},
+                     .copy = {},
+                     .literal = {}};
+    const TensorLayout layout{.numel = count,
+                              .ranks = target_.ranks,
+                              .placement = SlotShard{0, std::max<int64_t>(slot, 1)}};
     for (const RankFragment& f : fragments(layout)) {
-      if (f.rank == rank_) fill.runs.push_back({parameter.weight, f.begin, f.count, f.offset_local});
+      if (f.rank == rank_)
+        fill.runs.push_back({parameter.weight, f.begin, f.count, f.offset_local});
     }
     return builder_.tensor({.shape = {slot}, .storage = builder_.add_storage(std::move(fill))});
   }
@@ -177,12 +202,14 @@ class ModelWriter {
   int file_;
   TorchBuilder builder_;
   std::map<std::string, NodeId> tensors_;
-  std::map<int, std::pair<int, int64_t>> flat_place_;            // parameter → storage, offset
+  std::map<int, std::pair<int, int64_t>> flat_place_;  // parameter → storage, offset
   std::map<std::string, TorchBuilder::TensorSpec> place_of_;
 };
 
 }  // namespace
 
-FileBlueprint model_blueprint(ReshardTarget* target, int rank) { return ModelWriter(target, rank).run(); }
+FileBlueprint model_blueprint(ReshardTarget* target, int rank) {
+  return ModelWriter(target, rank).run();
+}
 
 }  // namespace isoshard::checkpoint

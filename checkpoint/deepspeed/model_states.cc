@@ -6,9 +6,12 @@
 namespace isoshard::checkpoint {
 namespace {
 
-[[noreturn]] void unsupported(const Fields& fields, const std::string& what, const std::string& entry) {
-  throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = what,
-                        .file = fields.document().path(), .entry = entry,
+[[noreturn]] void unsupported(const Fields& fields, const std::string& what,
+                              const std::string& entry) {
+  throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                        .what = what,
+                        .file = fields.document().path(),
+                        .entry = entry,
                         .next = "`isoshard help` lists what this version reads"});
 }
 
@@ -26,15 +29,18 @@ std::vector<NamedShapes> read_param_shapes(const Fields& fields, NodeId node) {
 
 void refuse_unsupported(const Fields& fields, const ModelStates& model) {
   const NodeId root = fields.root();
-  if (fields.maybe(root, "num_experts") != kNoNode || fields.maybe(root, "ds_autoep_layers") != kNoNode) {
-    unsupported(fields, "Mixture-of-experts checkpoints (native MoE, AutoEP) are not supported yet.",
+  if (fields.maybe(root, "num_experts") != kNoNode ||
+      fields.maybe(root, "ds_autoep_layers") != kNoNode) {
+    unsupported(fields,
+                "Mixture-of-experts checkpoints (native MoE, AutoEP) are not supported yet.",
                 "num_experts");
   }
   if (zero_option(fields, model.config, "mics_shard_size", -1) > 0) {
     unsupported(fields, "MiCS checkpoints are not supported.", "mics_shard_size");
   }
   if (zero_option(fields, model.config, "zero_hpz_partition_size", 1) > 1) {
-    unsupported(fields, "Hierarchical partitions (hpZ) are not supported.", "zero_hpz_partition_size");
+    unsupported(fields, "Hierarchical partitions (hpZ) are not supported.",
+                "zero_hpz_partition_size");
   }
   if (fields.maybe(root, "universal_checkpoint_info") != kNoNode &&
       fields.maybe(fields.maybe(root, "universal_checkpoint_info"), "affine_map") != kNoNode) {
@@ -45,7 +51,8 @@ void refuse_unsupported(const Fields& fields, const ModelStates& model) {
 
 }  // namespace
 
-int64_t zero_option(const Fields& fields, NodeId config, const std::string& key, int64_t otherwise) {
+int64_t zero_option(const Fields& fields, NodeId config, const std::string& key,
+                    int64_t otherwise) {
   if (config == kNoNode) return otherwise;
   const NodeId zero = fields.maybe(config, "zero_optimization");
   if (zero == kNoNode || !fields.pickle().is_mapping(zero)) return otherwise;
@@ -66,7 +73,8 @@ ModelStates read_model_states(const ShardedState& state, int file) {
   model.config = fields.maybe(root, "ds_config");
   refuse_unsupported(fields, model);
   const NodeId module = fields.maybe(root, "module");
-  if (module == kNoNode) unsupported(fields, "Pipeline checkpoints are not supported yet.", "module is None");
+  if (module == kNoNode)
+    unsupported(fields, "Pipeline checkpoints are not supported yet.", "module is None");
   model.module = fields.named(module, "module");
   for (NodeId name : fields.list(fields.need(root, "buffer_names"), "buffer_names")) {
     model.buffer_names.insert(fields.text(name, "buffer_names"));
@@ -93,12 +101,14 @@ ModelStates read_model_states(const ShardedState& state, int file) {
   model.global_steps = fields.integer(fields.need(root, "global_steps"), "global_steps");
   const NodeId samples = fields.maybe(root, "global_samples");
   model.samples_are_float = samples != kNoNode && fields.pickle().kind(samples) == Kind::kFloat;
-  if (const NodeId degrees = fields.maybe(root, "checkpoint_parallel_dimensions"); degrees != kNoNode) {
+  if (const NodeId degrees = fields.maybe(root, "checkpoint_parallel_dimensions");
+      degrees != kNoNode) {
     model.tp_degree = fields.integer(fields.need(degrees, "tp_degree"), "tp_degree");
     model.pp_degree = fields.integer(fields.need(degrees, "pp_degree"), "pp_degree");
   }
   if (model.dp_world < 1 || model.dp_world > 10'000'000) {
-    fields.fail("The number of ranks is impossible.", "dp_world_size", "1 or more", std::to_string(model.dp_world));
+    fields.fail("The number of ranks is impossible.", "dp_world_size", "1 or more",
+                std::to_string(model.dp_world));
   }
   return model;
 }
@@ -114,7 +124,10 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
     state->module_order.push_back(name);
     const TensorView view = fields.tensor(node, "module " + name);
     const auto add = [&](const std::string& what) {
-      return state->add_leaf({.name = name, .state = what, .dtype = view.dtype, .shape = view.shape,
+      return state->add_leaf({.name = name,
+                              .state = what,
+                              .dtype = view.dtype,
+                              .shape = view.shape,
                               .requires_grad = view.requires_grad,
                               .fragments = file_fragments(document, model.file, view)});
     };
@@ -123,7 +136,8 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
       parameter.model_dtype = view.dtype;
       if (stage3) continue;  // a placeholder of shape [0]
       if (view.shape != parameter.shape) {
-        fields.fail("A parameter has two shapes.", "module " + quote(name), to_string(parameter.shape), to_string(view.shape));
+        fields.fail("A parameter has two shapes.", "module " + quote(name),
+                    to_string(parameter.shape), to_string(view.shape));
       }
       if (parameter.model_copy < 0) parameter.model_copy = add("param");
     } else if (model.buffer_names.count(name)) {
@@ -133,9 +147,14 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
     } else if (!stage3 || frozen_shape.count(name) == 0) {
       // Not owned by the optimizer: frozen, or without elements.
       if (stage3 && numel(view.shape) != 0) {
-        fields.fail("A module entry is neither parameter, buffer, alias nor frozen.", quote(name), "known", to_string(view.shape));
+        fields.fail("A module entry is neither parameter, buffer, alias nor frozen.", quote(name),
+                    "known", to_string(view.shape));
       }
-      ParameterState frozen{.name = name, .shape = view.shape, .model_dtype = view.dtype, .states = {}, .scalars = {}};
+      ParameterState frozen{.name = name,
+                            .shape = view.shape,
+                            .model_dtype = view.dtype,
+                            .states = {},
+                            .scalars = {}};
       frozen.weight = add("param");
       state->parameters.push_back(std::move(frozen));
     }
@@ -160,9 +179,11 @@ void set_topology(ShardedState* state, const ModelStates& model, int sequence_as
                                ": DeepSpeed records the Ulysses sequence degree there";
   } else if (model.tp_degree > 1 || model.mp_world > 1) {
     unsupported(fields, "Tensor-parallel checkpoints are not supported yet.",
-                "tp_degree " + std::to_string(model.tp_degree) + ", mp_world_size " + std::to_string(model.mp_world));
+                "tp_degree " + std::to_string(model.tp_degree) + ", mp_world_size " +
+                    std::to_string(model.mp_world));
   }
-  if (model.pp_degree > 1) unsupported(fields, "Pipeline checkpoints are not supported yet.", "pp_degree");
+  if (model.pp_degree > 1)
+    unsupported(fields, "Pipeline checkpoints are not supported yet.", "pp_degree");
   if (sequence_asked > 0) {
     sequence = sequence_asked;
     state->topology_evidence = "--sp " + std::to_string(sequence_asked);
@@ -170,9 +191,11 @@ void set_topology(ShardedState* state, const ModelStates& model, int sequence_as
   if (model.dp_world % sequence != 0) {
     throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
                           .what = "The sequence degree does not divide the partition group.",
-                          .file = fields.document().path(), .entry = "dp_world_size",
+                          .file = fields.document().path(),
+                          .entry = "dp_world_size",
                           .expected = "a multiple of " + std::to_string(sequence),
-                          .found = std::to_string(model.dp_world), .next = "give the right --sp"});
+                          .found = std::to_string(model.dp_world),
+                          .next = "give the right --sp"});
   }
   state->topology.data /= sequence;
   state->topology.sequence = sequence;

@@ -17,8 +17,11 @@ NameFilter::NameFilter(const std::string& pattern) {
   options.set_log_errors(false);
   compiled_ = std::unique_ptr<Compiled>(new Compiled{re2::RE2(pattern, options)});
   if (!compiled_->expression.ok()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage, .what = "A regular expression cannot be read.", .entry = quote(pattern),
-                          .found = compiled_->expression.error(), .next = "use RE2 syntax"});
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "A regular expression cannot be read.",
+                          .entry = quote(pattern),
+                          .found = compiled_->expression.error(),
+                          .next = "use RE2 syntax"});
   }
 }
 

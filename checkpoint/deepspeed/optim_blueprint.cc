@@ -1,5 +1,5 @@
-// The partition file of a target rank (stage_1_and_2.py, bf16_optimizer.py and stage3.py, state_dict),
-// and the optimizer entry of a stage-0 model file (fp16/unfused_optimizer.py).
+// The partition file of a target rank (stage_1_and_2.py, bf16_optimizer.py and stage3.py,
+// state_dict), and the optimizer entry of a stage-0 model file (fp16/unfused_optimizer.py).
 #include <algorithm>
 
 #include "checkpoint/deepspeed/names.h"
@@ -19,22 +19,30 @@ NodeRef global_source(const ShardedState& state) {
   }
   const int file = state.optim_files[0];
   const Fields fields(state.document(file));
-  const bool universal = state.flavour == Flavour::kUniversal12 || state.flavour == Flavour::kUniversal3;
+  const bool universal =
+      state.flavour == Flavour::kUniversal12 || state.flavour == Flavour::kUniversal3;
   return {file, universal ? fields.root() : fields.need(fields.root(), "optimizer_state_dict")};
 }
 
 // Leaves of one state for the parameters of a buffer; the states must agree over all of them.
-std::vector<int> leaves_of(const ReshardTarget& target, const TargetBuffer& buffer, size_t state_number) {
+std::vector<int> leaves_of(const ReshardTarget& target, const TargetBuffer& buffer,
+                           size_t state_number) {
   std::vector<int> leaves;
-  const std::string& name = target.state.leaf(target.parameter(buffer.parameters[0]).states[state_number]).state;
+  const std::string& name =
+      target.state.leaf(target.parameter(buffer.parameters[0]).states[state_number]).state;
   for (int number : buffer.parameters) {
     int found = -1;
     for (int leaf : target.parameter(number).states) {
       if (target.state.leaf(leaf).state == name) found = leaf;
     }
     if (found < 0) {
-      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "A parameter lacks a state that others of its group have; one flat buffer cannot hold that.",
-                            .file = target.state.folder, .entry = quote(target.parameter(number).name), .expected = name, .found = "absent",
+      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                            .what = "A parameter lacks a state that others of its group have; one "
+                                    "flat buffer cannot hold that.",
+                            .file = target.state.folder,
+                            .entry = quote(target.parameter(number).name),
+                            .expected = name,
+                            .found = "absent",
                             .next = "reshard to a stage that keeps states by parameter (stage=0)"});
     }
     leaves.push_back(found);
@@ -45,7 +53,12 @@ std::vector<int> leaves_of(const ReshardTarget& target, const TargetBuffer& buff
 class OptimWriter {
  public:
   OptimWriter(ReshardTarget* target, TorchBuilder* builder, int rank)
-      : target_(*target), state_(target->state), builder_(*builder), pickle_(builder->pickle), rank_(rank), global_(global_source(state_)) {}
+      : target_(*target),
+        state_(target->state),
+        builder_(*builder),
+        pickle_(builder->pickle),
+        rank_(rank),
+        global_(global_source(state_)) {}
 
   NodeId file_root() {
     return builder_.dict({{"optimizer_state_dict", target_.stage == 3 ? stage3() : stage12()},
@@ -60,13 +73,15 @@ class OptimWriter {
     std::vector<NodeId> paddings, alignments, counts;
     for (const TargetBuffer& buffer : target_.buffers) {
       paddings.push_back(pickle_.integer(0));
-      alignments.push_back(pickle_.list(std::vector<NodeId>(buffer.parameters.size(), pickle_.integer(0))));
+      alignments.push_back(
+          pickle_.list(std::vector<NodeId>(buffer.parameters.size(), pickle_.integer(0))));
       counts.push_back(pickle_.integer(target_.ranks));
     }
     entries.emplace_back("clip_grad", clip_grad());
     entries.emplace_back("zero_stage", stage_enum());
     entries.emplace_back("group_paddings", pickle_.list(std::move(paddings)));
-    if (target_.writes_alignment) entries.emplace_back("param_alignment_paddings", pickle_.list(std::move(alignments)));
+    if (target_.writes_alignment)
+      entries.emplace_back("param_alignment_paddings", pickle_.list(std::move(alignments)));
     entries.emplace_back("partition_count", pickle_.list(std::move(counts)));
     entries.emplace_back("ds_version", pickle_.string(state_.version));
     entries.emplace_back("param_groups", param_groups());
@@ -74,14 +89,18 @@ class OptimWriter {
   }
 
   NodeId stage0() {
-    const NodeId plain = builder_.dict({{"state", states_by_parameter()}, {"param_groups", param_groups()}});
-    const bool masters = std::any_of(state_.parameters.begin(), state_.parameters.end(), [&](const ParameterState& p) {
-      return p.group >= 0 && state_.leaf(p.weight).dtype != p.model_dtype;
-    });
+    const NodeId plain =
+        builder_.dict({{"state", states_by_parameter()}, {"param_groups", param_groups()}});
+    const bool masters = std::any_of(
+        state_.parameters.begin(), state_.parameters.end(), [&](const ParameterState& p) {
+          return p.group >= 0 && state_.leaf(p.weight).dtype != p.model_dtype;
+        });
     if (!masters) return plain;
-    std::vector<std::pair<std::string, NodeId>> entries = {{"dynamic_loss_scale", dynamic()}, {"cur_scale", scale()}, {"cur_iter", iteration()}};
+    std::vector<std::pair<std::string, NodeId>> entries = {
+        {"dynamic_loss_scale", dynamic()}, {"cur_scale", scale()}, {"cur_iter", iteration()}};
     for (const char* key : {"last_overflow_iter", "scale_factor", "scale_window"}) {
-      if (const NodeId value = scaler_field(key); value != kNoNode) entries.emplace_back(key, value);
+      if (const NodeId value = scaler_field(key); value != kNoNode)
+        entries.emplace_back(key, value);
     }
     entries.emplace_back("optimizer_state_dict", plain);
     entries.emplace_back("fp32_groups", masters_by_parameter());
@@ -93,8 +112,9 @@ class OptimWriter {
     std::vector<NodeId> masters, paddings, alignments, counts, slices;
     for (const TargetBuffer& buffer : target_.buffers) {
       const FlatSizes sizes{buffer.partition * target_.ranks, buffer.partition};
-      const int64_t padding = target_.bf16_optimizer ? bf16_partition_padding(buffer.total, sizes, target_.ranks, rank_)
-                                                     : partition_padding(buffer.total, buffer.partition, rank_);
+      const int64_t padding =
+          target_.bf16_optimizer ? bf16_partition_padding(buffer.total, sizes, target_.ranks, rank_)
+                                 : partition_padding(buffer.total, buffer.partition, rank_);
       const int64_t length = target_.bf16_optimizer ? buffer.partition : buffer.partition - padding;
       masters.push_back(master(buffer, length));
       paddings.push_back(pickle_.integer(padding));
@@ -107,11 +127,13 @@ class OptimWriter {
     std::vector<std::pair<std::string, NodeId>> entries;
     if (!target_.bf16_optimizer) add_scaler(&entries);
     entries.emplace_back("clip_grad", clip_grad());
-    entries.emplace_back("base_optimizer_state", builder_.dict({{"state", states_by_buffer()}, {"param_groups", param_groups()}}));
+    entries.emplace_back("base_optimizer_state", builder_.dict({{"state", states_by_buffer()},
+                                                                {"param_groups", param_groups()}}));
     entries.emplace_back("single_partition_of_fp32_groups", pickle_.list(std::move(masters)));
     if (!target_.bf16_optimizer) entries.emplace_back("zero_stage", stage_enum());
     entries.emplace_back("group_paddings", pickle_.list(std::move(paddings)));
-    if (target_.writes_alignment && !target_.bf16_optimizer) entries.emplace_back("param_alignment_paddings", pickle_.list(std::move(alignments)));
+    if (target_.writes_alignment && !target_.bf16_optimizer)
+      entries.emplace_back("param_alignment_paddings", pickle_.list(std::move(alignments)));
     entries.emplace_back("partition_count", pickle_.list(std::move(counts)));
     entries.emplace_back("ds_version", pickle_.string(state_.version));
     entries.emplace_back("param_slice_mappings", pickle_.list(std::move(slices)));
@@ -122,9 +144,11 @@ class OptimWriter {
     std::vector<std::pair<std::string, NodeId>> entries = {{"zero_stage", stage_enum()}};
     add_scaler(&entries);
     entries.emplace_back("partition_count", pickle_.integer(target_.ranks));
-    entries.emplace_back("optimizer_state_dict", builder_.dict({{"state", states_by_buffer()}, {"param_groups", param_groups()}}));
+    entries.emplace_back("optimizer_state_dict", builder_.dict({{"state", states_by_buffer()},
+                                                                {"param_groups", param_groups()}}));
     std::vector<NodeId> flats;
-    for (const TargetBuffer& buffer : target_.buffers) flats.push_back(master(buffer, buffer.partition));
+    for (const TargetBuffer& buffer : target_.buffers)
+      flats.push_back(master(buffer, buffer.partition));
     entries.emplace_back("fp32_flat_groups", pickle_.list(std::move(flats)));
     return builder_.dict(std::move(entries));
   }
@@ -133,8 +157,10 @@ class OptimWriter {
   NodeId master(const TargetBuffer& buffer, int64_t length) {
     std::vector<int> leaves;
     for (int number : buffer.parameters) leaves.push_back(target_.parameter(number).weight);
-    const int storage = builder_.add_storage(rank_fill(target_, buffer, rank_, leaves, state_.leaf(leaves.at(0)).dtype));
-    const TorchBuilder::TensorSpec spec{.shape = {length}, .storage = storage, .requires_grad = true};
+    const int storage = builder_.add_storage(
+        rank_fill(target_, buffer, rank_, leaves, state_.leaf(leaves.at(0)).dtype));
+    const TorchBuilder::TensorSpec spec{
+        .shape = {length}, .storage = storage, .requires_grad = true};
     if (target_.stage != 3) return builder_.tensor(spec);
     return builder_.tensor_with_attribute(spec, "ds_id", ds_id(buffer));
   }
@@ -161,7 +187,8 @@ class OptimWriter {
         parts.newobj = true;
         parts.callable = pickle_.global("deepspeed.utils.tensor_fragment", "fragment_address");
         parts.args = pickle_.tuple({});
-        parts.state = builder_.dict({{"numel", pickle_.integer(f.count)}, {"start", pickle_.integer(f.offset_local)}});
+        parts.state = builder_.dict(
+            {{"numel", pickle_.integer(f.count)}, {"start", pickle_.integer(f.offset_local)}});
         items.push_back(pickle_.string(target_.parameter(buffer.parameters[i]).name));
         items.push_back(pickle_.object(std::move(parts)));
       }
@@ -176,11 +203,14 @@ class OptimWriter {
       const ParameterState& first = target_.parameter(buffer.parameters[0]);
       if (first.states.empty() && first.scalars.empty()) continue;
       std::vector<std::pair<std::string, NodeId>> entry;
-      for (const Scalar& scalar : first.scalars) entry.emplace_back(scalar.name, agreed_scalar(buffer, scalar));
+      for (const Scalar& scalar : first.scalars)
+        entry.emplace_back(scalar.name, agreed_scalar(buffer, scalar));
       for (size_t s = 0; s < first.states.size(); ++s) {
         const Leaf& leaf = state_.leaf(first.states[s]);
-        const int storage = builder_.add_storage(rank_fill(target_, buffer, rank_, leaves_of(target_, buffer, s), leaf.dtype));
-        entry.emplace_back(leaf.state, builder_.tensor({.shape = {buffer.partition}, .storage = storage}));
+        const int storage = builder_.add_storage(
+            rank_fill(target_, buffer, rank_, leaves_of(target_, buffer, s), leaf.dtype));
+        entry.emplace_back(leaf.state,
+                           builder_.tensor({.shape = {buffer.partition}, .storage = storage}));
       }
       items.push_back(pickle_.integer(static_cast<int64_t>(k)));
       items.push_back(builder_.dict(std::move(entry)));
@@ -194,12 +224,18 @@ class OptimWriter {
     for (int number : buffer.parameters) {
       for (const Scalar& other : target_.parameter(number).scalars) {
         if (other.name != scalar.name || scalar_text(state_, other.value) == value) continue;
-        throw Error(ErrorInfo{.code = ErrorCode::kMismatch, .what = "Parameters that will share one flat buffer stand at different values.", .file = state_.folder,
-                              .entry = quote(target_.parameter(number).name) + " " + scalar.name, .expected = value, .found = scalar_text(state_, other.value),
-                              .next = "keep a stage that holds them apart (stage=0), or more optimizer groups"});
+        throw Error(ErrorInfo{
+            .code = ErrorCode::kMismatch,
+            .what = "Parameters that will share one flat buffer stand at different values.",
+            .file = state_.folder,
+            .entry = quote(target_.parameter(number).name) + " " + scalar.name,
+            .expected = value,
+            .found = scalar_text(state_, other.value),
+            .next = "keep a stage that holds them apart (stage=0), or more optimizer groups"});
       }
     }
-    return builder_.copy_scalar(state_.document(scalar.value.file), scalar.value.file, scalar.value.node);
+    return builder_.copy_scalar(state_.document(scalar.value.file), scalar.value.file,
+                                scalar.value.node);
   }
 
   NodeId states_by_parameter() {
@@ -210,9 +246,12 @@ class OptimWriter {
         const ParameterState& parameter = target_.parameter(number);
         std::vector<std::pair<std::string, NodeId>> entry;
         for (const Scalar& scalar : parameter.scalars) {
-          entry.emplace_back(scalar.name, builder_.copy_scalar(state_.document(scalar.value.file), scalar.value.file, scalar.value.node));
+          entry.emplace_back(scalar.name,
+                             builder_.copy_scalar(state_.document(scalar.value.file),
+                                                  scalar.value.file, scalar.value.node));
         }
-        for (int leaf : parameter.states) entry.emplace_back(state_.leaf(leaf).state, whole_tensor(leaf, false));
+        for (int leaf : parameter.states)
+          entry.emplace_back(state_.leaf(leaf).state, whole_tensor(leaf, false));
         const int64_t key = index++;
         if (entry.empty()) continue;
         items.push_back(pickle_.integer(key));
@@ -226,7 +265,8 @@ class OptimWriter {
     std::vector<NodeId> groups;
     for (const GroupState& group : state_.groups) {
       std::vector<NodeId> masters;
-      for (int number : group.parameters) masters.push_back(whole_tensor(target_.parameter(number).weight, true));
+      for (int number : group.parameters)
+        masters.push_back(whole_tensor(target_.parameter(number).weight, true));
       groups.push_back(pickle_.list(std::move(masters)));
     }
     return pickle_.list(std::move(groups));
@@ -234,9 +274,12 @@ class OptimWriter {
 
   NodeId whole_tensor(int number, bool requires_grad) {
     const Leaf& leaf = state_.leaf(number);
-    StorageFill fill{.dtype = leaf.dtype, .numel = leaf.size_elements(), .runs = {}, .copy = {}, .literal = {}};
+    StorageFill fill{
+        .dtype = leaf.dtype, .numel = leaf.size_elements(), .runs = {}, .copy = {}, .literal = {}};
     if (fill.numel > 0) fill.runs.push_back({number, 0, fill.numel, 0});
-    return builder_.tensor({.shape = leaf.shape, .storage = builder_.add_storage(std::move(fill)), .requires_grad = requires_grad});
+    return builder_.tensor({.shape = leaf.shape,
+                            .storage = builder_.add_storage(std::move(fill)),
+                            .requires_grad = requires_grad});
   }
 
   // Hyper-parameters of the source; `params` numbers what state is keyed by.
@@ -246,10 +289,12 @@ class OptimWriter {
     for (size_t g = 0; g < state_.groups.size(); ++g) {
       std::vector<NodeId> numbers;
       if (target_.stage == 0) {
-        for (size_t i = 0; i < state_.groups[g].parameters.size(); ++i) numbers.push_back(pickle_.integer(index++));
+        for (size_t i = 0; i < state_.groups[g].parameters.size(); ++i)
+          numbers.push_back(pickle_.integer(index++));
       } else {
         for (size_t k = 0; k < target_.buffers.size(); ++k) {
-          if (target_.buffers[k].group == static_cast<int>(g)) numbers.push_back(pickle_.integer(static_cast<int64_t>(k)));
+          if (target_.buffers[k].group == static_cast<int>(g))
+            numbers.push_back(pickle_.integer(static_cast<int64_t>(k)));
         }
       }
       MappingCopy copy(&builder_, state_, state_.groups[g].hyper);
@@ -259,7 +304,10 @@ class OptimWriter {
     return pickle_.list(std::move(groups));
   }
 
-  NodeId stage_enum() { return pickle_.reduce("deepspeed.runtime.zero.config", "ZeroStageEnum", {pickle_.integer(target_.stage)}); }
+  NodeId stage_enum() {
+    return pickle_.reduce("deepspeed.runtime.zero.config", "ZeroStageEnum",
+                          {pickle_.integer(target_.stage)});
+  }
 
   NodeId source_value(const char* key) {
     if (!global_.present()) return kNoNode;
@@ -313,9 +361,11 @@ class OptimWriter {
     ObjectParts parts;
     parts.newobj = true;
     parts.args = pickle_.tuple({});
-    std::vector<std::pair<std::string, NodeId>> fields = {{"cur_scale", scale()}, {"dynamic", is_dynamic}};
+    std::vector<std::pair<std::string, NodeId>> fields = {{"cur_scale", scale()},
+                                                          {"dynamic", is_dynamic}};
     if (pickle_.integer_value(is_dynamic) != 0) {
-      target_.synthesised.insert("loss_scaler: min_scale, hysteresis and dtype, DeepSpeed's defaults");
+      target_.synthesised.insert(
+          "loss_scaler: min_scale, hysteresis and dtype, DeepSpeed's defaults");
       const auto add = [&](const char* key, NodeId otherwise) {
         const NodeId found = scaler_field(key);
         fields.emplace_back(key, found != kNoNode ? found : otherwise);
@@ -332,7 +382,8 @@ class OptimWriter {
       add("dtype", pickle_.global("torch", "float16"));
       parts.callable = pickle_.global("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler");
     } else {
-      target_.synthesised.insert("loss_scaler: LossScaler with the source's scale, 1.0 if it has none");
+      target_.synthesised.insert(
+          "loss_scaler: LossScaler with the source's scale, 1.0 if it has none");
       parts.callable = pickle_.global("deepspeed.runtime.fp16.loss_scaler", "LossScaler");
     }
     parts.state = builder_.dict(std::move(fields));
@@ -341,7 +392,8 @@ class OptimWriter {
 
   NodeId clip_grad() {
     if (const NodeId found = source_value("clip_grad"); found != kNoNode) return found;
-    target_.synthesised.insert("clip_grad: gradient_clipping of ds_config, or the version's default");
+    target_.synthesised.insert(
+        "clip_grad: gradient_clipping of ds_config, or the version's default");
     const Fields model(state_.document(target_.model_file()));
     const NodeId config = model.maybe(model.root(), "ds_config");
     const NodeId value = config == kNoNode ? kNoNode : model.maybe(config, "gradient_clipping");
@@ -371,6 +423,8 @@ FileBlueprint global_state_blueprint(ReshardTarget* target) {
   return builder.finish("zero/optimizer_state.pt", root);
 }
 
-NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder) { return OptimWriter(target, builder, 0).stage0(); }
+NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder) {
+  return OptimWriter(target, builder, 0).stage0();
+}
 
 }  // namespace isoshard::checkpoint

@@ -27,8 +27,14 @@ struct Inventory {
 };
 
 [[noreturn]] void refuse(ErrorCode code, const std::string& what, const std::string& file,
-                         const std::string& expected, const std::string& found, const std::string& next) {
-  throw Error(ErrorInfo{.code = code, .what = what, .file = file, .expected = expected, .found = found, .next = next});
+                         const std::string& expected, const std::string& found,
+                         const std::string& next) {
+  throw Error(ErrorInfo{.code = code,
+                        .what = what,
+                        .file = file,
+                        .expected = expected,
+                        .found = found,
+                        .next = next});
 }
 
 Inventory take_inventory(Storage& storage, const std::string& folder) {
@@ -38,18 +44,26 @@ Inventory take_inventory(Storage& storage, const std::string& folder) {
     const FileName name = parse_file_name(entry.name);
     const std::string path = join(folder, entry.name);
     if (entry.name == "offloaded_tensors") {
-      refuse(ErrorCode::kUnsupported, "Optimizer state offloaded to NVMe is not supported.", path, "", "", "save without NVMe offload");
+      refuse(ErrorCode::kUnsupported, "Optimizer state offloaded to NVMe is not supported.", path,
+             "", "", "save without NVMe offload");
     }
-    if (name.kind == Kind::kLayer) refuse(ErrorCode::kUnsupported, "Pipeline checkpoints are not supported yet.", path, "", "", "");
+    if (name.kind == Kind::kLayer)
+      refuse(ErrorCode::kUnsupported, "Pipeline checkpoints are not supported yet.", path, "", "",
+             "");
     if (name.kind == Kind::kExpert || name.kind == Kind::kExpertOptim) {
-      refuse(ErrorCode::kUnsupported, "Mixture-of-experts checkpoints (native MoE, AutoEP) are not supported yet.", path, "", "", "");
+      refuse(ErrorCode::kUnsupported,
+             "Mixture-of-experts checkpoints (native MoE, AutoEP) are not supported yet.", path, "",
+             "", "");
     }
     if (name.kind != Kind::kOther && name.kind != Kind::kModel && name.mp != 0) {
-      refuse(ErrorCode::kUnsupported, "Tensor-parallel checkpoints (several mp ranks) are not supported yet.", path, "mp_rank_00 only", entry.name, "");
+      refuse(ErrorCode::kUnsupported,
+             "Tensor-parallel checkpoints (several mp ranks) are not supported yet.", path,
+             "mp_rank_00 only", entry.name, "");
     }
-    std::map<int, std::string>* where = name.kind == Kind::kModel ? &inventory.model
+    std::map<int, std::string>* where = name.kind == Kind::kModel         ? &inventory.model
                                         : name.kind == Kind::kModelOfRank ? &inventory.model_of_rank
-                                        : name.kind == Kind::kOptim ? &inventory.optim : nullptr;
+                                        : name.kind == Kind::kOptim       ? &inventory.optim
+                                                                          : nullptr;
     if (where == nullptr) {
       inventory.other.push_back(entry.name);
       continue;
@@ -57,12 +71,15 @@ Inventory take_inventory(Storage& storage, const std::string& folder) {
     const int rank = name.kind == Kind::kModel ? name.mp : name.dp;
     const auto [known, fresh] = where->emplace(rank, entry.name);
     if (!fresh) {
-      refuse(ErrorCode::kMismatch, "Two files stand for the same rank; one is left over from another save.", folder,
-             "one file for rank " + std::to_string(rank), known->second + " and " + entry.name, "remove the older one after looking at both");
+      refuse(ErrorCode::kMismatch,
+             "Two files stand for the same rank; one is left over from another save.", folder,
+             "one file for rank " + std::to_string(rank), known->second + " and " + entry.name,
+             "remove the older one after looking at both");
     }
   }
   if (inventory.model.size() > 1) {
-    refuse(ErrorCode::kUnsupported, "Tensor-parallel checkpoints (several mp ranks) are not supported yet.", folder,
+    refuse(ErrorCode::kUnsupported,
+           "Tensor-parallel checkpoints (several mp ranks) are not supported yet.", folder,
            "mp_rank_00 only", std::to_string(inventory.model.size()) + " model files", "");
   }
   return inventory;
@@ -73,19 +90,23 @@ std::vector<std::string> complete(const std::map<int, std::string>& files, int64
                                   const std::string& folder, const std::string& what) {
   std::string missing, extra;
   for (int64_t rank = 0; rank < count; ++rank) {
-    if (files.count(static_cast<int>(rank)) == 0 && missing.size() < 200) missing += (missing.empty() ? "rank " : ", ") + std::to_string(rank);
+    if (files.count(static_cast<int>(rank)) == 0 && missing.size() < 200)
+      missing += (missing.empty() ? "rank " : ", ") + std::to_string(rank);
   }
   for (const auto& [rank, name] : files) {
     if (rank >= count) extra += (extra.empty() ? "" : ", ") + name;
   }
   if (!missing.empty()) {
-    refuse(ErrorCode::kIncomplete, "The checkpoint is incomplete: " + what + " files are missing.", folder,
-           std::to_string(count) + " files, ranks 0 to " + std::to_string(count - 1), "missing: " + missing,
+    refuse(ErrorCode::kIncomplete, "The checkpoint is incomplete: " + what + " files are missing.",
+           folder, std::to_string(count) + " files, ranks 0 to " + std::to_string(count - 1),
+           "missing: " + missing,
            "bring the missing files from the node that wrote them, or use an older checkpoint");
   }
   if (!extra.empty()) {
-    refuse(ErrorCode::kMismatch, "The folder holds " + what + " files of a larger world: shards of two saves are mixed.", folder,
-           std::to_string(count) + " files", "also " + extra, "find out which save is the newer one; do not delete before");
+    refuse(ErrorCode::kMismatch,
+           "The folder holds " + what + " files of a larger world: shards of two saves are mixed.",
+           folder, std::to_string(count) + " files", "also " + extra,
+           "find out which save is the newer one; do not delete before");
   }
   std::vector<std::string> names;
   for (const auto& [rank, name] : files) names.push_back(name);
@@ -98,18 +119,25 @@ void check_scalars(const ShardedState& state) {
   for (int file : state.optim_files) {
     const Fields f(state.document(file));
     const NodeId optimizer = f.need(f.root(), "optimizer_state_dict");
-    const NodeId base = state.flavour == Flavour::kZero3 ? f.need(optimizer, "optimizer_state_dict") : f.need(optimizer, "base_optimizer_state");
+    const NodeId base = state.flavour == Flavour::kZero3
+                            ? f.need(optimizer, "optimizer_state_dict")
+                            : f.need(optimizer, "base_optimizer_state");
     const std::vector<NodeId>& entries = f.pickle().entries(f.need(base, "state"));
     for (size_t i = 0; i + 1 < entries.size(); i += 2) {
       const std::string index = std::to_string(f.integer(entries[i], "state key"));
       for (const auto& [key, node] : sort_optimizer_state(f, entries[i + 1], "state").scalars) {
         const std::string value = scalar_text(state, {file, node});
-        const auto [known, fresh] = first.emplace(index + " " + key, std::pair(value, f.document().path()));
+        const auto [known, fresh] =
+            first.emplace(index + " " + key, std::pair(value, f.document().path()));
         if (fresh || known->second.first == value) continue;
-        throw Error(ErrorInfo{.code = ErrorCode::kMismatch, .what = "Ranks stand at different steps: files of two saves are mixed.",
-                              .file = f.document().path(), .entry = "state[" + index + "][" + quote(key) + "]",
-                              .expected = known->second.first + " as in " + known->second.second, .found = value,
-                              .next = "put the files of one save together"});
+        throw Error(
+            ErrorInfo{.code = ErrorCode::kMismatch,
+                      .what = "Ranks stand at different steps: files of two saves are mixed.",
+                      .file = f.document().path(),
+                      .entry = "state[" + index + "][" + quote(key) + "]",
+                      .expected = known->second.first + " as in " + known->second.second,
+                      .found = value,
+                      .next = "put the files of one save together"});
       }
     }
   }
@@ -119,20 +147,25 @@ void read_zero(ShardedState* state, Storage& storage, const ReadOptions& options
   const Inventory inventory = take_inventory(storage, state->folder);
   for (const std::string& name : inventory.other) {
     if (name != "MANIFEST.json" && name != "certificate.json") {
-      state->notices.push_back("a file that is no part of a DeepSpeed checkpoint lies in the folder: " + quote(name));
+      state->notices.push_back(
+          "a file that is no part of a DeepSpeed checkpoint lies in the folder: " + quote(name));
     }
   }
   const bool stage3 = !inventory.model_of_rank.empty();
   if (stage3 && !inventory.model.empty()) {
-    refuse(ErrorCode::kMismatch, "Model files of stage 3 and of stages 0 to 2 lie in one folder.", state->folder, "one form",
-           inventory.model.begin()->second + " and " + inventory.model_of_rank.begin()->second, "find out which save is the newer one");
+    refuse(ErrorCode::kMismatch, "Model files of stage 3 and of stages 0 to 2 lie in one folder.",
+           state->folder, "one form",
+           inventory.model.begin()->second + " and " + inventory.model_of_rank.begin()->second,
+           "find out which save is the newer one");
   }
   if (!stage3 && inventory.model.empty()) {
-    refuse(ErrorCode::kIncomplete, "The checkpoint is incomplete: there is no model file.", state->folder,
-           "mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt",
-           std::to_string(inventory.optim.size()) + " optimizer files", "bring it from the node of rank 0");
+    refuse(ErrorCode::kIncomplete, "The checkpoint is incomplete: there is no model file.",
+           state->folder, "mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt",
+           std::to_string(inventory.optim.size()) + " optimizer files",
+           "bring it from the node of rank 0");
   }
-  const std::string first_name = stage3 ? inventory.model_of_rank.begin()->second : inventory.model.begin()->second;
+  const std::string first_name =
+      stage3 ? inventory.model_of_rank.begin()->second : inventory.model.begin()->second;
   const int first = open_files(state, storage, {first_name}, options)[0];
   const ModelStates model = read_model_states(*state, first);
   state->version = model.version;
@@ -142,22 +175,28 @@ void read_zero(ShardedState* state, Storage& storage, const ReadOptions& options
     state->model_files = {first};
     if (!model.has_param_shapes) {
       if (!inventory.optim.empty()) {
-        refuse(ErrorCode::kUnsupported, "Optimizer files lie beside a model file without param_shapes (bf16 pipeline or stale files).",
-               state->folder, "no optimizer files at stage 0", inventory.optim.begin()->second, "remove stale files after looking at them");
+        refuse(ErrorCode::kUnsupported,
+               "Optimizer files lie beside a model file without param_shapes (bf16 pipeline or "
+               "stale files).",
+               state->folder, "no optimizer files at stage 0", inventory.optim.begin()->second,
+               "remove stale files after looking at them");
       }
       read_zero0(state, model, options, storage);
       return;
     }
-    state->optim_files = open_files(state, storage, complete(inventory.optim, dp, state->folder, "optimizer"), options);
+    state->optim_files = open_files(
+        state, storage, complete(inventory.optim, dp, state->folder, "optimizer"), options);
     read_zero12(state, model);
   } else {
     std::vector<std::string> names = complete(inventory.model_of_rank, dp, state->folder, "model");
     state->model_files = {first};
     names.erase(names.begin());
     for (int file : open_files(state, storage, names, options)) state->model_files.push_back(file);
-    state->optim_files = open_files(state, storage, complete(inventory.optim, dp, state->folder, "optimizer"), options);
+    state->optim_files = open_files(
+        state, storage, complete(inventory.optim, dp, state->folder, "optimizer"), options);
     std::vector<ModelStates> models = {model};
-    for (size_t i = 1; i < state->model_files.size(); ++i) models.push_back(read_model_states(*state, state->model_files[i]));
+    for (size_t i = 1; i < state->model_files.size(); ++i)
+      models.push_back(read_model_states(*state, state->model_files[i]));
     read_zero3(state, models);
   }
   add_module_entries(state, model);
@@ -166,7 +205,8 @@ void read_zero(ShardedState* state, Storage& storage, const ReadOptions& options
 
 }  // namespace
 
-std::vector<int> open_files(ShardedState* state, Storage& storage, const std::vector<std::string>& names, const ReadOptions& options) {
+std::vector<int> open_files(ShardedState* state, Storage& storage,
+                            const std::vector<std::string>& names, const ReadOptions& options) {
   std::vector<std::shared_ptr<TorchFile>> opened(names.size());
   std::vector<std::exception_ptr> failures(names.size());
   std::atomic<size_t> next{0};
@@ -190,9 +230,14 @@ std::vector<int> open_files(ShardedState* state, Storage& storage, const std::ve
     const std::string stem = base.substr(0, base.rfind('.'));
     const std::string& prefix = opened[i]->zip().prefix;
     if (prefix != stem && prefix != "archive" && !options.allow_renamed) {
-      throw Error(ErrorInfo{.code = ErrorCode::kMismatch, .what = "The file was saved under another name: two files may be swapped.",
-                            .file = opened[i]->path(), .entry = "archive prefix", .expected = quote(stem), .found = quote(prefix),
-                            .next = "rename it back, or pass --allow-renamed if you renamed it on purpose"});
+      throw Error(ErrorInfo{
+          .code = ErrorCode::kMismatch,
+          .what = "The file was saved under another name: two files may be swapped.",
+          .file = opened[i]->path(),
+          .entry = "archive prefix",
+          .expected = quote(stem),
+          .found = quote(prefix),
+          .next = "rename it back, or pass --allow-renamed if you renamed it on purpose"});
     }
     state->files.push_back({opened[i]->path(), names[i], opened[i], nullptr});
     numbers.push_back(static_cast<int>(state->files.size()) - 1);
@@ -205,20 +250,30 @@ std::string scalar_text(const ShardedState& state, NodeRef ref) {
   const Pickle& pickle = document.pickle();
   double value = 0;
   switch (pickle.kind(ref.node)) {
-    case Kind::kNone: return "None";
+    case Kind::kNone:
+      return "None";
     case Kind::kInt:
-    case Kind::kBool: return std::to_string(pickle.integer_value(ref.node));
-    case Kind::kFloat: value = pickle.real_value(ref.node); break;
+    case Kind::kBool:
+      return std::to_string(pickle.integer_value(ref.node));
+    case Kind::kFloat:
+      value = pickle.real_value(ref.node);
+      break;
     default: {
       const Fields fields(document);
       const TensorView view = fields.tensor(ref.node, "scalar");
-      if (numel(view.shape) != 1) fields.fail("A scalar state has several elements.", "scalar", "1", to_string(view.shape));
+      if (numel(view.shape) != 1)
+        fields.fail("A scalar state has several elements.", "scalar", "1", to_string(view.shape));
       const ZipRecord& record = document.record(view.storage);
-      if (record.size_bytes > 4096) fields.fail("A scalar lies in a large storage.", quote(record.name), "at most 4096 bytes", std::to_string(record.size_bytes));
+      if (record.size_bytes > 4096)
+        fields.fail("A scalar lies in a large storage.", quote(record.name), "at most 4096 bytes",
+                    std::to_string(record.size_bytes));
       std::string bytes(static_cast<size_t>(record.size_bytes), '\0');
       document.file().read_at(record.data_offset, std::as_writable_bytes(std::span(bytes)));
-      if (crc32_of(std::as_bytes(std::span(bytes))) != record.crc32) fields.fail("A record's bytes do not fit its CRC.", quote(record.name), hex16(record.crc32).substr(8), "another");
-      const std::byte* at = reinterpret_cast<const std::byte*>(bytes.data()) + view.offset * item_size_bytes(view.dtype);
+      if (crc32_of(std::as_bytes(std::span(bytes))) != record.crc32)
+        fields.fail("A record's bytes do not fit its CRC.", quote(record.name),
+                    hex16(record.crc32).substr(8), "another");
+      const std::byte* at = reinterpret_cast<const std::byte*>(bytes.data()) +
+                            view.offset * item_size_bytes(view.dtype);
       if (view.dtype == DType::kInt64) {
         int64_t whole;
         std::memcpy(&whole, at, sizeof whole);
@@ -228,7 +283,8 @@ std::string scalar_text(const ShardedState& state, NodeRef ref) {
         std::memcpy(&value, at, sizeof value);
       } else {
         float single = 0;
-        cast(view.dtype, {at, static_cast<size_t>(item_size_bytes(view.dtype))}, DType::kFloat32, std::as_writable_bytes(std::span(&single, 1)));
+        cast(view.dtype, {at, static_cast<size_t>(item_size_bytes(view.dtype))}, DType::kFloat32,
+             std::as_writable_bytes(std::span(&single, 1)));
         value = single;
       }
     }
@@ -239,7 +295,8 @@ std::string scalar_text(const ShardedState& state, NodeRef ref) {
   return buffer;
 }
 
-ShardedState read_checkpoint(Storage& storage, const std::string& path, const ReadOptions& options) {
+ShardedState read_checkpoint(Storage& storage, const std::string& path,
+                             const ReadOptions& options) {
   const SourcePlace place = resolve_source(storage, path, options.tag);
   ShardedState state;
   state.folder = place.folder;

@@ -11,9 +11,9 @@
 namespace isoshard::checkpoint {
 
 struct ReadOptions {
-  std::string tag;           // --tag
-  int sequence_degree = 0;   // --sp; 0: as recorded or inferred
-  std::string param_order;   // --param-order FILE, stage 0 only
+  std::string tag;             // --tag
+  int sequence_degree = 0;     // --sp; 0: as recorded or inferred
+  std::string param_order;     // --param-order FILE, stage 0 only
   bool allow_renamed = false;  // accept a file whose archive prefix names another file
   int workers = 2;
   bool prove = true;  // stage 0: read payloads to prove an inferred mapping (inspect does not)
@@ -22,14 +22,15 @@ struct ReadOptions {
 ShardedState read_checkpoint(Storage& storage, const std::string& path, const ReadOptions& options);
 
 // Parts of the above, one a family (each in its own file).
-void read_zero0(ShardedState* state, const ModelStates& model, const ReadOptions& options, Storage& storage);
+void read_zero0(ShardedState* state, const ModelStates& model, const ReadOptions& options,
+                Storage& storage);
 void read_universal(ShardedState* state, Storage& storage, const ReadOptions& options);
 void read_weights(ShardedState* state, Storage& storage, const SourcePlace& place);
 
 // Opens files of the state's folder (paths relative to it), in parallel; returns their numbers in
 // the same order. Refuses an archive whose prefix names another file.
-std::vector<int> open_files(ShardedState* state, Storage& storage, const std::vector<std::string>& names,
-                            const ReadOptions& options);
+std::vector<int> open_files(ShardedState* state, Storage& storage,
+                            const std::vector<std::string>& names, const ReadOptions& options);
 
 // The value of a scalar as text: "3" for 3, 3.0 and tensor(3.); hexadecimal floats where not whole;
 // "None". Reads the payload of a 0-d tensor and checks its CRC.

@@ -18,27 +18,29 @@ namespace isoshard::checkpoint {
 // One flat buffer of the target: an optimizer group (stages 1, 2) or a sub-group (stage 3).
 struct TargetBuffer {
   int group = -1;
-  std::vector<int> parameters;         // in flat order
-  std::vector<TensorLayout> layouts;   // of each parameter
-  std::vector<int64_t> alignment;      // padding elements behind each (stages 1, 2)
-  int64_t total = 0;                   // elements without the padding at the end
-  int64_t partition = 0;               // elements of one rank
+  std::vector<int> parameters;        // in flat order
+  std::vector<TensorLayout> layouts;  // of each parameter
+  std::vector<int64_t> alignment;     // padding elements behind each (stages 1, 2)
+  int64_t total = 0;                  // elements without the padding at the end
+  int64_t partition = 0;              // elements of one rank
 };
 
 struct ReshardTarget {
   const ShardedState& state;
   Topology topology;
   int stage = 0;
-  int ranks = 1;                       // dp·sp
-  bool bf16_optimizer = false;         // BF16_Optimizer's form at stage 1
-  bool aligned = false;                // zero_optimization.parameter_alignment
-  bool writes_alignment = false;       // param_alignment_paddings is written (DeepSpeed ≥ 0.19.8)
-  bool frozen_excluded = false;        // the source was saved with exclude_frozen_parameters
-  std::string prefix;                  // "bf16_" or ""
+  int ranks = 1;                  // dp·sp
+  bool bf16_optimizer = false;    // BF16_Optimizer's form at stage 1
+  bool aligned = false;           // zero_optimization.parameter_alignment
+  bool writes_alignment = false;  // param_alignment_paddings is written (DeepSpeed ≥ 0.19.8)
+  bool frozen_excluded = false;   // the source was saved with exclude_frozen_parameters
+  std::string prefix;             // "bf16_" or ""
   std::vector<TargetBuffer> buffers;
-  std::set<std::string> synthesised;   // what is written without a source, for the certificate
+  std::set<std::string> synthesised;  // what is written without a source, for the certificate
 
-  const ParameterState& parameter(int number) const { return state.parameters[static_cast<size_t>(number)]; }
+  const ParameterState& parameter(int number) const {
+    return state.parameters[static_cast<size_t>(number)];
+  }
   // Rank 0's model file and, where there is one, the file with the optimizer's global state.
   int model_file() const { return state.model_files[0]; }
 };
@@ -68,7 +70,8 @@ class MappingCopy {
 NodeId target_config(TorchBuilder* builder, const ReshardTarget& target);
 
 // The storage of one leaf kind for one rank of one buffer: its fragments at their local offsets.
-StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, int rank, const std::vector<int>& leaves, DType dtype);
+StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, int rank,
+                      const std::vector<int>& leaves, DType dtype);
 
 // Files of the target tag folder.
 FileBlueprint model_blueprint(ReshardTarget* target, int rank);
@@ -77,8 +80,9 @@ NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder);
 // zero/optimizer_state.pt of a universal folder whose source has no partition files (stage 0).
 FileBlueprint global_state_blueprint(ReshardTarget* target);
 
-// All files of a checkpoint of `state` at that topology and stage. `allow_dropped` names what may be
-// left behind: "client_state" (that of ranks other than 0).
-TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage, const std::set<std::string>& allow_dropped);
+// All files of a checkpoint of `state` at that topology and stage. `allow_dropped` names what may
+// be left behind: "client_state" (that of ranks other than 0).
+TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage,
+                               const std::set<std::string>& allow_dropped);
 
 }  // namespace isoshard::checkpoint

@@ -49,12 +49,17 @@ SourcePlace tag_place(Storage& storage, const std::string& save_folder, const st
   if (!why.empty()) {
     throw Error(ErrorInfo{.code = tag.empty() ? ErrorCode::kIncomplete : ErrorCode::kHostile,
                           .what = "The tag in " + from + " cannot be used: " + why + ".",
-                          .file = join(save_folder, from), .expected = "the name of a tag folder",
+                          .file = join(save_folder, from),
+                          .expected = "the name of a tag folder",
                           .found = quote(tag) + ", " + std::to_string(tag.size()) + " bytes",
                           .next = "name one with --tag; " + tags_in(storage, save_folder)});
   }
-  SourcePlace place{.kind = SourcePlace::Kind::kZero, .folder = join(save_folder, tag),
-                    .save_folder = save_folder, .tag = tag, .files = {}, .notices = {}};
+  SourcePlace place{.kind = SourcePlace::Kind::kZero,
+                    .folder = join(save_folder, tag),
+                    .save_folder = save_folder,
+                    .tag = tag,
+                    .files = {},
+                    .notices = {}};
   if (!storage.is_directory(place.folder)) {
     throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
                           .what = "The tag " + quote(tag) + " (from " + from + ") has no folder.",
@@ -74,11 +79,16 @@ std::string pointer_text(Storage& storage, const std::string& path) {
 }
 
 SourcePlace weights_place(const std::string& folder, const std::vector<DirectoryEntry>& entries) {
-  SourcePlace place{.kind = SourcePlace::Kind::kWeights, .folder = folder, .save_folder = "",
-                    .tag = base_name(folder), .files = {}, .notices = {}};
+  SourcePlace place{.kind = SourcePlace::Kind::kWeights,
+                    .folder = folder,
+                    .save_folder = "",
+                    .tag = base_name(folder),
+                    .files = {},
+                    .notices = {}};
   bool safetensors = false;
   for (const DirectoryEntry& entry : entries) {
-    safetensors = safetensors || (is_weights_name(entry.name) && ends_with(entry.name, ".safetensors"));
+    safetensors =
+        safetensors || (is_weights_name(entry.name) && ends_with(entry.name, ".safetensors"));
   }
   for (const DirectoryEntry& entry : entries) {
     if (!is_weights_name(entry.name)) continue;
@@ -115,13 +125,19 @@ std::string parent_folder(const std::string& path) {
 
 SourcePlace resolve_source(Storage& storage, const std::string& path, const std::string& tag) {
   if (storage.is_file(path)) {
-    return {.kind = SourcePlace::Kind::kWeights, .folder = parent_folder(path), .save_folder = "",
-            .tag = base_name(path), .files = {base_name(path)}, .notices = {}};
+    return {.kind = SourcePlace::Kind::kWeights,
+            .folder = parent_folder(path),
+            .save_folder = "",
+            .tag = base_name(path),
+            .files = {base_name(path)},
+            .notices = {}};
   }
   if (!storage.is_directory(path)) {
-    throw Error(ErrorInfo{.code = ErrorCode::kNotFound, .what = "There is no such file or folder.",
-                          .file = path, .next = "check the path; SOURCE is a save folder, a tag "
-                          "folder, a universal folder, or an fp32 file or folder"});
+    throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
+                          .what = "There is no such file or folder.",
+                          .file = path,
+                          .next = "check the path; SOURCE is a save folder, a tag "
+                                  "folder, a universal folder, or an fp32 file or folder"});
   }
   if (!tag.empty()) return tag_place(storage, path, tag, "--tag");
   const std::vector<DirectoryEntry> entries = storage.list(path);
@@ -129,15 +145,21 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
   const bool universal = storage.is_file(join(path, "latest_universal"));
   if (latest || universal) {
     const std::string pointer = latest ? "latest" : "latest_universal";
-    SourcePlace place = tag_place(storage, path, pointer_text(storage, join(path, pointer)), pointer);
+    SourcePlace place =
+        tag_place(storage, path, pointer_text(storage, join(path, pointer)), pointer);
     if (latest && universal) {
-      place.notices.push_back("both latest and latest_universal are there; latest is followed "
-                              "(--tag chooses another)");
+      place.notices.push_back(
+          "both latest and latest_universal are there; latest is followed "
+          "(--tag chooses another)");
     }
     return place;
   }
-  SourcePlace place{.kind = SourcePlace::Kind::kZero, .folder = path, .save_folder = "",
-                    .tag = base_name(path), .files = {}, .notices = {}};
+  SourcePlace place{.kind = SourcePlace::Kind::kZero,
+                    .folder = path,
+                    .save_folder = "",
+                    .tag = base_name(path),
+                    .files = {},
+                    .notices = {}};
   if (has_folder(entries, "zero")) {
     place.kind = SourcePlace::Kind::kUniversal;
     return place;
@@ -145,12 +167,14 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
   if (has_zero_files(entries)) return place;
   SourcePlace weights = weights_place(path, entries);
   if (!weights.files.empty()) return weights;
-  throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
-                        .what = "The folder holds no checkpoint that is known here.", .file = path,
-                        .expected = "latest or latest_universal, *_model_states.pt files, a zero/ "
-                                    "folder, or model*.safetensors / pytorch_model*.bin",
-                        .found = std::to_string(entries.size()) + " entries",
-                        .next = "name the save folder or the tag folder; " + tags_in(storage, path)});
+  throw Error(
+      ErrorInfo{.code = ErrorCode::kNotFound,
+                .what = "The folder holds no checkpoint that is known here.",
+                .file = path,
+                .expected = "latest or latest_universal, *_model_states.pt files, a zero/ "
+                            "folder, or model*.safetensors / pytorch_model*.bin",
+                .found = std::to_string(entries.size()) + " entries",
+                .next = "name the save folder or the tag folder; " + tags_in(storage, path)});
 }
 
 }  // namespace isoshard::checkpoint

@@ -12,10 +12,10 @@ namespace isoshard::checkpoint {
 struct SourcePlace {
   enum class Kind { kZero, kUniversal, kWeights };
   Kind kind = Kind::kZero;
-  std::string folder;               // the tag or universal folder; of weights: their folder
-  std::string save_folder;          // parent that holds `latest`; empty if a tag folder was named
-  std::string tag;                  // last component of folder
-  std::vector<std::string> files;   // kWeights: file names inside folder, in order
+  std::string folder;              // the tag or universal folder; of weights: their folder
+  std::string save_folder;         // parent that holds `latest`; empty if a tag folder was named
+  std::string tag;                 // last component of folder
+  std::vector<std::string> files;  // kWeights: file names inside folder, in order
   std::vector<std::string> notices;
 };
 

@@ -20,7 +20,8 @@ class UniversalWriter {
 
   TargetFiles run() {
     for (const GroupState& group : state_.groups) {
-      for (int number : group.flat_order) add_parameter(state_.parameters[static_cast<size_t>(number)]);
+      for (int number : group.flat_order)
+        add_parameter(state_.parameters[static_cast<size_t>(number)]);
     }
     if (!stage3_ && options_.extra_folders) add_extra_folders();
     TargetFiles result;
@@ -52,15 +53,19 @@ class UniversalWriter {
     TorchBuilder builder;
     const int storage = add_leaf(&builder, number, leaf.dtype);
     const Shape shape = stage3_ ? Shape{leaf.size_elements()} : leaf.shape;
-    const NodeId tensor = builder.tensor({.shape = shape, .storage = storage, .requires_grad = leaf.requires_grad});
-    const NodeId root = stage3_ ? tensor : builder.dict({{"cat_dim", builder.pickle.integer(0)}, {"param", tensor}});
+    const NodeId tensor =
+        builder.tensor({.shape = shape, .storage = storage, .requires_grad = leaf.requires_grad});
+    const NodeId root =
+        stage3_ ? tensor
+                : builder.dict({{"cat_dim", builder.pickle.integer(0)}, {"param", tensor}});
     files_.push_back(builder.finish("zero/" + name + "/" + file + ".pt", root));
   }
 
   void add_parameter(const ParameterState& parameter) {
     written_.insert(parameter.name);
     add_state(parameter.name, "fp32", parameter.weight);
-    for (int number : parameter.states) add_state(parameter.name, state_.leaf(number).state, number);
+    for (int number : parameter.states)
+      add_state(parameter.name, state_.leaf(number).state, number);
     if (stage3_) return;  // the nested optimizer state keeps the steps
     for (const Scalar& scalar : parameter.scalars) {
       const TorchFile& document = state_.document(scalar.value.file);
@@ -77,7 +82,8 @@ class UniversalWriter {
     TorchBuilder builder;
     const int storage = add_leaf(&builder, number, DType::kFloat32);
     const NodeId tensor = builder.tensor({.shape = state_.leaf(number).shape, .storage = storage});
-    files_.push_back(builder.finish("zero/" + name + "/fp32.pt", builder.dict({{"param", tensor}})));
+    files_.push_back(
+        builder.finish("zero/" + name + "/fp32.pt", builder.dict({{"param", tensor}})));
   }
 
   void add_extra_folders() {
@@ -100,7 +106,9 @@ class UniversalWriter {
     const std::vector<NodeId>& entries = pickle.entries(optimizer);
     for (size_t i = 0; i + 1 < entries.size(); i += 2) {
       const std::string key = fields.text(entries[i], "optimizer_state_dict key");
-      if (key == "base_optimizer_state" || key == "param_slice_mappings" || key == "single_partition_of_fp32_groups") continue;
+      if (key == "base_optimizer_state" || key == "param_slice_mappings" ||
+          key == "single_partition_of_fp32_groups")
+        continue;
       items.push_back(builder.pickle.string(key));
       if (key == "group_paddings") {
         std::vector<NodeId> zeros(fields.list(entries[i + 1], key).size());
@@ -110,7 +118,8 @@ class UniversalWriter {
         items.push_back(builder.copy(document, file, entries[i + 1]));
       }
     }
-    const NodeId groups = fields.need(fields.need(optimizer, "base_optimizer_state"), "param_groups");
+    const NodeId groups =
+        fields.need(fields.need(optimizer, "base_optimizer_state"), "param_groups");
     items.push_back(builder.pickle.string("param_groups"));
     items.push_back(builder.copy(document, file, groups));
     return builder.finish("zero/optimizer_state.pt", builder.pickle.dict(std::move(items)));
@@ -124,8 +133,10 @@ class UniversalWriter {
     const NodeId optimizer = fields.need(fields.root(), "optimizer_state_dict");
     TorchBuilder builder;
     std::vector<NodeId> items;
-    for (NodeId node : document.pickle().entries(optimizer)) items.push_back(builder.copy(document, file, node));
-    const NodeId groups = fields.need(fields.need(optimizer, "optimizer_state_dict"), "param_groups");
+    for (NodeId node : document.pickle().entries(optimizer))
+      items.push_back(builder.copy(document, file, node));
+    const NodeId groups =
+        fields.need(fields.need(optimizer, "optimizer_state_dict"), "param_groups");
     items.push_back(builder.pickle.string("param_groups"));
     items.push_back(builder.copy(document, file, groups));
     return builder.finish("zero/optimizer_state.pt", builder.pickle.dict(std::move(items)));
@@ -134,8 +145,13 @@ class UniversalWriter {
   FileBlueprint copy_of(int file) const {
     const SourceFile& source = state_.files[static_cast<size_t>(file)];
     const int64_t bytes = source.bytes().size_bytes();
-    FileBlueprint blueprint{.path = source.relative, .kind = FileBlueprint::Kind::kCopy, .head = {}, .storages = {}};
-    blueprint.storages.push_back({.dtype = DType::kUInt8, .numel = bytes, .runs = {}, .copy = SourceBytes{file, 0, bytes}, .literal = {}});
+    FileBlueprint blueprint{
+        .path = source.relative, .kind = FileBlueprint::Kind::kCopy, .head = {}, .storages = {}};
+    blueprint.storages.push_back({.dtype = DType::kUInt8,
+                                  .numel = bytes,
+                                  .runs = {},
+                                  .copy = SourceBytes{file, 0, bytes},
+                                  .literal = {}});
     return blueprint;
   }
 
@@ -146,12 +162,17 @@ class UniversalWriter {
     for (const std::string& path : paths) {
       const std::string why = why_unsafe_name(path);
       bool clash = false;
-      for (size_t slash = path.find('/'); slash != std::string::npos; slash = path.find('/', slash + 1)) {
+      for (size_t slash = path.find('/'); slash != std::string::npos;
+           slash = path.find('/', slash + 1)) {
         clash = clash || paths.count(path.substr(0, slash)) != 0;
       }
       if (why.empty() && !clash) continue;
-      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = clash ? "Two parameter names would need one path as file and as folder." : "A parameter name cannot be a path: " + why + ".",
-                            .entry = quote(path), .next = "rename the parameter in the model"});
+      throw Error(
+          ErrorInfo{.code = ErrorCode::kUnsupported,
+                    .what = clash ? "Two parameter names would need one path as file and as folder."
+                                  : "A parameter name cannot be a path: " + why + ".",
+                    .entry = quote(path),
+                    .next = "rename the parameter in the model"});
     }
   }
 
@@ -163,16 +184,19 @@ class UniversalWriter {
 };
 
 // Elements [begin, begin + count) of the leaves laid one behind another.
-std::vector<FileFragment> slice_of(const ShardedState& state, const std::vector<int>& leaves, int64_t begin, int64_t count) {
+std::vector<FileFragment> slice_of(const ShardedState& state, const std::vector<int>& leaves,
+                                   int64_t begin, int64_t count) {
   std::vector<FileFragment> result;
   int64_t flat = 0, filled = 0;
   for (int number : leaves) {
     const Leaf& leaf = state.leaf(number);
     const int64_t item = item_size_bytes(leaf.dtype);
     for (const FileFragment& f : leaf.fragments) {
-      const int64_t from = std::max(begin, flat + f.begin), to = std::min(begin + count, flat + f.begin + f.count);
+      const int64_t from = std::max(begin, flat + f.begin),
+                    to = std::min(begin + count, flat + f.begin + f.count);
       if (from >= to) continue;
-      result.push_back({filled, to - from, f.file, f.offset_bytes + (from - flat - f.begin) * item});
+      result.push_back(
+          {filled, to - from, f.file, f.offset_bytes + (from - flat - f.begin) * item});
       filled += to - from;
     }
     flat += leaf.size_elements();
@@ -186,7 +210,8 @@ ShardedState as_deepspeed_believes(const ShardedState& state) {
   ShardedState believed = state;
   if (!state.round_robin) return believed;
   for (const GroupState& group : state.groups) {
-    const size_t states = 1 + state.parameters[static_cast<size_t>(group.flat_order.at(0))].states.size();
+    const size_t states =
+        1 + state.parameters[static_cast<size_t>(group.flat_order.at(0))].states.size();
     for (size_t s = 0; s < states; ++s) {
       const auto leaf_of = [&](int number) {
         const ParameterState& parameter = state.parameters[static_cast<size_t>(number)];
@@ -206,10 +231,15 @@ ShardedState as_deepspeed_believes(const ShardedState& state) {
 }
 
 TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptions& options) {
-  const bool convertible = state.flavour == Flavour::kZero0 || state.flavour == Flavour::kZero12 || state.flavour == Flavour::kBf16Optimizer || state.flavour == Flavour::kZero3;
+  const bool convertible = state.flavour == Flavour::kZero0 || state.flavour == Flavour::kZero12 ||
+                           state.flavour == Flavour::kBf16Optimizer ||
+                           state.flavour == Flavour::kZero3;
   if (!convertible) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "This source cannot be converted to universal.", .file = state.folder,
-                          .expected = "a ZeRO checkpoint", .found = name(state.flavour)});
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "This source cannot be converted to universal.",
+                          .file = state.folder,
+                          .expected = "a ZeRO checkpoint",
+                          .found = name(state.flavour)});
   }
   return UniversalWriter(state, options).run();
 }

@@ -11,7 +11,7 @@
 namespace isoshard::checkpoint {
 
 struct UniversalOptions {
-  bool extra_folders = true;    // buffers, frozen parameters and aliases too (DeepSpeed ≥ 0.19.6)
+  bool extra_folders = true;  // buffers, frozen parameters and aliases too (DeepSpeed ≥ 0.19.6)
 };
 
 // A stage-0 source, which DeepSpeed's converter refuses, gets the files of a stage-1 one.

@@ -24,12 +24,14 @@ class UniversalReader {
     state_.version = model.version;
     set_topology(&state_, model, options_.sequence_degree);
     if (!model.has_param_shapes) {
-      missing("The model file records no parameter shapes.", "param_shapes", "convert the original checkpoint again with isoshard");
+      missing("The model file records no parameter shapes.", "param_shapes",
+              "convert the original checkpoint again with isoshard");
     }
     open_zero_folder();
     state_.stage = stage3_ ? 3 : read_stage();
     for (size_t i = 0; i < model.param_shapes.size(); ++i) {
-      for (const auto& [name, shape] : model.param_shapes[i]) add_parameter(name, shape, static_cast<int>(i));
+      for (const auto& [name, shape] : model.param_shapes[i])
+        add_parameter(name, shape, static_cast<int>(i));
     }
     read_groups(model);
     if (stage3_) add_nested_scalars();
@@ -39,8 +41,13 @@ class UniversalReader {
   }
 
  private:
-  [[noreturn]] void missing(const std::string& what, const std::string& entry, const std::string& next) const {
-    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete, .what = what, .file = state_.folder, .entry = entry, .next = next});
+  [[noreturn]] void missing(const std::string& what, const std::string& entry,
+                            const std::string& next) const {
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what = what,
+                          .file = state_.folder,
+                          .entry = entry,
+                          .next = next});
   }
   Fields global() const { return Fields(state_.document(state_.optim_files[0])); }
 
@@ -68,13 +75,20 @@ void UniversalReader::open_model_files() {
     const FileName name = parse_file_name(entry.name);
     if (name.kind == FileName::Kind::kModel) plain.emplace(name.mp, entry.name);
     if (name.kind == FileName::Kind::kModelOfRank) ranked.emplace(name.dp, entry.name);
-    if (name.mp != 0 || name.kind == FileName::Kind::kLayer || name.kind == FileName::Kind::kExpert) {
-      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "Tensor-, expert- and pipeline-parallel universal checkpoints are not supported yet.", .file = join(state_.folder, entry.name)});
+    if (name.mp != 0 || name.kind == FileName::Kind::kLayer ||
+        name.kind == FileName::Kind::kExpert) {
+      throw Error(ErrorInfo{
+          .code = ErrorCode::kUnsupported,
+          .what =
+              "Tensor-, expert- and pipeline-parallel universal checkpoints are not supported yet.",
+          .file = join(state_.folder, entry.name)});
     }
   }
   stage3_ = plain.empty();
   const std::map<int, std::string>& files = stage3_ ? ranked : plain;
-  if (files.empty() || files.begin()->first != 0) missing("The universal folder has no model file of rank 0.", "mp_rank_00_model_states.pt", "copy it from the source checkpoint");
+  if (files.empty() || files.begin()->first != 0)
+    missing("The universal folder has no model file of rank 0.", "mp_rank_00_model_states.pt",
+            "copy it from the source checkpoint");
   std::vector<std::string> names;
   for (const auto& [rank, name] : files) names.push_back(name);
   state_.flavour = stage3_ ? Flavour::kUniversal3 : Flavour::kUniversal12;
@@ -82,12 +96,14 @@ void UniversalReader::open_model_files() {
 }
 
 // Depth-first: a name may contain '/', so a folder may hold both states and further folders.
-void UniversalReader::walk(const std::string& folder, const std::string& name, std::vector<std::string>* files) {
+void UniversalReader::walk(const std::string& folder, const std::string& name,
+                           std::vector<std::string>* files) {
   for (const DirectoryEntry& entry : storage_.list(folder)) {
     const std::string inner = name.empty() ? entry.name : name + "/" + entry.name;
     if (entry.kind == DirectoryEntry::Kind::kDirectory) {
       walk(join(folder, entry.name), inner, files);
-    } else if (!name.empty() && entry.name.size() > 3 && entry.name.substr(entry.name.size() - 3) == ".pt") {
+    } else if (!name.empty() && entry.name.size() > 3 &&
+               entry.name.substr(entry.name.size() - 3) == ".pt") {
       files->push_back("zero/" + inner);
     }
   }
@@ -96,7 +112,8 @@ void UniversalReader::walk(const std::string& folder, const std::string& name, s
 void UniversalReader::open_zero_folder() {
   const std::string folder = join(state_.folder, "zero");
   if (!storage_.is_file(join(folder, "optimizer_state.pt"))) {
-    missing("The universal folder has no global optimizer state.", "zero/optimizer_state.pt", "convert the source checkpoint again");
+    missing("The universal folder has no global optimizer state.", "zero/optimizer_state.pt",
+            "convert the source checkpoint again");
   }
   state_.optim_files = open_files(&state_, storage_, {"zero/optimizer_state.pt"}, options_);
   std::vector<std::string> names;
@@ -113,16 +130,22 @@ int UniversalReader::read_stage() const {
   const Fields f = global();
   const NodeId stage = f.maybe(f.root(), "zero_stage");
   if (stage == kNoNode) return 1;
-  const NodeId value = f.pickle().kind(stage) == Kind::kObject ? f.pickle().items(f.pickle().parts(stage).args).at(0) : stage;
+  const NodeId value = f.pickle().kind(stage) == Kind::kObject
+                           ? f.pickle().items(f.pickle().parts(stage).args).at(0)
+                           : stage;
   return static_cast<int>(f.integer(value, "zero_stage"));
 }
 
 // The tensor of a state file: a bare tensor, or {…, param: tensor}.
 TensorView UniversalReader::tensor_of(const Fields& fields, const std::string& what) const {
   if (const std::optional<TensorView> bare = fields.document().tensor(fields.root())) return *bare;
-  if (fields.maybe(fields.root(), "is_expert_param") != kNoNode || fields.maybe(fields.root(), "sub_param_shape") != kNoNode ||
+  if (fields.maybe(fields.root(), "is_expert_param") != kNoNode ||
+      fields.maybe(fields.root(), "sub_param_shape") != kNoNode ||
       fields.maybe(fields.root(), "param_n_sub_params") != kNoNode) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "Tensor- and expert-parallel universal checkpoints are not supported yet.", .file = fields.document().path()});
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "Tensor- and expert-parallel universal checkpoints are not supported yet.",
+        .file = fields.document().path()});
   }
   return fields.tensor(fields.need(fields.root(), "param"), what);
 }
@@ -130,22 +153,34 @@ TensorView UniversalReader::tensor_of(const Fields& fields, const std::string& w
 void UniversalReader::add_parameter(const std::string& name, const Shape& shape, int group) {
   const auto found = folders_.find(name);
   if (found == folders_.end() || found->second.count("fp32") == 0) {
-    missing("A parameter's folder or its fp32.pt is missing.", "zero/" + name + "/fp32.pt", "convert the source checkpoint again");
+    missing("A parameter's folder or its fp32.pt is missing.", "zero/" + name + "/fp32.pt",
+            "convert the source checkpoint again");
   }
-  ParameterState parameter{.name = name, .shape = shape, .group = group, .sub_group = stage3_ ? group : -1, .states = {}, .scalars = {}};
+  ParameterState parameter{.name = name,
+                           .shape = shape,
+                           .group = group,
+                           .sub_group = stage3_ ? group : -1,
+                           .states = {},
+                           .scalars = {}};
   const auto add = [&](const std::string& state, int file) {
     const Fields fields(state_.document(file));
     const Pickle& pickle = fields.pickle();
-    const bool number = pickle.kind(pickle.root) != Kind::kDict && pickle.kind(pickle.root) != Kind::kObject;
+    const bool number =
+        pickle.kind(pickle.root) != Kind::kDict && pickle.kind(pickle.root) != Kind::kObject;
     const TensorView view = number ? TensorView{} : tensor_of(fields, state);
     if (number || (view.shape.empty() && !shape.empty())) {
       parameter.scalars.push_back({state, {file, fields.root()}});
       return;
     }
     if (numel(view.shape) != numel(shape) || (!stage3_ && view.shape != shape)) {
-      fields.fail("A state's shape differs from the parameter's.", "zero/" + name + "/" + state + ".pt", to_string(shape), to_string(view.shape));
+      fields.fail("A state's shape differs from the parameter's.",
+                  "zero/" + name + "/" + state + ".pt", to_string(shape), to_string(view.shape));
     }
-    const int leaf = state_.add_leaf({.name = name, .state = state, .dtype = view.dtype, .shape = shape, .requires_grad = view.requires_grad,
+    const int leaf = state_.add_leaf({.name = name,
+                                      .state = state,
+                                      .dtype = view.dtype,
+                                      .shape = shape,
+                                      .requires_grad = view.requires_grad,
                                       .fragments = file_fragments(fields.document(), file, view)});
     if (state == "fp32") {
       parameter.weight = leaf;
@@ -174,12 +209,15 @@ void UniversalReader::read_groups(const ModelStates& model) {
     for (size_t g = 0; g < hypers.size(); ++g) {
       for (NodeId item : f.list(f.need(hypers[g], "params"), "params")) {
         const int64_t k = f.integer(item, "params");
-        if (k < 0 || k >= static_cast<int64_t>(group_of.size())) f.fail("A param group names a sub-group that is not there.", "param_groups", "below " + std::to_string(group_of.size()), std::to_string(k));
+        if (k < 0 || k >= static_cast<int64_t>(group_of.size()))
+          f.fail("A param group names a sub-group that is not there.", "param_groups",
+                 "below " + std::to_string(group_of.size()), std::to_string(k));
         group_of[static_cast<size_t>(k)] = static_cast<int>(g);
       }
     }
   } else if (hypers.size() != model.param_shapes.size()) {
-    f.fail("The number of param_groups differs from param_shapes.", "param_groups", std::to_string(model.param_shapes.size()), std::to_string(hypers.size()));
+    f.fail("The number of param_groups differs from param_shapes.", "param_groups",
+           std::to_string(model.param_shapes.size()), std::to_string(hypers.size()));
   }
   for (NodeId hyper : hypers) state_.groups.push_back({{state_.optim_files[0], hyper}, {}, {}});
   for (size_t i = 0; i < state_.parameters.size(); ++i) {
@@ -193,8 +231,10 @@ void UniversalReader::read_groups(const ModelStates& model) {
   if (stage3_ || zero_option(m, model.config, "round_robin_gradients", 0) == 0) return;
   state_.round_robin = true;
   for (GroupState& group : state_.groups) {
-    const std::vector<int> order = round_robin_order(static_cast<int>(group.flat_order.size()), static_cast<int>(model.dp_world));
-    for (size_t k = 0; k < order.size(); ++k) group.parameters[static_cast<size_t>(order[k])] = group.flat_order[k];
+    const std::vector<int> order = round_robin_order(static_cast<int>(group.flat_order.size()),
+                                                     static_cast<int>(model.dp_world));
+    for (size_t k = 0; k < order.size(); ++k)
+      group.parameters[static_cast<size_t>(order[k])] = group.flat_order[k];
   }
 }
 
@@ -217,7 +257,9 @@ void UniversalReader::add_frozen(const ModelStates& model) {
   std::vector<ModelStates> models;
   for (int file : state_.model_files) models.push_back(read_model_states(state_, file));
   if (model.frozen_shapes.empty()) return;
-  if (static_cast<int64_t>(models.size()) != model.dp_world) missing("Model files of some ranks are missing; they hold the frozen parameters.", std::to_string(model.dp_world) + " files", "copy them from the source checkpoint");
+  if (static_cast<int64_t>(models.size()) != model.dp_world)
+    missing("Model files of some ranks are missing; they hold the frozen parameters.",
+            std::to_string(model.dp_world) + " files", "copy them from the source checkpoint");
   add_frozen_slots(&state_, models);
 }
 
@@ -232,15 +274,23 @@ void UniversalReader::add_copy(const std::string& name, const std::map<std::stri
   }
   if (const ParameterState* parameter = state_.find_parameter(name)) original = parameter->weight;
   if (original < 0 || files.size() != 1 || files.begin()->first != "fp32") {
-    throw Error(ErrorInfo{.code = ErrorCode::kMismatch, .what = "A folder under zero/ belongs to no parameter of the model.",
-                          .file = join(state_.folder, "zero/" + name), .expected = "a name of the model's module",
+    throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                          .what = "A folder under zero/ belongs to no parameter of the model.",
+                          .file = join(state_.folder, "zero/" + name),
+                          .expected = "a name of the model's module",
                           .next = "two checkpoints may be mixed; convert the source again"});
   }
   const int file = files.begin()->second;
   const Fields fields(state_.document(file));
   const TensorView view = tensor_of(fields, "fp32");
-  if (view.shape != state_.leaf(original).shape) fields.fail("A copy's shape differs from the original's.", quote(name), to_string(state_.leaf(original).shape), to_string(view.shape));
-  const int copy = state_.add_leaf({.name = name, .state = "copy", .dtype = view.dtype, .shape = view.shape, .fragments = file_fragments(fields.document(), file, view)});
+  if (view.shape != state_.leaf(original).shape)
+    fields.fail("A copy's shape differs from the original's.", quote(name),
+                to_string(state_.leaf(original).shape), to_string(view.shape));
+  const int copy = state_.add_leaf({.name = name,
+                                    .state = "copy",
+                                    .dtype = view.dtype,
+                                    .shape = view.shape,
+                                    .fragments = file_fragments(fields.document(), file, view)});
   state_.copies.emplace_back(original, copy);
 }
 

@@ -15,12 +15,13 @@ struct WeightsOptions {
   bool safetensors = true;
   int64_t max_shard_bytes = 5'000'000'000;  // 0: one file
   bool exclude_frozen = false;
-  bool buffers_in_fp32 = false;       // integers and booleans too (DeepSpeed ≤ 0.16.9)
-  bool frozen_keep_dtype = false;     // DeepSpeed ≤ 0.16.9
-  bool ordered_dict = false;          // DeepSpeed 0.14.5
+  bool buffers_in_fp32 = false;    // integers and booleans too (DeepSpeed ≤ 0.16.9)
+  bool frozen_keep_dtype = false;  // DeepSpeed ≤ 0.16.9
+  bool ordered_dict = false;       // DeepSpeed 0.14.5
 };
 
-std::vector<FileBlueprint> weights_blueprints(const ShardedState& state, const WeightsOptions& options);
+std::vector<FileBlueprint> weights_blueprints(const ShardedState& state,
+                                              const WeightsOptions& options);
 
 // "5GB" → 5,000,000,000; decimal units KB, MB, GB, TB, or plain bytes. Throws Error(kUsage).
 int64_t parse_size(const std::string& text);

@@ -1,6 +1,6 @@
-// Weights alone: pytorch_model*.bin or model*.safetensors, sharded or not. What is a buffer and what
-// is tied follows from certificate.json beside them when it is ours; otherwise every name counts as
-// a weight and aliases are the names that share bytes.
+// Weights alone: pytorch_model*.bin or model*.safetensors, sharded or not. What is a buffer and
+// what is tied follows from certificate.json beside them when it is ours; otherwise every name
+// counts as a weight and aliases are the names that share bytes.
 #include <map>
 
 #include "checkpoint/deepspeed/reader.h"
@@ -10,32 +10,47 @@
 namespace isoshard::checkpoint {
 namespace {
 
-bool is_safetensors(const std::string& name) { return name.size() > 12 && name.substr(name.size() - 12) == ".safetensors"; }
+bool is_safetensors(const std::string& name) {
+  return name.size() > 12 && name.substr(name.size() - 12) == ".safetensors";
+}
 
 void add_weight(ShardedState* state, Leaf leaf) {
   if (state->find_parameter(leaf.name) != nullptr) {
-    throw Error(ErrorInfo{.code = ErrorCode::kMismatch, .what = "A tensor stands in two files.", .file = state->folder, .entry = quote(leaf.name)});
+    throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                          .what = "A tensor stands in two files.",
+                          .file = state->folder,
+                          .entry = quote(leaf.name)});
   }
   state->module_order.push_back(leaf.name);
-  ParameterState parameter{.name = leaf.name, .shape = leaf.shape, .model_dtype = leaf.dtype, .states = {}, .scalars = {}};
+  ParameterState parameter{.name = leaf.name,
+                           .shape = leaf.shape,
+                           .model_dtype = leaf.dtype,
+                           .states = {},
+                           .scalars = {}};
   parameter.weight = state->add_leaf(std::move(leaf));
   state->parameters.push_back(std::move(parameter));
 }
 
-void read_bin(ShardedState* state, int file, std::map<std::pair<int, int64_t>, std::string>* places) {
+void read_bin(ShardedState* state, int file,
+              std::map<std::pair<int, int64_t>, std::string>* places) {
   const TorchFile& document = state->document(file);
   const Fields fields(document);
   for (const auto& [name, node] : fields.named(fields.root(), "state dict")) {
     const TensorView view = fields.tensor(node, name);
     const int64_t bytes = numel(view.shape);
     const auto [known, fresh] = places->emplace(std::pair(file, document.data_offset(view)), name);
-    const ParameterState* other = fresh || bytes == 0 ? nullptr : state->find_parameter(known->second);
+    const ParameterState* other =
+        fresh || bytes == 0 ? nullptr : state->find_parameter(known->second);
     if (other != nullptr && other->shape == view.shape) {
       state->module_order.push_back(name);
       state->aliases.push_back({name, known->second, -1});
       continue;
     }
-    add_weight(state, {.name = name, .state = "param", .dtype = view.dtype, .shape = view.shape, .requires_grad = view.requires_grad,
+    add_weight(state, {.name = name,
+                       .state = "param",
+                       .dtype = view.dtype,
+                       .shape = view.shape,
+                       .requires_grad = view.requires_grad,
                        .fragments = file_fragments(document, file, view)});
   }
 }
@@ -44,8 +59,13 @@ void read_tensors(ShardedState* state, int file) {
   const SafetensorsIndex index = read_safetensors(state->files[static_cast<size_t>(file)].bytes());
   for (const SafetensorsEntry& entry : index.entries) {
     std::vector<FileFragment> fragments;
-    if (numel(entry.shape) > 0) fragments.push_back({0, numel(entry.shape), file, entry.offset_bytes});
-    add_weight(state, {.name = entry.name, .state = "param", .dtype = entry.dtype, .shape = entry.shape, .fragments = std::move(fragments)});
+    if (numel(entry.shape) > 0)
+      fragments.push_back({0, numel(entry.shape), file, entry.offset_bytes});
+    add_weight(state, {.name = entry.name,
+                       .state = "param",
+                       .dtype = entry.dtype,
+                       .shape = entry.shape,
+                       .fragments = std::move(fragments)});
   }
   for (const auto& [key, value] : index.metadata) {
     if (key.rfind("alias:", 0) == 0) state->aliases.push_back({key.substr(6), value, -1});
@@ -60,10 +80,14 @@ void read_weights(ShardedState* state, Storage& storage, const SourcePlace& plac
   for (const std::string& name : place.files) {
     if (is_safetensors(name)) {
       const std::string path = join(place.folder, name);
-      state->files.push_back({path, name, nullptr, std::shared_ptr<ReadableFile>(storage.open_read(path))});
+      state->files.push_back(
+          {path, name, nullptr, std::shared_ptr<ReadableFile>(storage.open_read(path))});
       read_tensors(state, static_cast<int>(state->files.size()) - 1);
     } else {
-      read_bin(state, open_files(state, storage, {name}, ReadOptions{.tag = "", .param_order = "", .allow_renamed = true})[0], &places);
+      read_bin(state,
+               open_files(state, storage, {name},
+                          ReadOptions{.tag = "", .param_order = "", .allow_renamed = true})[0],
+               &places);
     }
   }
   state->inferred.push_back("what is a buffer: not recorded in this format");

@@ -1,5 +1,5 @@
-// Stages 1 and 2: one flat buffer a group, cut evenly. A parameter's place follows from the order of
-// param_shapes; param_slice_mappings is only compared (it is wrong under round_robin_gradients).
+// Stages 1 and 2: one flat buffer a group, cut evenly. A parameter's place follows from the order
+// of param_shapes; param_slice_mappings is only compared (it is wrong under round_robin_gradients).
 #include <map>
 
 #include "checkpoint/deepspeed/zero_files.h"
@@ -32,19 +32,24 @@ class Zero12Reader {
     state_.stage = 1;
     if (!bf16_) {
       const NodeId args = pickle.kind(stage) == Kind::kObject ? pickle.parts(stage).args : kNoNode;
-      state_.stage = static_cast<int>(first.integer(
-          args == kNoNode ? stage : pickle.items(args).at(0), "zero_stage"));
+      state_.stage = static_cast<int>(
+          first.integer(args == kNoNode ? stage : pickle.items(args).at(0), "zero_stage"));
     }
     if (state_.stage != 1 && state_.stage != 2) {
-      first.fail("The stage does not fit the file's form.", "zero_stage", "1 or 2", std::to_string(state_.stage));
+      first.fail("The stage does not fit the file's form.", "zero_stage", "1 or 2",
+                 std::to_string(state_.stage));
     }
-    state_.round_robin = zero_option(Fields(state_.document(model_.file)), model_.config, "round_robin_gradients", 0) != 0;
-    for (size_t group = 0; group < model_.param_shapes.size(); ++group) read_group(static_cast<int>(group));
+    state_.round_robin = zero_option(Fields(state_.document(model_.file)), model_.config,
+                                     "round_robin_gradients", 0) != 0;
+    for (size_t group = 0; group < model_.param_shapes.size(); ++group)
+      read_group(static_cast<int>(group));
   }
 
  private:
   Fields fields(size_t rank) const { return Fields(state_.document(ranks_[rank].file)); }
-  NodeId optimizer_key(size_t rank, const char* key) const { return fields(rank).need(ranks_[rank].optimizer, key); }
+  NodeId optimizer_key(size_t rank, const char* key) const {
+    return fields(rank).need(ranks_[rank].optimizer, key);
+  }
   NodeId group_item(size_t rank, const char* key, int group) const {
     const std::vector<NodeId>& list = fields(rank).list(optimizer_key(rank, key), key);
     if (list.size() != model_.param_shapes.size()) {
@@ -59,9 +64,13 @@ class Zero12Reader {
     RankFile rank{file, f.need(f.root(), "optimizer_state_dict"), kNoNode};
     rank.base = f.need(rank.optimizer, "base_optimizer_state");
     if (!f.pickle().is_mapping(rank.base)) {
-      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "Elastic checkpoints (elastic_checkpoint: true) are not supported.",
-                            .file = f.document().path(), .entry = "base_optimizer_state",
-                            .next = "save again with elastic_checkpoint false; it never lifted DeepSpeed's own dp check"});
+      throw Error(
+          ErrorInfo{.code = ErrorCode::kUnsupported,
+                    .what = "Elastic checkpoints (elastic_checkpoint: true) are not supported.",
+                    .file = f.document().path(),
+                    .entry = "base_optimizer_state",
+                    .next = "save again with elastic_checkpoint false; it never lifted DeepSpeed's "
+                            "own dp check"});
     }
     ranks_.push_back(rank);
   }
@@ -70,7 +79,8 @@ class Zero12Reader {
   void read_layout(int group);
   void check_slices(size_t rank, int group) const;
   void add_states(size_t rank, int group);
-  void add_run(size_t rank, const TensorView& view, const char* state, bool padded, const std::string& what);
+  void add_run(size_t rank, const TensorView& view, const char* state, bool padded,
+               const std::string& what);
 
   ShardedState& state_;
   const ModelStates& model_;
@@ -79,9 +89,9 @@ class Zero12Reader {
   std::vector<RankFile> ranks_;
   // Of the group being read:
   NamedShapes shapes_;
-  std::vector<int> parameters_;     // numbers in state_.parameters, in flat order
+  std::vector<int> parameters_;  // numbers in state_.parameters, in flat order
   std::vector<TensorLayout> layouts_;
-  int64_t total_ = 0;               // elements without the padding at the end
+  int64_t total_ = 0;  // elements without the padding at the end
   FlatSizes sizes_;
   std::map<std::string, std::vector<int>> leaves_;  // state → leaf of each parameter
 };
@@ -98,26 +108,32 @@ void Zero12Reader::read_group(int group) {
     const int64_t expected = bf16_ ? bf16_partition_padding(total_, sizes_, dp_, r)
                                    : partition_padding(total_, sizes_.partition, r);
     if (padding != expected) {
-      f.fail("The padding of a partition is not what the parameter shapes call for.", "group_paddings[" + std::to_string(group) + "]",
-             std::to_string(expected), std::to_string(padding));
+      f.fail("The padding of a partition is not what the parameter shapes call for.",
+             "group_paddings[" + std::to_string(group) + "]", std::to_string(expected),
+             std::to_string(padding));
     }
-    add_run(rank, f.flat_tensor(group_item(rank, "single_partition_of_fp32_groups", group), "single_partition_of_fp32_groups"),
+    add_run(rank,
+            f.flat_tensor(group_item(rank, "single_partition_of_fp32_groups", group),
+                          "single_partition_of_fp32_groups"),
             "fp32", bf16_, "single_partition_of_fp32_groups[" + std::to_string(group) + "]");
     check_slices(rank, group);
     add_states(rank, group);
   }
   const Fields first = fields(0);
   GroupState result;
-  const std::vector<NodeId>& hyper = first.list(first.need(ranks_[0].base, "param_groups"), "param_groups");
+  const std::vector<NodeId>& hyper =
+      first.list(first.need(ranks_[0].base, "param_groups"), "param_groups");
   if (hyper.size() != model_.param_shapes.size()) {
-    first.fail("The number of param_groups differs from param_shapes.", "param_groups", std::to_string(model_.param_shapes.size()), std::to_string(hyper.size()));
+    first.fail("The number of param_groups differs from param_shapes.", "param_groups",
+               std::to_string(model_.param_shapes.size()), std::to_string(hyper.size()));
   }
   result.hyper = {ranks_[0].file, hyper[static_cast<size_t>(group)]};
   result.flat_order = parameters_;
   result.parameters = parameters_;
   if (state_.round_robin) {
     const std::vector<int> order = round_robin_order(static_cast<int>(parameters_.size()), dp_);
-    for (size_t k = 0; k < order.size(); ++k) result.parameters[static_cast<size_t>(order[k])] = parameters_[k];
+    for (size_t k = 0; k < order.size(); ++k)
+      result.parameters[static_cast<size_t>(order[k])] = parameters_[k];
   }
   state_.groups.push_back(std::move(result));
 }
@@ -127,37 +143,47 @@ void Zero12Reader::read_layout(int group) {
   std::vector<int64_t> alignment(shapes_.size(), 0);
   const Fields first = fields(0);
   if (first.maybe(ranks_[0].optimizer, "param_alignment_paddings") != kNoNode) {
-    const std::vector<NodeId>& list = first.list(group_item(0, "param_alignment_paddings", group), "param_alignment_paddings");
+    const std::vector<NodeId>& list =
+        first.list(group_item(0, "param_alignment_paddings", group), "param_alignment_paddings");
     if (list.size() != shapes_.size()) {
-      first.fail("The alignment paddings do not fit the parameters.", "param_alignment_paddings", std::to_string(shapes_.size()), std::to_string(list.size()));
+      first.fail("The alignment paddings do not fit the parameters.", "param_alignment_paddings",
+                 std::to_string(shapes_.size()), std::to_string(list.size()));
     }
     for (size_t i = 0; i < list.size(); ++i) {
       alignment[i] = first.integer(list[i], "param_alignment_paddings");
-      if (alignment[i] < 0 || alignment[i] > 16) first.fail("An alignment padding is impossible.", "param_alignment_paddings", "0 to 15", std::to_string(alignment[i]));
+      if (alignment[i] < 0 || alignment[i] > 16)
+        first.fail("An alignment padding is impossible.", "param_alignment_paddings", "0 to 15",
+                   std::to_string(alignment[i]));
     }
   }
   layouts_.clear();
   int64_t offset = 0;
   for (size_t i = 0; i < shapes_.size(); ++i) {
     const auto& [name, shape] = shapes_[i];
-    if (state_.find_parameter(name) != nullptr) first.fail("A parameter stands in two groups.", quote(name), "once", "twice");
-    state_.parameters.push_back({.name = name, .shape = shape, .group = group, .states = {}, .scalars = {}});
+    if (state_.find_parameter(name) != nullptr)
+      first.fail("A parameter stands in two groups.", quote(name), "once", "twice");
+    state_.parameters.push_back(
+        {.name = name, .shape = shape, .group = group, .states = {}, .scalars = {}});
     parameters_.push_back(static_cast<int>(state_.parameters.size()) - 1);
-    layouts_.push_back({.numel = numel(shape), .ranks = dp_, .placement = FlatShard{.group_offset = offset}});
+    layouts_.push_back(
+        {.numel = numel(shape), .ranks = dp_, .placement = FlatShard{.group_offset = offset}});
     offset += numel(shape) + alignment[i];
   }
   total_ = offset;
   sizes_ = flat_sizes(total_, dp_);
-  for (TensorLayout& layout : layouts_) std::get<FlatShard>(layout.placement).partition = std::max<int64_t>(sizes_.partition, 1);
+  for (TensorLayout& layout : layouts_)
+    std::get<FlatShard>(layout.placement).partition = std::max<int64_t>(sizes_.partition, 1);
 }
 
 // DeepSpeed computes slice maps from the optimizer's order, also where the buffer is permuted.
 void Zero12Reader::check_slices(size_t rank, int group) const {
   const Fields f = fields(rank);
   std::map<std::string, std::pair<int64_t, int64_t>> found;
-  for (const auto& [name, node] : f.named(group_item(rank, "param_slice_mappings", group), "param_slice_mappings")) {
+  for (const auto& [name, node] :
+       f.named(group_item(rank, "param_slice_mappings", group), "param_slice_mappings")) {
     const NodeId address = f.state_of(node);
-    found[name] = {f.integer(f.need(address, "start"), "start"), f.integer(f.need(address, "numel"), "numel")};
+    found[name] = {f.integer(f.need(address, "start"), "start"),
+                   f.integer(f.need(address, "numel"), "numel")};
   }
   std::vector<size_t> order(shapes_.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
@@ -171,7 +197,8 @@ void Zero12Reader::check_slices(size_t rank, int group) const {
       shard.group_offset = offset;
       offset += layout.numel;
       for (const RankFragment& fragment : fragments(layout)) {
-        if (fragment.rank == static_cast<int>(rank)) expected[shapes_[i].first] = {fragment.offset_local, fragment.count};
+        if (fragment.rank == static_cast<int>(rank))
+          expected[shapes_[i].first] = {fragment.offset_local, fragment.count};
       }
     }
     return expected;
@@ -186,45 +213,61 @@ void Zero12Reader::check_slices(size_t rank, int group) const {
   std::map<std::string, std::pair<int64_t, int64_t>> truth;
   for (size_t i : flat) {
     for (const RankFragment& fragment : fragments(layouts_[i])) {
-      if (fragment.rank == static_cast<int>(rank)) truth[shapes_[i].first] = {fragment.offset_local, fragment.count};
+      if (fragment.rank == static_cast<int>(rank))
+        truth[shapes_[i].first] = {fragment.offset_local, fragment.count};
     }
   }
   if (found == truth) return;
   for (const auto& [name, place] : expected_in(order)) {
     const auto other = found.find(name);
     if (other != found.end() && other->second == place) continue;
-    f.fail("A parameter's slice is not where the shapes put it.", "param_slice_mappings " + quote(name),
+    f.fail("A parameter's slice is not where the shapes put it.",
+           "param_slice_mappings " + quote(name),
            "start " + std::to_string(place.first) + ", numel " + std::to_string(place.second),
-           other == found.end() ? "absent" : "start " + std::to_string(other->second.first) + ", numel " + std::to_string(other->second.second));
+           other == found.end() ? "absent"
+                                : "start " + std::to_string(other->second.first) + ", numel " +
+                                      std::to_string(other->second.second));
   }
-  f.fail("The slice map names parameters that have no elements on this rank.", "param_slice_mappings", std::to_string(truth.size()), std::to_string(found.size()));
+  f.fail("The slice map names parameters that have no elements on this rank.",
+         "param_slice_mappings", std::to_string(truth.size()), std::to_string(found.size()));
 }
 
-void Zero12Reader::add_run(size_t rank, const TensorView& view, const char* state, bool padded, const std::string& what) {
+void Zero12Reader::add_run(size_t rank, const TensorView& view, const char* state, bool padded,
+                           const std::string& what) {
   const Fields f = fields(rank);
   const int r = static_cast<int>(rank);
-  const int64_t length = padded ? sizes_.partition : sizes_.partition - partition_padding(total_, sizes_.partition, r);
+  const int64_t length =
+      padded ? sizes_.partition : sizes_.partition - partition_padding(total_, sizes_.partition, r);
   if (view.shape[0] != length) {
-    f.fail("A partition has the wrong length.", what, std::to_string(length) + " elements", std::to_string(view.shape[0]));
+    f.fail("A partition has the wrong length.", what, std::to_string(length) + " elements",
+           std::to_string(view.shape[0]));
   }
   std::vector<int>& numbers = leaves_[state];
   if (numbers.empty()) {
     for (int number : parameters_) {
       ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
-      const int leaf = state_.add_leaf({.name = parameter.name, .state = state, .dtype = view.dtype, .shape = parameter.shape,
-                                        .requires_grad = view.requires_grad, .fragments = {}});
+      const int leaf = state_.add_leaf({.name = parameter.name,
+                                        .state = state,
+                                        .dtype = view.dtype,
+                                        .shape = parameter.shape,
+                                        .requires_grad = view.requires_grad,
+                                        .fragments = {}});
       numbers.push_back(leaf);
-      if (std::string(state) == "fp32") parameter.weight = leaf;
-      else parameter.states.push_back(leaf);
+      if (std::string(state) == "fp32")
+        parameter.weight = leaf;
+      else
+        parameter.states.push_back(leaf);
     }
   }
   for (size_t i = 0; i < layouts_.size(); ++i) {
     Leaf& leaf = state_.leaf(numbers[i]);
-    if (leaf.dtype != view.dtype) f.fail("Ranks disagree on a state's dtype.", what, name(leaf.dtype), name(view.dtype));
+    if (leaf.dtype != view.dtype)
+      f.fail("Ranks disagree on a state's dtype.", what, name(leaf.dtype), name(view.dtype));
     for (const RankFragment& fragment : fragments(layouts_[i])) {
       if (fragment.rank != r) continue;
-      leaf.fragments.push_back({fragment.begin, fragment.count, ranks_[rank].file,
-                                f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});
+      leaf.fragments.push_back(
+          {fragment.begin, fragment.count, ranks_[rank].file,
+           f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});
     }
   }
 }
@@ -236,23 +279,28 @@ void Zero12Reader::add_states(size_t rank, int group) {
   OptimizerState found;
   if (entry != kNoNode) found = sort_optimizer_state(f, entry, what);
   if (rank > 0 && found.tensors.size() + 1 != leaves_.size()) {
-    f.fail("Ranks disagree on the optimizer's states.", what, std::to_string(leaves_.size() - 1) + " tensors", std::to_string(found.tensors.size()));
+    f.fail("Ranks disagree on the optimizer's states.", what,
+           std::to_string(leaves_.size() - 1) + " tensors", std::to_string(found.tensors.size()));
   }
   for (const auto& [state, view] : found.tensors) {
-    if (rank > 0 && leaves_.count(state) == 0) f.fail("Ranks disagree on the optimizer's states.", what, "as rank 0", quote(state));
+    if (rank > 0 && leaves_.count(state) == 0)
+      f.fail("Ranks disagree on the optimizer's states.", what, "as rank 0", quote(state));
     add_run(rank, view, state.c_str(), true, what + " " + state);
     state_.stepped = true;
   }
   if (rank > 0) return;
   for (int number : parameters_) {
     for (const auto& [state, node] : found.scalars) {
-      state_.parameters[static_cast<size_t>(number)].scalars.push_back({state, {ranks_[rank].file, node}});
+      state_.parameters[static_cast<size_t>(number)].scalars.push_back(
+          {state, {ranks_[rank].file, node}});
     }
   }
 }
 
 }  // namespace
 
-void read_zero12(ShardedState* state, const ModelStates& model) { Zero12Reader(state, model).run(); }
+void read_zero12(ShardedState* state, const ModelStates& model) {
+  Zero12Reader(state, model).run();
+}
 
 }  // namespace isoshard::checkpoint

@@ -1,5 +1,5 @@
-// Stage 3: every parameter cut into equal slots; a rank's flat buffers (sub-groups) are its slots one
-// behind another, in the order of param_shapes.
+// Stage 3: every parameter cut into equal slots; a rank's flat buffers (sub-groups) are its slots
+// one behind another, in the order of param_shapes.
 #include <map>
 
 #include "checkpoint/deepspeed/zero_files.h"
@@ -27,32 +27,39 @@ class Zero3Reader {
 
  private:
   const ModelStates& model() const { return models_[0]; }
-  Fields fields(int rank) const { return Fields(state_.document(state_.optim_files[static_cast<size_t>(rank)])); }
+  Fields fields(int rank) const {
+    return Fields(state_.document(state_.optim_files[static_cast<size_t>(rank)]));
+  }
 
   void check_models() const;
   void add_parameters();
   void read_rank(int rank);
-  void add_flat(int rank, size_t sub_group, const TensorView& view, const std::string& state, const std::string& what);
+  void add_flat(int rank, size_t sub_group, const TensorView& view, const std::string& state,
+                const std::string& what);
   void read_groups();
 
   ShardedState& state_;
   const std::vector<ModelStates>& models_;
   int dp_;
-  std::vector<std::vector<int>> sub_groups_;       // parameters of each
-  std::vector<std::vector<TensorLayout>> layouts_;  // of each
-  std::vector<int64_t> lengths_;                    // of each sub-group on one rank
+  std::vector<std::vector<int>> sub_groups_;          // parameters of each
+  std::vector<std::vector<TensorLayout>> layouts_;    // of each
+  std::vector<int64_t> lengths_;                      // of each sub-group on one rank
   std::map<std::string, std::map<int, int>> leaves_;  // state → parameter → leaf
 };
 
 void Zero3Reader::check_models() const {
   for (const ModelStates& other : models_) {
-    if (other.param_shapes != model().param_shapes || other.frozen_shapes != model().frozen_shapes ||
+    if (other.param_shapes != model().param_shapes ||
+        other.frozen_shapes != model().frozen_shapes ||
         other.global_steps != model().global_steps || other.version != model().version) {
-      throw Error(ErrorInfo{.code = ErrorCode::kMismatch, .what = "Two ranks' model files do not belong together.",
-                            .file = state_.document(other.file).path(), .entry = "param_shapes, global_steps or ds_version",
-                            .expected = "as in rank 0: step " + std::to_string(model().global_steps),
-                            .found = "step " + std::to_string(other.global_steps),
-                            .next = "put the files of one save together"});
+      throw Error(
+          ErrorInfo{.code = ErrorCode::kMismatch,
+                    .what = "Two ranks' model files do not belong together.",
+                    .file = state_.document(other.file).path(),
+                    .entry = "param_shapes, global_steps or ds_version",
+                    .expected = "as in rank 0: step " + std::to_string(model().global_steps),
+                    .found = "step " + std::to_string(other.global_steps),
+                    .next = "put the files of one save together"});
     }
   }
 }
@@ -63,12 +70,19 @@ void Zero3Reader::add_parameters() {
     std::vector<TensorLayout> layouts;
     int64_t offset = 0;
     for (const auto& [name, shape] : shapes) {
-      if (state_.find_parameter(name) != nullptr) fields(0).fail("A parameter stands in two sub-groups.", quote(name), "once", "twice");
-      state_.parameters.push_back({.name = name, .shape = shape, .group = 0, .sub_group = static_cast<int>(sub_groups_.size()),
-                                   .states = {}, .scalars = {}});
+      if (state_.find_parameter(name) != nullptr)
+        fields(0).fail("A parameter stands in two sub-groups.", quote(name), "once", "twice");
+      state_.parameters.push_back({.name = name,
+                                   .shape = shape,
+                                   .group = 0,
+                                   .sub_group = static_cast<int>(sub_groups_.size()),
+                                   .states = {},
+                                   .scalars = {}});
       parameters.push_back(static_cast<int>(state_.parameters.size()) - 1);
       const int64_t slot = slot_size(numel(shape), dp_);
-      layouts.push_back({.numel = numel(shape), .ranks = dp_, .placement = SlotShard{offset, std::max<int64_t>(slot, 1)}});
+      layouts.push_back({.numel = numel(shape),
+                         .ranks = dp_,
+                         .placement = SlotShard{offset, std::max<int64_t>(slot, 1)}});
       offset += slot;
     }
     sub_groups_.push_back(std::move(parameters));
@@ -77,28 +91,39 @@ void Zero3Reader::add_parameters() {
   }
 }
 
-void Zero3Reader::add_flat(int rank, size_t sub_group, const TensorView& view, const std::string& state, const std::string& what) {
+void Zero3Reader::add_flat(int rank, size_t sub_group, const TensorView& view,
+                           const std::string& state, const std::string& what) {
   const Fields f = fields(rank);
   if (view.shape[0] != lengths_[sub_group]) {
-    f.fail("A partition has the wrong length.", what, std::to_string(lengths_[sub_group]) + " elements", std::to_string(view.shape[0]));
+    f.fail("A partition has the wrong length.", what,
+           std::to_string(lengths_[sub_group]) + " elements", std::to_string(view.shape[0]));
   }
   for (size_t i = 0; i < sub_groups_[sub_group].size(); ++i) {
     const int number = sub_groups_[sub_group][i];
     ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
     const auto [found, fresh] = leaves_[state].emplace(number, -1);
     if (fresh) {
-      if (rank > 0) f.fail("Ranks disagree on the optimizer's states.", what, "as rank 0", quote(state));
-      found->second = state_.add_leaf({.name = parameter.name, .state = state, .dtype = view.dtype, .shape = parameter.shape,
-                                       .requires_grad = view.requires_grad, .fragments = {}});
-      if (state == "fp32") parameter.weight = found->second;
-      else parameter.states.push_back(found->second);
+      if (rank > 0)
+        f.fail("Ranks disagree on the optimizer's states.", what, "as rank 0", quote(state));
+      found->second = state_.add_leaf({.name = parameter.name,
+                                       .state = state,
+                                       .dtype = view.dtype,
+                                       .shape = parameter.shape,
+                                       .requires_grad = view.requires_grad,
+                                       .fragments = {}});
+      if (state == "fp32")
+        parameter.weight = found->second;
+      else
+        parameter.states.push_back(found->second);
     }
     Leaf& leaf = state_.leaf(found->second);
-    if (leaf.dtype != view.dtype) f.fail("Ranks disagree on a state's dtype.", what, name(leaf.dtype), name(view.dtype));
+    if (leaf.dtype != view.dtype)
+      f.fail("Ranks disagree on a state's dtype.", what, name(leaf.dtype), name(view.dtype));
     for (const RankFragment& fragment : fragments(layouts_[sub_group][i])) {
       if (fragment.rank != rank) continue;
-      leaf.fragments.push_back({fragment.begin, fragment.count, state_.optim_files[static_cast<size_t>(rank)],
-                                f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});
+      leaf.fragments.push_back(
+          {fragment.begin, fragment.count, state_.optim_files[static_cast<size_t>(rank)],
+           f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});
     }
   }
 }
@@ -107,19 +132,27 @@ void Zero3Reader::read_rank(int rank) {
   const Fields f = fields(rank);
   const NodeId optimizer = f.need(f.root(), "optimizer_state_dict");
   if (f.maybe(optimizer, "ds_zero_partition_groups") != kNoNode) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "AutoEP partitions under ZeRO-3 are not supported yet.", .file = f.document().path(), .entry = "ds_zero_partition_groups"});
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "AutoEP partitions under ZeRO-3 are not supported yet.",
+                          .file = f.document().path(),
+                          .entry = "ds_zero_partition_groups"});
   }
   const int64_t count = f.integer(f.need(optimizer, "partition_count"), "partition_count");
-  if (count != dp_) f.fail("A rank's partition count differs from the number of files.", "partition_count", std::to_string(dp_), std::to_string(count));
-  const std::vector<NodeId>& flats = f.list(f.need(optimizer, "fp32_flat_groups"), "fp32_flat_groups");
+  if (count != dp_)
+    f.fail("A rank's partition count differs from the number of files.", "partition_count",
+           std::to_string(dp_), std::to_string(count));
+  const std::vector<NodeId>& flats =
+      f.list(f.need(optimizer, "fp32_flat_groups"), "fp32_flat_groups");
   if (flats.size() != sub_groups_.size()) {
-    f.fail("The number of sub-groups differs from param_shapes.", "fp32_flat_groups", std::to_string(sub_groups_.size()), std::to_string(flats.size()));
+    f.fail("The number of sub-groups differs from param_shapes.", "fp32_flat_groups",
+           std::to_string(sub_groups_.size()), std::to_string(flats.size()));
   }
   const NodeId nested = f.need(optimizer, "optimizer_state_dict");
   const NodeId states = f.need(nested, "state");
   for (size_t k = 0; k < flats.size(); ++k) {
     const std::string place = "[" + std::to_string(k) + "]";
-    add_flat(rank, k, f.flat_tensor(flats[k], "fp32_flat_groups"), "fp32", "fp32_flat_groups" + place);
+    add_flat(rank, k, f.flat_tensor(flats[k], "fp32_flat_groups"), "fp32",
+             "fp32_flat_groups" + place);
     const NodeId entry = find_index(f.pickle(), states, static_cast<int64_t>(k));
     if (entry == kNoNode) continue;
     const OptimizerState found = sort_optimizer_state(f, entry, "state" + place);
@@ -130,7 +163,8 @@ void Zero3Reader::read_rank(int rank) {
     if (rank > 0) continue;
     for (int number : sub_groups_[k]) {
       for (const auto& [state, node] : found.scalars) {
-        state_.parameters[static_cast<size_t>(number)].scalars.push_back({state, {state_.optim_files[0], node}});
+        state_.parameters[static_cast<size_t>(number)].scalars.push_back(
+            {state, {state_.optim_files[0], node}});
       }
     }
   }
@@ -147,11 +181,13 @@ void Zero3Reader::read_groups() {
     for (NodeId item : f.list(f.need(hyper, "params"), "params")) {
       const int64_t k = f.integer(item, "params");
       if (k < 0 || k >= static_cast<int64_t>(sub_groups_.size()) || seen[static_cast<size_t>(k)]) {
-        f.fail("A param group names a sub-group that is not there, or twice.", "param_groups", "each of " + std::to_string(sub_groups_.size()) + " once", std::to_string(k));
+        f.fail("A param group names a sub-group that is not there, or twice.", "param_groups",
+               "each of " + std::to_string(sub_groups_.size()) + " once", std::to_string(k));
       }
       seen[static_cast<size_t>(k)] = true;
       for (int number : sub_groups_[static_cast<size_t>(k)]) {
-        state_.parameters[static_cast<size_t>(number)].group = static_cast<int>(state_.groups.size());
+        state_.parameters[static_cast<size_t>(number)].group =
+            static_cast<int>(state_.groups.size());
         group.parameters.push_back(number);
       }
     }
@@ -159,7 +195,9 @@ void Zero3Reader::read_groups() {
     state_.groups.push_back(std::move(group));
   }
   for (size_t k = 0; k < seen.size(); ++k) {
-    if (!seen[k]) f.fail("A sub-group belongs to no param group.", "param_groups", "each sub-group once", "none for " + std::to_string(k));
+    if (!seen[k])
+      f.fail("A sub-group belongs to no param group.", "param_groups", "each sub-group once",
+             "none for " + std::to_string(k));
   }
 }
 
@@ -170,19 +208,25 @@ void add_frozen_slots(ShardedState* state, const std::vector<ModelStates>& model
   for (const auto& [name, shape] : models[0].frozen_shapes) {
     ParameterState parameter{.name = name, .shape = shape, .states = {}, .scalars = {}};
     Leaf leaf{.name = name, .state = "param", .shape = shape, .fragments = {}};
-    const TensorLayout layout{.numel = numel(shape), .ranks = dp, .placement = SlotShard{0, std::max<int64_t>(slot_size(numel(shape), dp), 1)}};
+    const TensorLayout layout{
+        .numel = numel(shape),
+        .ranks = dp,
+        .placement = SlotShard{0, std::max<int64_t>(slot_size(numel(shape), dp), 1)}};
     for (int rank = 0; rank < dp; ++rank) {
       const ModelStates& other = models[static_cast<size_t>(rank)];
       const Fields f(state->document(other.file));
-      const TensorView view = f.flat_tensor(f.need(other.frozen_fragments, name), "frozen_param_fragments " + name);
+      const TensorView view =
+          f.flat_tensor(f.need(other.frozen_fragments, name), "frozen_param_fragments " + name);
       if (view.shape[0] != slot_size(numel(shape), dp)) {
-        f.fail("A frozen fragment has the wrong length.", quote(name), std::to_string(slot_size(numel(shape), dp)), std::to_string(view.shape[0]));
+        f.fail("A frozen fragment has the wrong length.", quote(name),
+               std::to_string(slot_size(numel(shape), dp)), std::to_string(view.shape[0]));
       }
       leaf.dtype = view.dtype;
       for (const RankFragment& fragment : fragments(layout)) {
         if (fragment.rank != rank) continue;
-        leaf.fragments.push_back({fragment.begin, fragment.count, other.file,
-                                  f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});
+        leaf.fragments.push_back(
+            {fragment.begin, fragment.count, other.file,
+             f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});
       }
     }
     parameter.model_dtype = leaf.dtype;
@@ -191,6 +235,8 @@ void add_frozen_slots(ShardedState* state, const std::vector<ModelStates>& model
   }
 }
 
-void read_zero3(ShardedState* state, const std::vector<ModelStates>& models) { Zero3Reader(state, models).run(); }
+void read_zero3(ShardedState* state, const std::vector<ModelStates>& models) {
+  Zero3Reader(state, models).run();
+}
 
 }  // namespace isoshard::checkpoint

@@ -13,15 +13,18 @@ OptimizerState sort_optimizer_state(const Fields& fields, NodeId entry, const st
     const Kind kind = fields.pickle().kind(value);
     if (view && !view->shape.empty()) {
       if (view->shape.size() != 1 || !view->is_contiguous()) {
-        fields.fail("An optimizer state is not a flat tensor.", place, "one dimension", to_string(view->shape));
+        fields.fail("An optimizer state is not a flat tensor.", place, "one dimension",
+                    to_string(view->shape));
       }
       result.tensors.emplace_back(key, *view);
-    } else if (view || kind == Kind::kInt || kind == Kind::kFloat || kind == Kind::kBool || kind == Kind::kNone) {
+    } else if (view || kind == Kind::kInt || kind == Kind::kFloat || kind == Kind::kBool ||
+               kind == Kind::kNone) {
       result.scalars.emplace_back(key, value);
     } else {
       throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
                             .what = "An optimizer state is neither a tensor nor a number.",
-                            .file = fields.document().path(), .entry = place,
+                            .file = fields.document().path(),
+                            .entry = place,
                             .expected = "a flat tensor, a 0-d tensor or a number",
                             .found = name(kind)});
     }

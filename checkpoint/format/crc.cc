@@ -26,7 +26,8 @@ uint32_t crc32_of(std::span<const std::byte> bytes) {
 
 void RawCrcs::update(std::span<const std::byte> bytes) {
   if (bytes.empty()) return;
-  crc32 = ~crc32_gzip_refl(~static_cast<uint32_t>(crc32), data_of(bytes), bytes.size()) & 0xFFFFFFFFu;
+  crc32 =
+      ~crc32_gzip_refl(~static_cast<uint32_t>(crc32), data_of(bytes), bytes.size()) & 0xFFFFFFFFu;
   ecma = ~crc64_ecma_refl(~ecma, data_of(bytes), bytes.size());
   jones = ~crc64_jones_refl(~jones, data_of(bytes), bytes.size());
 }

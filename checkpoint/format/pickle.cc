@@ -8,7 +8,7 @@
 namespace isoshard::checkpoint {
 
 const char* name(Kind kind) {
-  constexpr const char* kNames[] = {"None", "bool", "int",  "int",    "float",  "str",
+  constexpr const char* kNames[] = {"None",  "bool", "int",  "int",    "float",  "str",
                                     "tuple", "list", "dict", "global", "object", "persistent id"};
   return kNames[static_cast<int>(kind)];
 }

@@ -14,7 +14,18 @@ using NodeId = uint32_t;
 constexpr NodeId kNoNode = 0xFFFFFFFFu;
 
 enum class Kind : uint8_t {
-  kNone, kBool, kInt, kBigInt, kFloat, kString, kTuple, kList, kDict, kGlobal, kObject, kPersistent,
+  kNone,
+  kBool,
+  kInt,
+  kBigInt,
+  kFloat,
+  kString,
+  kTuple,
+  kList,
+  kDict,
+  kGlobal,
+  kObject,
+  kPersistent,
 };
 
 const char* name(Kind kind);
@@ -55,8 +66,8 @@ class Pickle {
   size_t size() const { return nodes_.size(); }
   Kind kind(NodeId node) const { return at(node).kind; }
   bool is_none(NodeId node) const { return kind(node) == Kind::kNone; }
-  int64_t integer_value(NodeId node) const;   // kInt or kBool
-  double real_value(NodeId node) const;       // kFloat
+  int64_t integer_value(NodeId node) const;    // kInt or kBool
+  double real_value(NodeId node) const;        // kFloat
   const std::string& text(NodeId node) const;  // kString, kBigInt
   bool is_string(NodeId node, const char* text) const;
   const std::string& module(NodeId node) const;     // kGlobal
@@ -83,8 +94,8 @@ class Pickle {
  private:
   struct Node {
     Kind kind;
-    uint32_t index;    // into texts_, lists_ or objects_, or a NodeId
-    int64_t value;     // integer, bits of a double, or the second text
+    uint32_t index;  // into texts_, lists_ or objects_, or a NodeId
+    int64_t value;   // integer, bits of a double, or the second text
   };
 
   const Node& at(NodeId node) const;
@@ -114,16 +125,36 @@ NodeId Pickle::copy_from(const Pickle& other, NodeId node,
   };
   if (result == kNoNode) {
     switch (other.kind(node)) {
-      case Kind::kNone: result = none(); break;
-      case Kind::kBool: result = boolean(other.integer_value(node) != 0); break;
-      case Kind::kInt: result = integer(other.integer_value(node)); break;
-      case Kind::kBigInt: result = big_integer(other.text(node)); break;
-      case Kind::kFloat: result = real(other.real_value(node)); break;
-      case Kind::kString: result = string(other.text(node)); break;
-      case Kind::kGlobal: result = global(other.module(node), other.attribute(node)); break;
-      case Kind::kTuple: result = tuple(all(other.items(node))); break;
-      case Kind::kList: result = list(all(other.items(node))); break;
-      case Kind::kDict: result = dict(all(other.items(node))); break;
+      case Kind::kNone:
+        result = none();
+        break;
+      case Kind::kBool:
+        result = boolean(other.integer_value(node) != 0);
+        break;
+      case Kind::kInt:
+        result = integer(other.integer_value(node));
+        break;
+      case Kind::kBigInt:
+        result = big_integer(other.text(node));
+        break;
+      case Kind::kFloat:
+        result = real(other.real_value(node));
+        break;
+      case Kind::kString:
+        result = string(other.text(node));
+        break;
+      case Kind::kGlobal:
+        result = global(other.module(node), other.attribute(node));
+        break;
+      case Kind::kTuple:
+        result = tuple(all(other.items(node)));
+        break;
+      case Kind::kList:
+        result = list(all(other.items(node)));
+        break;
+      case Kind::kDict:
+        result = dict(all(other.items(node)));
+        break;
       case Kind::kPersistent:
         result = persistent(copy_from(other, other.persistent_id(node), copied, replace));
         break;

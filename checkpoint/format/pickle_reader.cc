@@ -31,11 +31,12 @@ class Machine {
 
  private:
   [[noreturn]] void refuse(const std::string& why, ErrorCode code = ErrorCode::kCorrupt) const {
-    throw Error(ErrorInfo{.code = code,
-                          .what = "The pickle is not one that a training program writes: " + why + ".",
-                          .file = file_,
-                          .entry = "data.pkl, byte " + std::to_string(opcode_at_),
-                          .next = "restore the file from another copy"});
+    throw Error(
+        ErrorInfo{.code = code,
+                  .what = "The pickle is not one that a training program writes: " + why + ".",
+                  .file = file_,
+                  .entry = "data.pkl, byte " + std::to_string(opcode_at_),
+                  .next = "restore the file from another copy"});
   }
   [[noreturn]] void limit(const std::string& what, int64_t value) const {
     throw Error(ErrorInfo{.code = ErrorCode::kLimit,
@@ -197,55 +198,99 @@ void Machine::step() {
     case 0x80:  // PROTO
       if (opcode_at_ != 0 || little_endian(1) != 2) refuse("the protocol is not 2");
       return;
-    case '.': stopped_ = true; return;
-    case '(': marks_.push_back(stack_.size());
+    case '.':
+      stopped_ = true;
+      return;
+    case '(':
+      marks_.push_back(stack_.size());
       if (marks_.size() > 10000) limit("marks", 10000);
       return;
-    case 'q': return put(little_endian(1));
-    case 'r': return put(little_endian(4));
-    case 'h': return get(little_endian(1));
-    case 'j': return get(little_endian(4));
-    case 't': { std::vector<NodeId> items = pop_to_mark();
-      return push(result_.tuple(std::move(items))); }
-    case 0x85: return tuple_of(1);
-    case 0x86: return tuple_of(2);
-    case 0x87: return tuple_of(3);
-    case 'a': return append({pop()});
-    case 'e': { std::vector<NodeId> items = pop_to_mark(); return append(std::move(items)); }
-    case 's': { const NodeId value = pop(); const NodeId key = pop();
-      return set_items({key, value}); }
-    case 'u': { std::vector<NodeId> items = pop_to_mark(); return set_items(std::move(items)); }
-    case 'R': return build_object(false);
-    case 0x81: return build_object(true);
-    case 'b': return build_state();
-    case 'Q': return push(result_.persistent(pop()));
-    default: return step_value(opcode);
+    case 'q':
+      return put(little_endian(1));
+    case 'r':
+      return put(little_endian(4));
+    case 'h':
+      return get(little_endian(1));
+    case 'j':
+      return get(little_endian(4));
+    case 't': {
+      std::vector<NodeId> items = pop_to_mark();
+      return push(result_.tuple(std::move(items)));
+    }
+    case 0x85:
+      return tuple_of(1);
+    case 0x86:
+      return tuple_of(2);
+    case 0x87:
+      return tuple_of(3);
+    case 'a':
+      return append({pop()});
+    case 'e': {
+      std::vector<NodeId> items = pop_to_mark();
+      return append(std::move(items));
+    }
+    case 's': {
+      const NodeId value = pop();
+      const NodeId key = pop();
+      return set_items({key, value});
+    }
+    case 'u': {
+      std::vector<NodeId> items = pop_to_mark();
+      return set_items(std::move(items));
+    }
+    case 'R':
+      return build_object(false);
+    case 0x81:
+      return build_object(true);
+    case 'b':
+      return build_state();
+    case 'Q':
+      return push(result_.persistent(pop()));
+    default:
+      return step_value(opcode);
   }
 }
 
 void Machine::step_value(unsigned char opcode) {
   switch (opcode) {
-    case 'N': return push(result_.none());
-    case 0x88: return push(result_.boolean(true));
-    case 0x89: return push(result_.boolean(false));
-    case 'K': return push(result_.integer(static_cast<int64_t>(little_endian(1))));
-    case 'M': return push(result_.integer(static_cast<int64_t>(little_endian(2))));
-    case 'J': return push(result_.integer(static_cast<int32_t>(little_endian(4))));
-    case 0x8a: return big_integer(little_endian(1));
-    case 0x8b: return big_integer(little_endian(4));
-    case 'G': { uint64_t bits = __builtin_bswap64(little_endian(8));
-      return push(result_.real(std::bit_cast<double>(bits))); }
-    case 'X': return text(little_endian(4));
-    case '}': return push(result_.dict({}));
-    case ']': return push(result_.list({}));
-    case ')': return push(result_.tuple({}));
-    case 'c': { const std::string module = line();
+    case 'N':
+      return push(result_.none());
+    case 0x88:
+      return push(result_.boolean(true));
+    case 0x89:
+      return push(result_.boolean(false));
+    case 'K':
+      return push(result_.integer(static_cast<int64_t>(little_endian(1))));
+    case 'M':
+      return push(result_.integer(static_cast<int64_t>(little_endian(2))));
+    case 'J':
+      return push(result_.integer(static_cast<int32_t>(little_endian(4))));
+    case 0x8a:
+      return big_integer(little_endian(1));
+    case 0x8b:
+      return big_integer(little_endian(4));
+    case 'G': {
+      uint64_t bits = __builtin_bswap64(little_endian(8));
+      return push(result_.real(std::bit_cast<double>(bits)));
+    }
+    case 'X':
+      return text(little_endian(4));
+    case '}':
+      return push(result_.dict({}));
+    case ']':
+      return push(result_.list({}));
+    case ')':
+      return push(result_.tuple({}));
+    case 'c': {
+      const std::string module = line();
       const std::string attribute = line();
       if (!why_unsafe_name(module).empty() || !why_unsafe_name(attribute).empty()) {
         refuse("a global has an impossible name", ErrorCode::kHostile);
       }
-      return push(result_.global(module, attribute)); }
-    default: break;
+      return push(result_.global(module, attribute));
+    }
+    default:
+      break;
   }
   char hex[8];
   std::snprintf(hex, sizeof hex, "0x%02x", opcode);
@@ -261,7 +306,8 @@ void Machine::check_graph() {
   const auto children = [this](NodeId node) {
     std::vector<NodeId> list;
     const Kind kind = result_.kind(node);
-    if (kind == Kind::kTuple || kind == Kind::kList || kind == Kind::kDict) return result_.items(node);
+    if (kind == Kind::kTuple || kind == Kind::kList || kind == Kind::kDict)
+      return result_.items(node);
     if (kind == Kind::kPersistent) return std::vector<NodeId>{result_.persistent_id(node)};
     if (kind != Kind::kObject) return list;
     const ObjectParts& parts = result_.parts(node);
@@ -315,13 +361,36 @@ Pickle read_pickle(const std::string& bytes, const std::string& file, const Pick
 }
 
 std::string find_hostile_global(const Pickle& pickle) {
-  static const std::unordered_set<std::string> kModules = {
-      "os", "posix", "nt", "subprocess", "sys", "runpy", "pip", "socket", "importlib", "torch.hub",
-      "shutil", "pty", "commands", "ctypes", "webbrowser", "code", "codeop", "timeit", "bdb", "pdb",
-      "asyncio", "multiprocessing", "builtins.exec", "operator", "functools", "types", "marshal"};
+  static const std::unordered_set<std::string> kModules = {"os",
+                                                           "posix",
+                                                           "nt",
+                                                           "subprocess",
+                                                           "sys",
+                                                           "runpy",
+                                                           "pip",
+                                                           "socket",
+                                                           "importlib",
+                                                           "torch.hub",
+                                                           "shutil",
+                                                           "pty",
+                                                           "commands",
+                                                           "ctypes",
+                                                           "webbrowser",
+                                                           "code",
+                                                           "codeop",
+                                                           "timeit",
+                                                           "bdb",
+                                                           "pdb",
+                                                           "asyncio",
+                                                           "multiprocessing",
+                                                           "builtins.exec",
+                                                           "operator",
+                                                           "functools",
+                                                           "types",
+                                                           "marshal"};
   static const std::unordered_set<std::string> kBuiltins = {
-      "eval", "exec", "execfile", "compile", "open", "getattr", "setattr", "__import__", "input",
-      "apply", "globals", "locals", "vars", "breakpoint"};
+      "eval",       "exec",  "execfile", "compile", "open",   "getattr", "setattr",
+      "__import__", "input", "apply",    "globals", "locals", "vars",    "breakpoint"};
   for (NodeId node = 0; node < pickle.size(); ++node) {
     if (pickle.kind(node) != Kind::kGlobal) continue;
     const std::string& module = pickle.module(node);

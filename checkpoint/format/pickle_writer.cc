@@ -51,8 +51,8 @@ class Emitter {
       little_endian(static_cast<uint32_t>(value), 4);
     } else {
       int count = 8;  // the shortest two's complement form
-      while (count > 1 && (value >> (8 * (count - 1) - 1) == 0 ||
-                           value >> (8 * (count - 1) - 1) == -1)) {
+      while (count > 1 &&
+             (value >> (8 * (count - 1) - 1) == 0 || value >> (8 * (count - 1) - 1) == -1)) {
         --count;
       }
       out_ += '\x8a';
@@ -108,9 +108,14 @@ class Emitter {
 void Emitter::emit(NodeId node) {
   if (recall(node)) return;
   switch (pickle_.kind(node)) {
-    case Kind::kNone: out_ += 'N'; return;
-    case Kind::kBool: out_ += pickle_.integer_value(node) ? '\x88' : '\x89'; return;
-    case Kind::kInt: return integer(pickle_.integer_value(node));
+    case Kind::kNone:
+      out_ += 'N';
+      return;
+    case Kind::kBool:
+      out_ += pickle_.integer_value(node) ? '\x88' : '\x89';
+      return;
+    case Kind::kInt:
+      return integer(pickle_.integer_value(node));
     case Kind::kBigInt: {
       const std::string& digits = pickle_.text(node);
       out_ += digits.size() < 256 ? '\x8a' : '\x8b';
@@ -132,7 +137,8 @@ void Emitter::emit(NodeId node) {
     case Kind::kGlobal:
       out_ += 'c' + pickle_.module(node) + '\n' + pickle_.attribute(node) + '\n';
       return remember(node);
-    case Kind::kTuple: return tuple(node);
+    case Kind::kTuple:
+      return tuple(node);
     case Kind::kList:
       out_ += ']';
       remember(node);
@@ -141,7 +147,8 @@ void Emitter::emit(NodeId node) {
       out_ += '}';
       remember(node);
       return batches(pickle_.items(node), 2, 's', 'u');
-    case Kind::kObject: return object(node);
+    case Kind::kObject:
+      return object(node);
     case Kind::kPersistent:
       emit(pickle_.persistent_id(node));
       out_ += 'Q';

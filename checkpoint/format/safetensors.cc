@@ -19,17 +19,25 @@ struct Name {
   DType dtype;
 };
 
-constexpr Name kNames[] = {{"F64", DType::kFloat64}, {"F32", DType::kFloat32}, {"F16", DType::kFloat16},
-                           {"BF16", DType::kBFloat16}, {"I64", DType::kInt64}, {"I32", DType::kInt32},
-                           {"I16", DType::kInt16}, {"I8", DType::kInt8}, {"U8", DType::kUInt8},
-                           {"BOOL", DType::kBool}, {"U16", DType::kUInt16}, {"U32", DType::kUInt32},
-                           {"U64", DType::kUInt64}, {"F8_E4M3", DType::kFloat8E4M3FN},
+constexpr Name kNames[] = {{"F64", DType::kFloat64},        {"F32", DType::kFloat32},
+                           {"F16", DType::kFloat16},        {"BF16", DType::kBFloat16},
+                           {"I64", DType::kInt64},          {"I32", DType::kInt32},
+                           {"I16", DType::kInt16},          {"I8", DType::kInt8},
+                           {"U8", DType::kUInt8},           {"BOOL", DType::kBool},
+                           {"U16", DType::kUInt16},         {"U32", DType::kUInt32},
+                           {"U64", DType::kUInt64},         {"F8_E4M3", DType::kFloat8E4M3FN},
                            {"F8_E5M2", DType::kFloat8E5M2}, {"C64", DType::kComplex64}};
 
-[[noreturn]] void corrupt(const ReadableFile& file, const std::string& what, const std::string& entry = "",
-                          const std::string& expected = "", const std::string& found = "") {
-  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt, .what = what, .file = file.path(), .entry = entry,
-                        .expected = expected, .found = found, .next = "restore this file from another copy"});
+[[noreturn]] void corrupt(const ReadableFile& file, const std::string& what,
+                          const std::string& entry = "", const std::string& expected = "",
+                          const std::string& found = "") {
+  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
+                        .what = what,
+                        .file = file.path(),
+                        .entry = entry,
+                        .expected = expected,
+                        .found = found,
+                        .next = "restore this file from another copy"});
 }
 
 // Parses with duplicate keys refused at every level and depth limited.
@@ -41,11 +49,13 @@ json parse_strict(const ReadableFile& file, const std::string& text) {
     deep = deep || depth > 8;
     if (event == json::parse_event_t::object_start) keys.emplace_back();
     if (event == json::parse_event_t::object_end) keys.pop_back();
-    if (event == json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second) duplicate = parsed.get<std::string>();
+    if (event == json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second)
+      duplicate = parsed.get<std::string>();
     return true;
   };
   const json result = json::parse(text, callback, false);
-  if (result.is_discarded() || !result.is_object()) corrupt(file, "The header is not a JSON object.");
+  if (result.is_discarded() || !result.is_object())
+    corrupt(file, "The header is not a JSON object.");
   if (!duplicate.empty()) corrupt(file, "The header has a key twice.", quote(duplicate));
   if (deep) corrupt(file, "The header is nested too deeply.");
   return result;
@@ -54,11 +64,14 @@ json parse_strict(const ReadableFile& file, const std::string& text) {
 }  // namespace
 
 SafetensorsIndex read_safetensors(const ReadableFile& file) {
-  if (file.size_bytes() < 8) corrupt(file, "The file is too short.", "", "at least 8 bytes", std::to_string(file.size_bytes()));
+  if (file.size_bytes() < 8)
+    corrupt(file, "The file is too short.", "", "at least 8 bytes",
+            std::to_string(file.size_bytes()));
   uint64_t length = 0;
   file.read_at(0, std::as_writable_bytes(std::span(&length, 1)));
   if (length > 100'000'000 || static_cast<int64_t>(length) > file.size_bytes() - 8) {
-    corrupt(file, "The header's length is impossible.", "", "at most the file's size and 100000000", std::to_string(length));
+    corrupt(file, "The header's length is impossible.", "", "at most the file's size and 100000000",
+            std::to_string(length));
   }
   std::string text(length, '\0');
   file.read_at(8, std::as_writable_bytes(std::span(text)));
@@ -86,28 +99,37 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
         entry.dtype = row.dtype;
         known = true;
       }
-      if (!known) corrupt(file, "A tensor has an unknown dtype.", quote(name), "", quote(value.at("dtype").get<std::string>()));
+      if (!known)
+        corrupt(file, "A tensor has an unknown dtype.", quote(name), "",
+                quote(value.at("dtype").get<std::string>()));
       const auto begin = value.at("data_offsets").at(0).get<int64_t>();
       const auto end = value.at("data_offsets").at(1).get<int64_t>();
       const int64_t bytes = numel(entry.shape) * item_size_bytes(entry.dtype);
       if (begin < 0 || end < begin || end > file.size_bytes() - data || end - begin != bytes) {
-        corrupt(file, "A tensor's offsets do not fit its shape or the file.", quote(name), std::to_string(bytes) + " bytes",
+        corrupt(file, "A tensor's offsets do not fit its shape or the file.", quote(name),
+                std::to_string(bytes) + " bytes",
                 std::to_string(begin) + " to " + std::to_string(end));
       }
       entry.offset_bytes = data + begin;
-      if (bytes == 0) empty.push_back(entry);
-      else if (!by_begin.emplace(begin, std::pair(end, entry)).second) corrupt(file, "Two tensors share bytes.", quote(name));
+      if (bytes == 0)
+        empty.push_back(entry);
+      else if (!by_begin.emplace(begin, std::pair(end, entry)).second)
+        corrupt(file, "Two tensors share bytes.", quote(name));
     } catch (const json::exception&) {
       corrupt(file, "A tensor's entry lacks dtype, shape or data_offsets.", quote(name));
     }
   }
   int64_t cursor = 0;
   for (auto& [begin, item] : by_begin) {
-    if (begin != cursor) corrupt(file, "Tensors overlap or leave a hole.", quote(item.second.name), std::to_string(cursor), std::to_string(begin));
+    if (begin != cursor)
+      corrupt(file, "Tensors overlap or leave a hole.", quote(item.second.name),
+              std::to_string(cursor), std::to_string(begin));
     cursor = item.first;
     index.entries.push_back(std::move(item.second));
   }
-  if (cursor != file.size_bytes() - data) corrupt(file, "Bytes follow the last tensor, or are missing.", "", std::to_string(cursor), std::to_string(file.size_bytes() - data));
+  if (cursor != file.size_bytes() - data)
+    corrupt(file, "Bytes follow the last tensor, or are missing.", "", std::to_string(cursor),
+            std::to_string(file.size_bytes() - data));
   index.entries.insert(index.entries.end(), empty.begin(), empty.end());
   return index;
 }
@@ -122,8 +144,14 @@ std::string safetensors_head(const SafetensorsIndex& index) {
     for (const Name& row : kNames) {
       if (row.dtype == entry.dtype) dtype = row.text;
     }
-    if (dtype == nullptr) throw Error(ErrorInfo{.code = ErrorCode::kUnsupported, .what = "safetensors cannot hold this dtype.", .entry = quote(entry.name), .found = name(entry.dtype), .next = "use --format bin"});
-    header[entry.name] = {{"dtype", dtype}, {"shape", entry.shape}, {"data_offsets", {cursor, cursor + bytes}}};
+    if (dtype == nullptr)
+      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                            .what = "safetensors cannot hold this dtype.",
+                            .entry = quote(entry.name),
+                            .found = name(entry.dtype),
+                            .next = "use --format bin"});
+    header[entry.name] = {
+        {"dtype", dtype}, {"shape", entry.shape}, {"data_offsets", {cursor, cursor + bytes}}};
     cursor += bytes;
   }
   std::string text = header.is_null() ? "{}" : header.dump();

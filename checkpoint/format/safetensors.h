@@ -1,5 +1,5 @@
-// safetensors: | u64 length of the header | JSON header, space-padded | tensors, contiguous from 0 |
-// Rules as in the format's README: offsets tile the buffer, names are unique, sizes fit shapes.
+// safetensors: | u64 length of the header | JSON header, space-padded | tensors, contiguous from 0
+// | Rules as in the format's README: offsets tile the buffer, names are unique, sizes fit shapes.
 #pragma once
 
 #include <string>

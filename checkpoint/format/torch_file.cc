@@ -15,13 +15,18 @@ struct TypeRow {
   DType dtype;
 };
 
-constexpr TypeRow kTypes[] = {
-    {"FloatStorage", DType::kFloat32},        {"DoubleStorage", DType::kFloat64},
-    {"HalfStorage", DType::kFloat16},         {"BFloat16Storage", DType::kBFloat16},
-    {"LongStorage", DType::kInt64},           {"IntStorage", DType::kInt32},
-    {"ShortStorage", DType::kInt16},          {"CharStorage", DType::kInt8},
-    {"ByteStorage", DType::kUInt8},           {"BoolStorage", DType::kBool},
-    {"ComplexFloatStorage", DType::kComplex64}, {"ComplexDoubleStorage", DType::kComplex128}};
+constexpr TypeRow kTypes[] = {{"FloatStorage", DType::kFloat32},
+                              {"DoubleStorage", DType::kFloat64},
+                              {"HalfStorage", DType::kFloat16},
+                              {"BFloat16Storage", DType::kBFloat16},
+                              {"LongStorage", DType::kInt64},
+                              {"IntStorage", DType::kInt32},
+                              {"ShortStorage", DType::kInt16},
+                              {"CharStorage", DType::kInt8},
+                              {"ByteStorage", DType::kUInt8},
+                              {"BoolStorage", DType::kBool},
+                              {"ComplexFloatStorage", DType::kComplex64},
+                              {"ComplexDoubleStorage", DType::kComplex128}};
 
 bool is_number(const std::string& text) {
   return !text.empty() && text.size() <= 9 &&
@@ -67,8 +72,12 @@ TorchFile::TorchFile(Storage& storage, const std::string& path)
 
 void TorchFile::corrupt(const std::string& what, const std::string& entry,
                         const std::string& expected, const std::string& found) const {
-  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt, .what = what, .file = path_, .entry = entry,
-                        .expected = expected, .found = found,
+  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
+                        .what = what,
+                        .file = path_,
+                        .entry = entry,
+                        .expected = expected,
+                        .found = found,
                         .next = "restore this file from another copy, or use an older checkpoint"});
 }
 
@@ -89,7 +98,8 @@ void TorchFile::read_pickle_record() {
     if (record.size_bytes > PickleLimits{}.stream_bytes) {
       throw Error(ErrorInfo{.code = ErrorCode::kLimit,
                             .what = "A limit against resource bombs was reached: pickle size.",
-                            .file = path_, .entry = quote(record.name),
+                            .file = path_,
+                            .entry = quote(record.name),
                             .expected = "at most 268435456 bytes",
                             .found = std::to_string(record.size_bytes) + " bytes"});
     }
@@ -99,14 +109,17 @@ void TorchFile::read_pickle_record() {
       throw Error(ErrorInfo{.code = ErrorCode::kHostile,
                             .what = "The pickle names a function that would run a program or reach "
                                     "the system when loaded by Python.",
-                            .file = path_, .entry = "global " + quote(hostile),
+                            .file = path_,
+                            .entry = "global " + quote(hostile),
                             .safe = "nothing was executed: this program never runs a pickle",
                             .next = "do not load this file with torch; find out who wrote it"});
     }
     return;
   }
-  throw Error(ErrorInfo{.code = ErrorCode::kIncomplete, .what = "The archive has no data.pkl record.",
-                        .file = path_, .expected = zip_.prefix + "/data.pkl",
+  throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                        .what = "The archive has no data.pkl record.",
+                        .file = path_,
+                        .expected = zip_.prefix + "/data.pkl",
                         .next = "this is not a file of torch.save"});
 }
 
@@ -121,7 +134,8 @@ void TorchFile::check_small_records() {
     }
     const std::string text = read_record(record);
     if (name == "byteorder" && text != "little") {
-      corrupt("The file's byte order is not little endian.", quote(record.name), "little", quote(text));
+      corrupt("The file's byte order is not little endian.", quote(record.name), "little",
+              quote(text));
     }
     if (name == "version" && text != "3\n") {
       corrupt("The archive's version is unknown.", quote(record.name), "3", quote(text));
@@ -149,7 +163,8 @@ void TorchFile::read_storages() {
         pickle_.kind(parts[4]) != Kind::kInt || !is_number(pickle_.text(parts[2]))) {
       bad();
     }
-    StorageEntry entry{.key = pickle_.text(parts[2]), .type_name = pickle_.attribute(parts[1]),
+    StorageEntry entry{.key = pickle_.text(parts[2]),
+                       .type_name = pickle_.attribute(parts[1]),
                        .location = pickle_.text(parts[3]),
                        .numel = pickle_.integer_value(parts[4])};
     bool known = entry.type_name == "UntypedStorage";
@@ -182,7 +197,8 @@ void TorchFile::read_storages() {
     storage_by_node_.emplace(node, known_key->second);
   }
   for (const auto& [key, record] : records) {
-    if (storage_by_key_.count(key) == 0) corrupt("The archive has a storage that no tensor uses.", "data/" + key);
+    if (storage_by_key_.count(key) == 0)
+      corrupt("The archive has a storage that no tensor uses.", "data/" + key);
   }
 }
 
@@ -221,7 +237,8 @@ std::optional<TensorView> TorchFile::tensor(NodeId node) const {
   }
   if (function.rfind("_rebuild_", 0) == 0) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = "A tensor has a form that is not supported.", .file = path_,
+                          .what = "A tensor has a form that is not supported.",
+                          .file = path_,
                           .entry = quote(function),
                           .expected = "dense tensors (sparse and quantised ones are refused)"});
   }
@@ -229,7 +246,9 @@ std::optional<TensorView> TorchFile::tensor(NodeId node) const {
 }
 
 TensorView TorchFile::view_from(const std::vector<NodeId>& args, NodeId) const {
-  const auto bad = [&](const char* why) { corrupt(std::string("A tensor is malformed: ") + why + ".", "data.pkl"); };
+  const auto bad = [&](const char* why) {
+    corrupt(std::string("A tensor is malformed: ") + why + ".", "data.pkl");
+  };
   if (args.size() < 4 || pickle_.kind(args[0]) != Kind::kPersistent ||
       pickle_.kind(args[1]) != Kind::kInt) {
     bad("its arguments have the wrong types");

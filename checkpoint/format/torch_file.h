@@ -16,12 +16,12 @@
 namespace isoshard::checkpoint {
 
 struct StorageEntry {
-  std::string key;         // "0", the record is data/0
-  std::string type_name;   // "FloatStorage"; "UntypedStorage" for dtypes without a class
+  std::string key;        // "0", the record is data/0
+  std::string type_name;  // "FloatStorage"; "UntypedStorage" for dtypes without a class
   DType dtype = DType::kUInt8;
-  std::string location;    // device at the time of the save, "cpu" or "cuda:0"
-  int64_t numel = 0;       // may exceed every tensor that views it
-  int record = -1;         // number in ZipIndex::records
+  std::string location;  // device at the time of the save, "cpu" or "cuda:0"
+  int64_t numel = 0;     // may exceed every tensor that views it
+  int record = -1;       // number in ZipIndex::records
 };
 
 // A strided view of a storage. Offsets and strides count elements.

@@ -43,9 +43,14 @@ class Reader {
   [[noreturn]] void corrupt(const std::string& what, const std::string& entry = "",
                             const std::string& expected = "", const std::string& found = "",
                             ErrorCode code = ErrorCode::kCorrupt) const {
-    throw Error(ErrorInfo{.code = code, .what = what, .file = file_.path(), .entry = entry,
-                          .expected = expected, .found = found,
-                          .next = "restore this file from another copy, or use an older checkpoint"});
+    throw Error(
+        ErrorInfo{.code = code,
+                  .what = what,
+                  .file = file_.path(),
+                  .entry = entry,
+                  .expected = expected,
+                  .found = found,
+                  .next = "restore this file from another copy, or use an older checkpoint"});
   }
   void equal(uint64_t found, uint64_t expected, const char* field, const std::string& entry) const {
     if (found == expected) return;
@@ -54,7 +59,8 @@ class Reader {
   }
   std::string bytes_at(int64_t offset, int64_t count) const {
     if (offset < 0 || count < 0 || offset > size_ - count) {
-      corrupt("A zip record points outside the file.", "", "within " + std::to_string(size_) + " bytes",
+      corrupt("A zip record points outside the file.", "",
+              "within " + std::to_string(size_) + " bytes",
               std::to_string(offset) + " + " + std::to_string(count));
     }
     std::string bytes(static_cast<size_t>(count), '\0');
@@ -83,8 +89,9 @@ End Reader::read_end() {
   }
   const std::string tail = bytes_at(size_ - kEndBytes, kEndBytes);
   if (load(tail, 0, 4) != kEndSignature) {
-    corrupt("The file does not end as a zip archive does: it was cut short, extended or overwritten.",
-            "end record", "", "", ErrorCode::kIncomplete);
+    corrupt(
+        "The file does not end as a zip archive does: it was cut short, extended or overwritten.",
+        "end record", "", "", ErrorCode::kIncomplete);
   }
   equal(load(tail, 4, 4), 0, "disk numbers", "end record");
   equal(load(tail, 20, 2), 0, "comment length", "end record");
@@ -106,7 +113,8 @@ End Reader::read_end() {
     equal(load(end64, 12, 2), 0x031E, "version made by", "zip64 end record");
     equal(load(end64, 14, 2), 0x002D, "version needed", "zip64 end record");
     equal(load(end64, 16, 8), 0, "disk numbers", "zip64 end record");
-    const uint64_t records = load(end64, 24, 8), bytes = load(end64, 40, 8), at = load(end64, 48, 8);
+    const uint64_t records = load(end64, 24, 8), bytes = load(end64, 40, 8),
+                   at = load(end64, 48, 8);
     equal(load(end64, 32, 8), records, "number of records", "zip64 end record");
     equal(static_cast<uint64_t>(end.records), std::min<uint64_t>(records, 0xFFFF),
           "number of records", "end record");
@@ -146,7 +154,8 @@ void Reader::read_central(const std::string& directory, size_t* cursor) {
   const size_t at = *cursor;
   const std::string entry = "directory record " + std::to_string(index_.records.size());
   const auto room = [&](uint64_t bytes) {
-    if (directory.size() - *cursor < bytes) corrupt("The zip directory ends inside a record.", entry);
+    if (directory.size() - *cursor < bytes)
+      corrupt("The zip directory ends inside a record.", entry);
   };
   room(kCentralBytes);
   equal(load(directory, at, 4), kCentralSignature, "signature", entry);
@@ -209,8 +218,8 @@ void Reader::check_tiling(const End& end) {
     cursor = check_local(&record, centrals_[i]);
   }
   if (cursor != end.directory_offset) {
-    corrupt("Bytes lie between the last zip record and the directory.", "",
-            std::to_string(cursor), std::to_string(end.directory_offset));
+    corrupt("Bytes lie between the last zip record and the directory.", "", std::to_string(cursor),
+            std::to_string(end.directory_offset));
   }
 }
 
@@ -253,7 +262,8 @@ void Reader::check_extra(const ZipRecord& record, const std::string& extra, bool
   const int64_t before = record.data_offset - static_cast<int64_t>(extra.size());
   if (extra == wide + fill_extra(before + static_cast<int64_t>(wide.size()))) return;
   if (!index_.torch_dialect && (extra.empty() || load(extra, 0, 2) == kFillExtra)) return;
-  corrupt("A record's extra field is not the alignment fill that torch writes.", quote(record.name));
+  corrupt("A record's extra field is not the alignment fill that torch writes.",
+          quote(record.name));
 }
 
 void Reader::check_names() {
@@ -265,14 +275,17 @@ void Reader::check_names() {
               ErrorCode::kHostile);
     }
     if (!seen.insert(record.name).second) {
-      corrupt("Two zip records have the same name.", quote(record.name), "", "", ErrorCode::kHostile);
+      corrupt("Two zip records have the same name.", quote(record.name), "", "",
+              ErrorCode::kHostile);
     }
     const size_t slash = record.name.find('/');
     const std::string prefix = record.name.substr(0, slash);
-    if (slash == std::string::npos) corrupt("A zip record lies outside the archive's folder.", quote(record.name));
+    if (slash == std::string::npos)
+      corrupt("A zip record lies outside the archive's folder.", quote(record.name));
     if (index_.prefix.empty()) index_.prefix = prefix;
     if (prefix != index_.prefix) {
-      corrupt("A zip record lies in another folder than the first.", quote(record.name), index_.prefix, prefix);
+      corrupt("A zip record lies in another folder than the first.", quote(record.name),
+              index_.prefix, prefix);
     }
   }
 }
