@@ -30,11 +30,18 @@ int ShardedState::add_leaf(Leaf leaf) {
   return static_cast<int>(leaves.size()) - 1;
 }
 
+void ShardedState::set_parameters(std::vector<ParameterState> list) {
+  parameters = std::move(list);
+  index_.clear();
+  indexed_ = 0;
+}
+
 const ParameterState* ShardedState::find_parameter(const std::string& name) const {
-  for (const ParameterState& parameter : parameters) {
-    if (parameter.name == name) return &parameter;
+  for (; indexed_ < parameters.size(); ++indexed_) {
+    index_.emplace(parameters[indexed_].name, indexed_);
   }
-  return nullptr;
+  const auto found = index_.find(name);
+  return found == index_.end() ? nullptr : &parameters[found->second];
 }
 
 std::vector<FileFragment> file_fragments(const TorchFile& document, int file,

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -115,6 +116,8 @@ struct ShardedState {
   std::vector<int> optim_files;  // likewise; of a universal folder: optimizer_state.pt
   // Pairs of leaves that must agree: the second is the first cast to its dtype.
   std::vector<std::pair<int, int>> copies;
+  std::vector<int> own_client_state;      // model files whose client state differs from rank 0's
+  std::vector<std::string> skipped;       // what a conversion leaves behind, and why
   std::vector<std::string> notices;       // odd, but harmless
   std::vector<std::string> suspicions;    // odd, and to be looked at
   std::vector<std::string> not_verified;  // what cannot be known from the files
@@ -124,7 +127,13 @@ struct ShardedState {
   Leaf& leaf(int number) { return leaves[static_cast<size_t>(number)]; }
   const Leaf& leaf(int number) const { return leaves[static_cast<size_t>(number)]; }
   int add_leaf(Leaf leaf);
+  void set_parameters(std::vector<ParameterState> list);  // replaces all of them
+  // Not thread-safe while parameters are being added; read_checkpoint() leaves the index complete.
   const ParameterState* find_parameter(const std::string& name) const;
+
+ private:
+  mutable std::unordered_map<std::string, size_t> index_;  // of the first indexed_ parameters
+  mutable size_t indexed_ = 0;
 };
 
 // Fragments of a tensor that lies in one file, whatever its strides.

@@ -34,6 +34,27 @@ Location locate(const TensorLayout& layout, int64_t element) {
       layout.placement);
 }
 
+RankFragment fragment_on(const TensorLayout& layout, int rank) {
+  return std::visit(
+      Match{
+          [&](const Replicated& p) {
+            return RankFragment{rank, 0, layout.numel, p.offset};
+          },
+          [&](const FlatShard& p) {
+            const int64_t first = rank * p.partition;
+            const int64_t begin = std::max(p.group_offset, first);
+            const int64_t end = std::min(p.group_offset + layout.numel, first + p.partition);
+            if (begin >= end) return RankFragment{rank, 0, 0, 0};
+            return RankFragment{rank, begin - p.group_offset, end - begin, begin - first};
+          },
+          [&](const SlotShard& p) {
+            const int64_t begin = rank * p.slot;
+            if (begin >= layout.numel) return RankFragment{rank, 0, 0, 0};
+            return RankFragment{rank, begin, std::min(p.slot, layout.numel - begin), p.slot_offset};
+          }},
+      layout.placement);
+}
+
 std::vector<RankFragment> fragments(const TensorLayout& layout) {
   std::vector<RankFragment> result;
   for (int64_t begin = 0; begin < layout.numel;) {

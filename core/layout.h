@@ -58,4 +58,8 @@ Location locate(const TensorLayout& layout, int64_t element);
 // All elements, in order, in as few runs as there are; none is empty.
 std::vector<RankFragment> fragments(const TensorLayout& layout);
 
+// The one run that lies on `rank` (every placement gives a rank at most one); count 0 if none does.
+// Replicated: the whole tensor, on every rank.
+RankFragment fragment_on(const TensorLayout& layout, int rank);
+
 }  // namespace isoshard

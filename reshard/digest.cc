@@ -2,6 +2,7 @@
 #include "reshard/digest.h"
 
 #include <algorithm>
+#include <cctype>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <tuple>
@@ -19,6 +20,14 @@ using checkpoint::ShardedState;
 namespace {
 
 std::string json_text(const std::string& text) { return nlohmann::json(text).dump(); }
+
+// A state's name is plain where it is letters, digits, '_' and '.', and JSON text otherwise.
+std::string state_text(const std::string& text) {
+  const bool plain = std::all_of(text.begin(), text.end(), [](unsigned char c) {
+    return std::isalnum(c) != 0 || c == '_' || c == '.';
+  });
+  return plain && !text.empty() ? text : json_text(text);
+}
 
 std::string shape_text(const Shape& shape) { return nlohmann::json(shape).dump(); }
 
@@ -92,7 +101,7 @@ class Builder {
       if (value == "None") continue;  // a state that the optimizer has not made yet
       lines_["steps"].push_back(
           {parameter.name, scalar.name,
-           json_text(parameter.name) + "\t" + scalar.name + "\t" + value + "\n", 1});
+           json_text(parameter.name) + "\t" + state_text(scalar.name) + "\t" + value + "\n", 1});
     }
   }
   static SectionDigest close(const std::string& section, const std::vector<Line>& lines) {
@@ -137,7 +146,7 @@ class Builder {
 }  // namespace
 
 std::string leaf_line(const LeafLine& leaf) {
-  return json_text(leaf.name) + "\t" + leaf.state + "\t" + name(leaf.dtype) + "\t" +
+  return json_text(leaf.name) + "\t" + state_text(leaf.state) + "\t" + name(leaf.dtype) + "\t" +
          shape_text(leaf.shape) + "\t" + checkpoint::hex16(leaf.crc.ecma) + "\t" +
          checkpoint::hex16(leaf.crc.jones) + "\n";
 }

@@ -12,6 +12,7 @@ docs/peer_report.md and docs/peer_matrix.svg are written. Groups of facts:
     control    what round robin saves equals what the same run saves without it
     universal  DeepSpeed loads our universal form, at the same and at another topology
     reshard    DeepSpeed loads our resharded save folder by a plain load_checkpoint
+    loader     where DeepSpeed's loader is wrong, whatever it is given
     matrix     each recorded checkpoint through DeepSpeed's tools and through ours
     reading    what this version of DeepSpeed saves, converted by its tools and by ours
 
@@ -22,90 +23,33 @@ scripts/test. Exit status: 0 every fact about our files is right, 1 one is not, 
 Not verified: other models, GPUs, NVMe, several nodes; that two steps stay equal after the first.
 """
 import argparse
-import collections
 import glob
-import html
 import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 
+import peer_plan
+import peer_report
 import record_traces
+from peer_report import first_words
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 RECORDINGS = os.path.join(ROOT, "traces", "deepspeed")
 PINS = "torch==2.13.0 numpy packaging psutil ninja setuptools wheel".split()
 REFERENCE = "0.19.8"
-TIMEOUT_S = 300
+TIMEOUT_S, COMPILE_S = 300, 1800  # the first run compiles an operator of DeepSpeed
 EQUAL_STATE = ("weights", "exp_avg", "exp_avg_sq", "steps")
 # The config is the run's own; the recovery scripts are copies of DeepSpeed's sources.
 SAVED_AGAIN = ("--ignore", r"\['ds_config'\]", "--ignore-file", "*.py")
-RR_OFF = {"zero": {}}
-
-Universal = collections.namedtuple("Universal", "source to change recorded")
-Reshard = collections.namedtuple("Reshard", "source to theirs")
-UNIVERSALS = [
-    Universal("z1_bf16_dp2", "dp=2", {}, None),
-    Universal("z1_bf16_dp2", "dp=4", {}, "z1_dp2_to_z1_dp4"),
-    Universal("z1_bf16_dp2", "dp=3,stage=2", {}, "z1_dp2_to_z2_dp3"),
-    Universal("z1_fp32_dp3", "dp=3", {}, None),
-    Universal("z1_fp32_dp3", "dp=2", {}, None),
-    Universal("z2_bf16_dp4", "dp=4", {}, None),
-    Universal("z2_bf16_dp4", "dp=3", {}, None),
-    Universal("z3_bf16_dp3", "dp=3", {}, None),
-    Universal("z3_bf16_dp3", "dp=2", {}, "z3_dp3_to_z3_dp2"),
-    Universal("z1_bf16opt_dp2", "dp=3", {}, None),
-    Universal("z2_rr_dp3", "dp=3", RR_OFF, None),
-    Universal("z2_rr_dp3", "dp=2", RR_OFF, None),
-    Universal("z2_rr_dp3", "dp=3", {}, None),
-]
-# theirs: a recording; "universal": DeepSpeed loads its own universal form there; "rr": ours is
-# loaded with round robin off, as its own is wrong; "source": it cannot go there, so the source's.
-RESHARDS = [
-    Reshard("z1_bf16_dp2", "dp=4", "z1_dp2_to_z1_dp4"),
-    Reshard("z1_bf16_dp2", "dp=3,stage=2", "z1_dp2_to_z2_dp3"),
-    Reshard("z3_bf16_dp3", "dp=2", "z3_dp3_to_z3_dp2"),
-    Reshard("z2_bf16_dp4", "dp=2", "universal"),
-    Reshard("z3_bf16_dp2_frozen", "dp=3", "universal"),
-    Reshard("z1_fp16_dp2", "dp=3", "universal"),
-    Reshard("z1_fp32_dp3", "dp=2", "universal"),
-    Reshard("z1_never_stepped_dp2", "dp=3", "universal"),
-    Reshard("z1_bf16opt_dp2", "dp=3", "universal"),
-    Reshard("z3_fp32_dp2_subgroups", "dp=3", "universal"),
-    Reshard("z2_rr_dp3", "dp=2", "rr"),
-    Reshard("z2_rr_dp3", "dp=3", "source"),
-    Reshard("z1_bf16_dp2", "dp=2,stage=3", "source"),
-    Reshard("z3_bf16_dp2_frozen", "dp=2,stage=1", "source"),
-    Reshard("z3_bf16_dp3", "dp=2,stage=1", None),
-    Reshard("z1_bf16_dp2", "dp=2,stage=0", "source"),
-    Reshard("z0_bf16_dp2", "dp=2,stage=2", "source"),
-    Reshard("z0_fp32_dp2_groups", "dp=2,stage=3", "source"),
-    Reshard("z3_never_stepped_dp2", "dp=3,stage=1", None),
-    Reshard("z2_sgdm_dp2", "dp=3", None),
-    Reshard("z3_sgdm_dp2", "dp=2,stage=1", "source"),
-]
-OLDER = {"z1_bf16_dp2 dp=4", "z1_bf16_dp2 dp=3,stage=2", "z3_bf16_dp3 dp=2", "z2_bf16_dp4 dp=2",
-         "z1_fp32_dp3 dp=2", "z1_bf16_dp2 dp=2,stage=3", "z3_bf16_dp2_frozen dp=2,stage=1",
-         "z0_bf16_dp2 dp=2,stage=2", "z2_rr_dp3 dp=2", "z3_bf16_dp2_frozen dp=3"}
-READINGS = ["z1_bf16_dp2", "z1_fp32_dp3", "z2_bf16_dp4", "z3_bf16_dp3", "z3_bf16_dp2_frozen",
-            "z0_bf16_dp2"]
+PADDING = ("--ignore", r"\['(fp32_flat_groups|frozen_param_fragments)'\]")
+SLICES = ("--ignore", r"\['param_slice_mappings'\]")
 ANOTHER_STAGE = {0: 2, 1: 3, 2: 3, 3: 1}
-
-
-def first_words(text, count=260):
-    """The line that says why, without any machine's paths."""
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    told = [line for line in lines if re.match(r"(\w+\.)*\w*(Error|Exception)\b|isoshard: ", line)]
-    line = (told or lines or ["it said nothing"])[-1]
-    line = re.sub(r"/[^\s'\"]*/([^\s'\"/]*)", r"\1", line)
-    return line[:count] + ("…" if len(line) > count else "")
 
 
 def settings(source):
@@ -113,6 +57,11 @@ def settings(source):
         case = json.load(file)
     case = {k: v for k, v in case.items() if k != "versions" and not k.endswith("_fails_with")}
     return {"world": case.get("dp"), **case}
+
+
+def writer_of(source):
+    with open(os.path.join(RECORDINGS, source, "case.json")) as file:
+        return json.load(file).get("versions", {}).get("deepspeed", REFERENCE)
 
 
 def target_case(case, to, change=()):
@@ -136,13 +85,16 @@ class Peer:
 
     def __init__(self, options, version, overlay):
         self.python, self.program, self.version = options.python, options.program, version
-        self.work = os.path.join(options.out, version)
+        self.work, self.server = os.path.join(options.out, version), None
+        self.operators = os.path.join(options.out, "operators-" + version)
         self.env = dict(record_traces.environment(self.python), PYTHONPATH=overlay,
                         PYTHONDONTWRITEBYTECODE="1",
-                        TORCH_EXTENSIONS_DIR=os.path.join(options.out, "extensions-" + version))
+                        TORCH_EXTENSIONS_DIR=self.operators)
         if version >= "0.17":
             del self.env["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]  # only older ones need it
         os.makedirs(self.work, exist_ok=True)
+        for left in glob.glob(os.path.join(self.operators, "*", "lock")):
+            os.remove(left)  # a run killed while compiling: every later one would wait for ever
 
     def path(self, name, part, below=""):
         return os.path.join(self.work, f"{name}-{part}".translate({44: "_", 61: None}), below)
@@ -152,73 +104,67 @@ class Peer:
         shutil.rmtree(path, ignore_errors=True)
         return path
 
-    def run(self, *command, timeout=TIMEOUT_S):
+    def ask(self, kind, arguments, logs, env=({},), timeout_s=TIMEOUT_S):
+        """(they ended well, what the one that failed said)"""
+        if self.server is None:
+            with open(os.path.join(self.work, "server.log"), "w") as log:
+                self.server = subprocess.Popen([self.python, os.path.join(HERE, "peer_case.py")],
+                                               env=self.env, text=True, stderr=log,
+                                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        children = [{"argument": argument, "log": log, "env": variables} for
+                    argument, log, variables in zip(arguments, logs, env)]
+        request = {"kind": kind, "timeout_s": timeout_s, "children": children}
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        states = json.loads(self.server.stdout.readline())
+        failed = [n for n, state in enumerate(states) if state] or \
+            [n for n, state in enumerate(states) if state is None] or [0]
+        with open(logs[failed[0]], errors="replace") as log:
+            text = log.read()
+        hung = None in states and not any(states)
+        return set(states) == {0}, text + ("\nTimeoutError: it hung" if hung else "")
+
+    def run(self, *command):
         """(it ended well, what it said)"""
-        with tempfile.TemporaryFile() as log:
-            started = subprocess.Popen(command, env=self.env, stdout=log, stderr=log,
-                                       start_new_session=True)
-            try:
-                status = started.wait(timeout)
-            except subprocess.TimeoutExpired:
-                status = "it hung"
-            if status == "it hung":
-                os.killpg(started.pid, signal.SIGKILL)
-                started.wait()
-            log.seek(0)
-            text = log.read().decode(errors="replace")
-        return status == 0, text if status != "it hung" else f"{text}\nTimeoutError: it hung"
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                              errors="replace")
+        return done.returncode == 0, done.stdout
 
     def isoshard(self, *arguments):
         return self.run(self.program, *arguments)
 
-    def job(self, **entries):
-        with tempfile.NamedTemporaryFile("w", dir=self.work, suffix=".json", delete=False) as file:
-            json.dump(entries, file)
-        return file.name
-
-    def engine(self, case, load, out, look="param", steps=1):
-        """Runs one process a rank; the first failure ends them all."""
+    def engine(self, case, load, out, look="param", steps=1, truth=None):
+        """Real ranks, one process each."""
         os.makedirs(out, exist_ok=True)
-        job = self.job(case=case, load=load, out=out, look=look, steps=steps)
+        job = {"case": case, "load": load, "out": out, "look": look, "steps": steps,
+               "truth": truth}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
-        world, ranks, deadline = str(case["world"]), [], time.monotonic() + TIMEOUT_S
-        logs = [open(os.path.join(out, f"log{n}.txt"), "w+b") for n in range(case["world"])]
-        for rank, log in enumerate(logs):
-            env = dict(self.env, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank),
-                       WORLD_SIZE=world, LOCAL_RANK=str(rank), LOCAL_SIZE=world)
-            ranks.append(subprocess.Popen(
-                [self.python, os.path.join(HERE, "peer_case.py"), "--rank", job],
-                env=env, stdout=log, stderr=log))
-        while time.monotonic() < deadline and {r.poll() for r in ranks} in ({None}, {None, 0}):
-            time.sleep(0.1)
-        states = [rank.poll() for rank in ranks]
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        world = str(case["world"])
+        env = [{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank),
+                "WORLD_SIZE": world, "LOCAL_RANK": str(rank), "LOCAL_SIZE": world}
+               for rank in range(case["world"])]
+        logs = [os.path.join(out, f"log{rank}.txt") for rank in range(case["world"])]
+        operator = "cpu_adam" if case.get("ds_adam") else "deepspeed_shm_comm"
+        built = os.path.exists(os.path.join(self.operators, operator, operator + ".so"))
+        result = self.ask("rank", [job] * case["world"], logs, env,
+                          TIMEOUT_S if built else COMPILE_S)
         for left in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{port}_*"):
             os.remove(left)  # 66 MiB a rank that DeepSpeed never frees
-        for log in logs:
-            log.close()
-        failed = [n for n, state in enumerate(states) if state not in (0, None)] or \
-            [n for n, state in enumerate(states) if state is None]
-        if not failed:
-            return True, ""
-        with open(os.path.join(out, f"log{failed[0]}.txt"), errors="replace") as log:
-            text = log.read()
-        return False, text + ("\nTimeoutError: it hung" if set(states) <= {None, 0} else "")
+        return result
 
     def tool(self, name, ckpt, out):
         """DeepSpeed's own converter on a save folder."""
+        log = [os.path.join(self.work, "tool.log")]
         if name == "zero_to_fp32":
-            return self.run(self.python, "-m", "deepspeed.utils.zero_to_fp32", ckpt, out)
+            return self.ask("module", [["deepspeed.utils.zero_to_fp32", ckpt, out]], log)
         with open(os.path.join(ckpt, "latest")) as file:
             tag = file.read().strip()
-        return self.run(
-            self.python, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
-            "--num_extract_workers", "1", "--num_merge_workers", "1", "--input_folder",
-            os.path.join(ckpt, tag), "--output_folder", os.path.join(out, tag + "_universal"))
+        command = ["deepspeed.checkpoint.ds_to_universal", "--inject_missing_state",
+                   "--num_extract_workers", "1", "--num_merge_workers", "1",
+                   "--input_folder", os.path.join(ckpt, tag),
+                   "--output_folder", os.path.join(out, tag + "_universal")]
+        return self.ask("module", [command], log)
 
     def ours(self, name, ckpt, out, *more):
         if name == "zero_to_fp32":
@@ -231,6 +177,18 @@ class Peer:
         good, text = self.run(sys.executable, os.path.join(HERE, "compare_torch.py"), expected,
                               found, "--max", "3", *ignore)
         return ("equal", "") if good else ("different", text.strip().splitlines()[0][:300])
+
+    def same_saved(self, expected, found, case):
+        """Aside what DeepSpeed never initialises at stage 3 and what it gets wrong by itself."""
+        outcome, aside = self.compare(expected, found, *SAVED_AGAIN), ()
+        if case["stage"] == 3:
+            aside = PADDING
+        elif case.get("zero", {}).get("round_robin_gradients"):
+            aside = SLICES
+        if outcome[0] == "different" and aside and \
+                self.compare(expected, found, *SAVED_AGAIN, *aside)[0] == "equal":
+            return self.same_state(expected, found)
+        return outcome
 
     def digests(self, folder):
         good, text = self.isoshard("digest", folder)
@@ -248,9 +206,9 @@ class Peer:
 
     def judge(self, kind, found, source):
         """Against what the recording calls true; torch reads both."""
-        job = self.job(kind=kind, found=found, case=settings(source),
-                       recording=os.path.join(RECORDINGS, source))
-        good, text = self.run(self.python, os.path.join(HERE, "peer_case.py"), "--judge", job)
+        job = {"kind": kind, "found": found, "case": settings(source),
+               "recording": os.path.join(RECORDINGS, source)}
+        good, text = self.ask("judge", [job], [os.path.join(self.work, "judge.log")])
         if not good:
             return "unjudged", first_words(text)
         said = json.loads(text.strip().splitlines()[-1])
@@ -279,15 +237,15 @@ def aa(peer, source):
         if failed:
             yield kind, "refused", first_words(failed[0])
         else:
-            yield (kind, *equal_as_right(peer.compare(
-                os.path.join(outs[0], "step"), os.path.join(outs[1], "step"))))
+            saved = [os.path.join(out, "step") for out in outs]
+            yield (kind, *equal_as_right(peer.same_saved(*saved, case)))
 
 
 def control(peer, source):
     """Round robin moves shards, never values: with and without it the saved state is one."""
-    case = settings(source)
+    cases = settings(source), {**settings(source), **peer_plan.RR_OFF}
     outs = [peer.folder("control", source, way) for way in ("on", "off")]
-    runs = [peer.engine(c, None, out, steps=3) for c, out in zip((case, {**case, **RR_OFF}), outs)]
+    runs = [peer.engine(case, None, out, steps=3) for case, out in zip(cases, outs)]
     failed = [text for good, text in runs if not good]
     if failed:
         yield "state", "refused", first_words(failed[0])
@@ -317,27 +275,31 @@ def universal(peer, source, to, change=(), recorded=None):
                 os.path.join(RECORDINGS, recorded, "ckpt"), again, *SAVED_AGAIN)))
 
 
-def theirs_of(peer, item, case, ours_step, name):
-    """One step from theirs, the same one; yields checks."""
-    recording, out = os.path.join(RECORDINGS, item.source), peer.folder(name, "theirs")
-    exact, ours = item.theirs not in ("rr", "source"), os.path.dirname(ours_step)
-    if item.theirs == "universal" or item.theirs == "rr":
+def compare_with_theirs(peer, source, theirs, case, name):
+    """Files, and one step from theirs, the same one."""
+    recording, truth = os.path.join(RECORDINGS, source), None
+    out = peer.folder(name, "theirs")
+    ours_step, again = peer.path(name, "out", "step"), peer.path(name, "out", "again")
+    if theirs in ("universal", "rr"):
         case, load = {**case, "load_universal": True}, os.path.join(recording, "universal")
-        if item.theirs == "rr":
-            case, load = {**case, **RR_OFF}, peer.folder(name, "universal")
+        if theirs == "rr":
+            case, load = {**case, **peer_plan.RR_OFF}, peer.folder(name, "universal")
             peer.ours("ds_to_universal", os.path.join(recording, "ckpt"), load)
-    elif item.theirs == "source":
-        case, load = settings(item.source), os.path.join(recording, "ckpt")
+    elif theirs == "source":
+        case, load = settings(source), os.path.join(recording, "ckpt")
+    elif theirs == "truth":
+        load, truth = None, os.path.join(recording, "truth", "rank0.pt")
     else:
-        load = os.path.join(RECORDINGS, item.theirs, "ckpt")
-    good, text = peer.engine(case, load, out)
+        load = os.path.join(RECORDINGS, theirs, "ckpt")
+    good, text = peer.engine(case, load, out, truth=truth)
     if not good:
         yield "same step as theirs", "none", "theirs: " + first_words(text)
         return
-    if exact and peer.version == REFERENCE:
-        yield ("files = theirs", *equal_as_right(peer.compare(
-            os.path.join(out, "again"), os.path.join(ours, "again"), *SAVED_AGAIN)))
-        outcome = peer.compare(os.path.join(out, "step"), ours_step, *SAVED_AGAIN)
+    if theirs not in ("rr", "source", "truth") and peer.version == REFERENCE:
+        yield ("files = theirs", *equal_as_right(peer.same_saved(
+            os.path.join(out, "again"), again, case)))
+    if theirs in ("universal", "truth") or "_to_" in theirs and peer.version == REFERENCE:
+        outcome = peer.same_saved(os.path.join(out, "step"), ours_step, case)
     else:
         outcome = peer.same_state(os.path.join(out, "step"), ours_step)
     yield ("same step as theirs", *equal_as_right(outcome))
@@ -365,6 +327,16 @@ def converters(peer, ours, name, source):
             yield tool, "WRONG", outcome[1]
 
 
+def refused_too(peer, case, name, words):
+    """What DeepSpeed does with a save folder of the same shape that it wrote itself."""
+    own = peer.folder(name, "own")
+    saved, _ = peer.engine(case, None, own, steps=case.get("steps", 3))
+    good, text = peer.engine(case, os.path.join(own, "step"), peer.folder(name, "ownload"))
+    if saved and not good and first_words(text) == words:
+        return "refused too", f"its own save folder of this shape as well: {words}"
+    return "refused", words
+
+
 def plain_load(peer, source, to, name, steps):
     """Resharded by us, loaded by a plain load_checkpoint."""
     ours, out = peer.folder(name, "ours"), peer.folder(name, "out")
@@ -375,25 +347,25 @@ def plain_load(peer, source, to, name, steps):
     if not good:
         return
     good, text = peer.engine(case, ours, out, look_of(case), steps)
-    yield "load", *(("right", "") if good else ("refused", first_words(text)))
+    yield "load", *(("right", "") if good else refused_too(peer, case, name, first_words(text)))
     if good:
         yield ("live state", *peer.judge("live", os.path.join(out, "live"), source))
         again = os.path.join(out, "again")
-        outcome = peer.compare(ours, again, *SAVED_AGAIN) if peer.version == REFERENCE else \
-            peer.same_state(ours, again)
+        outcome = peer.same_saved(ours, again, case) \
+            if peer.version == writer_of(source) else peer.same_state(ours, again)
         yield ("saved again = ours", *equal_as_right(outcome))
 
 
-def reshard(peer, item):
-    name = f"reshard-{item.source}-{item.to}"
-    case, results = target_case(settings(item.source), item.to), {}
-    for fact in plain_load(peer, item.source, item.to, name, 1):
+def reshard(peer, source, to, theirs):
+    name = f"reshard-{source}-{to}"
+    case, results = target_case(settings(source), to), {}
+    for fact in plain_load(peer, source, to, name, 1):
         results[fact[0]] = fact[1]
         yield fact
-    if results.get("load") == "right" and item.theirs:
-        yield from theirs_of(peer, item, case, peer.path(name, "out", "step"), name)
+    if results.get("load") == "right" and theirs:
+        yield from compare_with_theirs(peer, source, theirs, case, name)
     if results["reshard"] == "right" and case["stage"]:
-        yield from converters(peer, peer.path(name, "ours"), name, item.source)
+        yield from converters(peer, peer.path(name, "ours"), name, source)
 
 
 def loaded(peer, source, to):
@@ -451,13 +423,6 @@ def reading(peer, source):
             yield (tool, *equal_as_right(peer.compare(*outs)))
 
 
-# ---- The report.
-
-
-def write_report(lines):
-    pass
-
-
 # ---- Running them.
 
 
@@ -466,15 +431,17 @@ def plan(version):
     for source in ("z1_bf16_dp2", "z3_bf16_dp3"):
         yield "aa", source, lambda p, s=source: aa(p, s)
     yield "control", "z2_rr_dp3", lambda p: control(p, "z2_rr_dp3")
-    for case in UNIVERSALS:
-        if version == REFERENCE or not case.source.startswith("z1_bf16opt"):
-            off = " round robin off" if case.change else ""
-            yield "universal", f"{case.source} {case.to}{off}", lambda p, c=case: universal(p, *c)
-    for case in RESHARDS:
-        title = f"{case.source} {case.to}"
-        if version == REFERENCE or title in OLDER:
-            yield "reshard", title, lambda p, c=case: reshard(p, c)
-    for source in READINGS:
+    for case in peer_plan.UNIVERSALS:
+        title = f"{case[0]} {case[1]}"
+        if version == REFERENCE or title in peer_plan.OLDER:
+            off = " round robin off" if case[2] else ""
+            group = "loader" if case[0].startswith("z2_rr") and not off else "universal"
+            yield group, title + off, lambda p, c=case: universal(p, *c)
+    for case in peer_plan.RESHARDS:
+        title = f"{case[0]} {case[1]}"
+        if version == REFERENCE or title in peer_plan.OLDER:
+            yield "reshard", title, lambda p, c=case: reshard(p, *c)
+    for source in peer_plan.READINGS:
         yield "reading", source, lambda p, s=source: reading(p, s)
     for source in sorted(os.listdir(RECORDINGS)) if version == REFERENCE else ():
         if "_to_" not in source:
@@ -482,7 +449,7 @@ def plan(version):
 
 
 def run_plan(options, version, overlay, results):
-    peer, bad = Peer(options, version, overlay), 0
+    peer, bad = Peer(options, version, overlay), 0  # its server ends with its standard input
     for group, title, checks in plan(version):
         if not re.search(options.cases, f"{group} {title}"):
             continue
@@ -491,19 +458,12 @@ def run_plan(options, version, overlay, results):
             line = {"version": version, "group": group, "case": title, "check": check,
                     "result": result, "detail": detail}
             results.write(json.dumps(line) + "\n")
-            bad += is_bad(line)
+            bad += peer_report.is_bad(line)
         results.flush()
         print(f"{version} {group} {title}: {time.monotonic() - start:.0f} s", flush=True)
-        for left in glob.glob(os.path.join(peer.work, "*")) if not options.keep else ():
-            shutil.rmtree(left) if os.path.isdir(left) else os.remove(left)
+        for left in glob.glob(os.path.join(peer.work, "*", "")) if not options.keep else ():
+            shutil.rmtree(left)
     return bad
-
-
-def is_bad(line):
-    """A refusal of DeepSpeed's, or its own wrong output, says nothing against our files."""
-    if line["group"] == "matrix":
-        return line["check"].startswith("isoshard") and line["result"] == "wrong"
-    return line["result"] in ("WRONG", "wrong", "refused")
 
 
 def overlay_of(options, version):
@@ -554,7 +514,7 @@ def main(arguments):
     with open(path) as file:
         lines = {tuple(line[k] for k in ("version", "group", "case", "check")): line
                  for line in map(json.loads, file)}  # the last run of a fact counts
-    write_report(list(lines.values()))
+    peer_report.write(list(lines.values()), REFERENCE)
     return 1 if bad else 0
 
 

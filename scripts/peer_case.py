@@ -1,23 +1,36 @@
 #!/usr/bin/env python3
 """What scripts/peer.py runs under the Python that has torch and DeepSpeed.
 
-    peer_case.py --rank JOB      one rank of the real engine: load, look, save again, step, save
-    peer_case.py --judge JOB     are these values the ones that the recording calls true?
+    peer_case.py < REQUESTS > REPLIES      one JSON object a line
 
-JOB is a JSON file. Of a rank: {case, load, out, look, steps}; `case` as in traces/README.md, `load`
-a save folder or null, `look` "all" or "param". OUT then holds live/rankN.pt (the state after the
-load), again/ (saved at once) and step/ (saved after `steps` further steps). Of a judgement: {kind,
-found, recording, case}; it prints one JSON object.
+A request is {kind, timeout_s, children: [{log, env, argument}]}. Each child is a process of its
+own, forked after torch and DeepSpeed were imported: importing costs more than all else a case does.
+The first child that fails ends the others. The reply lists their exit statuses, null for a child
+that had to be ended. Kinds, and what `argument` is:
+
+    rank    one rank of the real engine: load, look, save again, step, save.
+            {case, load, truth, out, look, steps}; `case` as in traces/README.md, `load` a save
+            folder or null, `look` "all" or "param". OUT then holds live/rankN.pt (the state after
+            the load), again/ (saved at once) and step/ (saved after `steps` further steps). With
+            `truth`, a recorded rankN.pt, the state is set from it before the steps
+    judge   are these values the ones that the recording calls true? {kind, found, recording, case};
+            the log is one JSON object
+    module  a module of DeepSpeed as `python -m` runs it: [name, argument…]
 
 The engine and its model are those of scripts/record_traces.py, so what differs is the checkpoint.
 
 Not verified: the last bits of a master where the recording has no truth for it (round robin, two
 groups on three ranks): then the master is only cast and compared with the model's own weights.
 """
+import contextlib
 import glob
 import json
 import os
+import runpy
+import signal
 import sys
+import time
+import traceback
 
 import record_traces
 
@@ -45,6 +58,13 @@ def whole_weights(engine):
     return found
 
 
+def gather_mode():
+    """DeepSpeed before 0.19 gathers into views with autograd on, which torch 2.13 refuses."""
+    import deepspeed
+    import torch
+    return torch.no_grad() if deepspeed.__version__ < "0.19" else contextlib.nullcontext()
+
+
 def train(engine, steps, rank, world):
     import torch
     generator = torch.Generator().manual_seed(SEED_STEPS)
@@ -52,7 +72,30 @@ def train(engine, steps, rank, world):
     for _ in range(steps):
         tokens = torch.randint(0, record_traces.VOCABULARY, size, generator=generator)[rank]
         engine.backward(engine(tokens, tokens.roll(1, -1)))
-        engine.step()
+        with gather_mode():
+            engine.step()
+
+
+def set_state(engine, truth, rank, world):
+    """The recorded truth, through DeepSpeed's own setters: a load in which no file takes part."""
+    import deepspeed
+    import torch
+    from deepspeed import utils
+    for name, parameter in engine.module.named_parameters():
+        whole = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=whole):
+            parameter.data.copy_(truth[name]["param"])
+        for state, value in truth[name].items() if parameter.requires_grad else ():
+            if whole:  # its setter of a whole tensor fails where the ranks' shares are uneven
+                share = -(-value.numel() // world)
+                padded = torch.zeros(share * world)
+                padded[:value.numel()] = value.flatten()
+                value = padded[share * rank:share * (rank + 1)]
+            kind = "local" if whole else "full"
+            if state == "fp32":
+                getattr(utils, f"safe_set_{kind}_fp32_param")(parameter, value)
+            elif state != "param":
+                getattr(utils, f"safe_set_{kind}_optimizer_state")(parameter, value, state)
 
 
 def run_rank(job):
@@ -66,7 +109,8 @@ def run_rank(job):
     rank, excludes = torch.distributed.get_rank(), bool(case.get("exclude_frozen"))
     engine = make_engine(case)
     if job["load"]:
-        path, found = engine.load_checkpoint(job["load"], load_module_strict=not excludes)
+        with gather_mode():
+            path, found = engine.load_checkpoint(job["load"], load_module_strict=not excludes)
         if path is None:
             raise SystemExit("load_checkpoint returned None")
         client_state = {key: found[key] for key in client_state}  # what the folder says, not we
@@ -80,7 +124,10 @@ def run_rank(job):
         torch.save(live, os.path.join(out, "live", f"rank{rank}.pt"))
         engine.save_checkpoint(os.path.join(out, "again"), client_state=client_state,
                                exclude_frozen_parameters=excludes)
-    if job["steps"]:
+    if job.get("truth"):  # the steps before it make the counters and the learning rate right
+        train(engine, case.get("steps", 3), rank, case["world"])
+        set_state(engine, load(job["truth"]), rank, case["world"])
+    if job["steps"] or not job["load"]:
         train(engine, job["steps"], rank, case["world"])
         engine.save_checkpoint(os.path.join(out, "step"), client_state=client_state,
                                exclude_frozen_parameters=excludes)
@@ -103,7 +150,7 @@ def model_states(recording):
                 if os.path.exists(path))
 
 
-def expectation(recording, case):
+def expectation(recording, case, kind):
     """({name: {state: tensor}}, {other name: tensor}, where from): trained, and the rest."""
     states, trained, other, origin = model_states(recording), {}, {}, "truth"
     paths = sorted(glob.glob(os.path.join(glob.escape(recording), "truth", "rank0.pt")))
@@ -127,7 +174,9 @@ def expectation(recording, case):
     other.update({name: states["module"][name] for name in states["buffer_names"]})
     for alias, name in (states["shared_params"] or {}).items():
         if name in trained:
-            other[alias] = trained[name].get("fp32", trained[name]["param"])
+            # DeepSpeed's universal form holds the alias as rounded as the model computes with it.
+            master = "fp32" if kind == "fp32" else "param"
+            other[alias] = trained[name].get(master, trained[name]["param"])
     return trained, other, origin if trained else "nothing"
 
 
@@ -166,7 +215,7 @@ def same(found, expected):
 
 
 def judge(job):
-    trained, other, origin = expectation(job["recording"], job["case"])
+    trained, other, origin = expectation(job["recording"], job["case"], job["kind"])
     readers = {"universal": read_universal, "fp32": read_fp32, "live": read_live}
     compared, differ, left_out = 0, set(), set()
     copies = readers[job["kind"]](job["found"])
@@ -198,14 +247,70 @@ def judge(job):
             "left_out": [] if job["kind"] == "live" else sorted(left_out)}
 
 
-def main(arguments):
-    with open(arguments[1]) as file:
-        job = json.load(file)
-    if arguments[0] == "--judge":
-        print(json.dumps(judge(job)))
-    else:
-        run_rank(job)
+def run_module(argument):
+    sys.argv = list(argument)
+    runpy.run_module(argument[0], run_name="__main__", alter_sys=True)
+
+
+KINDS = {"rank": run_rank, "judge": lambda job: print(json.dumps(judge(job))),
+         "module": run_module}
+
+
+# ---- One process for all requests, one forked child for each rank.
+
+
+def child(kind, entries):
+    """Never returns."""
+    status = 1
+    try:
+        os.setsid()
+        log = os.open(entries["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ.update(entries.get("env", {}))
+        KINDS[kind](entries["argument"])
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        print("" if isinstance(end.code, int) or end.code is None else f"Error: {end.code}")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def answer(request):
+    pids, states = [], {}
+    for entries in request["children"]:
+        pid = os.fork()
+        if pid == 0:
+            child(request["kind"], entries)
+        pids.append(pid)
+    deadline = time.monotonic() + request["timeout_s"]
+    while len(states) < len(pids) and not any(states.values()) and time.monotonic() < deadline:
+        for pid in set(pids) - set(states):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                states[pid] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    for pid in set(pids) - set(states):
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    return [states.get(pid) for pid in pids]
+
+
+def main():
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # DeepSpeed logs to the standard output
+    import deepspeed.checkpoint.ds_to_universal
+    import deepspeed.utils.zero_to_fp32
+    import torch
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=replies, flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -32,6 +32,7 @@ LAYERS = {
     "engine": ("core", "checkpoint", "reshard"),
     "sim": ("core", "checkpoint", "reshard", "engine"),
     "properties": EVERYTHING,
+    "tests": EVERYTHING,
     "bench": EVERYTHING,
     "tools": EVERYTHING,
     "python": EVERYTHING,

@@ -5,10 +5,10 @@
 //
 // Not verified: damage to safetensors, which has no checksums; damage that also repairs every CRC.
 //
-// ISOSHARD_TRACES: folder with the recorded checkpoints (default: what CMake says). ISOSHARD_CASES: a
-// sanitizer build runs so many cases a test (default 300, at most 1,000), evenly spread. Any other
-// build turns over each byte outside payloads, and one bit of it; from 10,000 on (nightly) it flips
-// every single bit, too, and no payload byte is left out.
+// ISOSHARD_TRACES: folder with the recorded checkpoints (default: what CMake says). ISOSHARD_CASES:
+// a sanitizer build runs so many cases a test (default 300, at most 1,000), evenly spread. Any
+// other build turns over each byte outside payloads, and one bit of it; from 10,000 on (nightly) it
+// flips every single bit, too, and no payload byte is left out.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -48,7 +48,9 @@ int64_t asked_cases() {
   const char* asked = std::getenv("ISOSHARD_CASES");
   return asked != nullptr ? std::atoll(asked) : 300;
 }
-int64_t most_cases() { return ISOSHARD_SANITIZED ? std::clamp<int64_t>(asked_cases(), 1, 1000) : INT64_MAX; }
+int64_t most_cases() {
+  return ISOSHARD_SANITIZED ? std::clamp<int64_t>(asked_cases(), 1, 1000) : INT64_MAX;
+}
 bool is_nightly() { return !ISOSHARD_SANITIZED && asked_cases() >= 10'000; }
 
 // A recorded checkpoint in memory, and what one damaged copy of it does.
@@ -124,9 +126,12 @@ class Patient {
       options.digest = reshard::digested_leaves(state);
       for (size_t i = 0; i < state.files.size(); ++i) {
         const int64_t size = state.files[i].bytes().size_bytes();
-        options.digest.push_back(state.add_leaf(
-            {.name = state.files[i].relative, .state = "file", .dtype = DType::kUInt8, .shape = {size},
-             .fragments = {{0, size, static_cast<int>(i), 0}}}));
+        options.digest.push_back(
+            state.add_leaf({.name = state.files[i].relative,
+                            .state = "file",
+                            .dtype = DType::kUInt8,
+                            .shape = {size},
+                            .fragments = {{0, size, static_cast<int>(i), 0}}}));
       }
       const reshard::StreamResult read = reshard::digest_leaves(storage_, state, options);
       return "iso1:" + reshard::make_digest(state, read.leaves).root;
@@ -189,12 +194,14 @@ std::vector<Flip> flips_of(const Patient& patient, bool payload, int64_t step) {
   std::vector<Flip> flips;
   for (const auto& [path, bytes] : patient.files()) {
     const bool torch = bytes.rfind("PK", 0) == 0;
-    const std::vector<bool> inside = torch ? payload_bytes(bytes) : std::vector<bool>(bytes.size(), false);
+    const std::vector<bool> inside =
+        torch ? payload_bytes(bytes) : std::vector<bool>(bytes.size(), false);
     for (int64_t i = 0, seen = 0; i < static_cast<int64_t>(bytes.size()); ++i) {
       if (inside[static_cast<size_t>(i)] != payload || seen++ % step != 0) continue;
       flips.push_back({&path, i, 0xFF});
       for (int bit = 0; !payload && bit < 8; ++bit) {
-        if (is_nightly() || i % 8 == bit) flips.push_back({&path, i, static_cast<unsigned char>(1 << bit)});
+        if (is_nightly() || i % 8 == bit)
+          flips.push_back({&path, i, static_cast<unsigned char>(1 << bit)});
       }
     }
   }
@@ -214,7 +221,8 @@ enum class Where { kOutsidePayloads, kInPayloads };
 void flip(const std::string& recording, Where where, int64_t step) {
   Patient patient(recording);
   if (patient.files().empty()) GTEST_SKIP() << "no recording " << traces() / recording;
-  const std::vector<Flip> flips = flips_of(patient, where == Where::kInPayloads, is_nightly() ? 1 : step);
+  const std::vector<Flip> flips =
+      flips_of(patient, where == Where::kInPayloads, is_nightly() ? 1 : step);
   spread(static_cast<int64_t>(flips.size()), [&](int64_t i) {
     const Flip& flip = flips[static_cast<size_t>(i)];
     return patient.survives_flip(*flip.path, flip.offset, flip.mask);
@@ -222,15 +230,27 @@ void flip(const std::string& recording, Where where, int64_t step) {
   patient.report(recording.c_str());
 }
 
-TEST(Damage, EveryByteOutsidePayloadsOfStage0IsSeen) { flip("z0_bf16_dp2/ckpt", Where::kOutsidePayloads, 1); }
-TEST(Damage, EveryByteOutsidePayloadsOfStage1IsSeen) { flip("z1_bf16_dp2/ckpt", Where::kOutsidePayloads, 1); }
-TEST(Damage, EveryByteOutsidePayloadsOfStage3IsSeen) { flip("z3_bf16_dp2_frozen/ckpt", Where::kOutsidePayloads, 1); }
-TEST(Damage, EveryByteOutsidePayloadsOfWeightsIsSeen) { flip("z1_bf16_dp2/fp32", Where::kOutsidePayloads, 1); }
+TEST(Damage, EveryByteOutsidePayloadsOfStage0IsSeen) {
+  flip("z0_bf16_dp2/ckpt", Where::kOutsidePayloads, 1);
+}
+TEST(Damage, EveryByteOutsidePayloadsOfStage1IsSeen) {
+  flip("z1_bf16_dp2/ckpt", Where::kOutsidePayloads, 1);
+}
+TEST(Damage, EveryByteOutsidePayloadsOfStage3IsSeen) {
+  flip("z3_bf16_dp2_frozen/ckpt", Where::kOutsidePayloads, 1);
+}
+TEST(Damage, EveryByteOutsidePayloadsOfWeightsIsSeen) {
+  flip("z1_bf16_dp2/fp32", Where::kOutsidePayloads, 1);
+}
 // Some sixty files of much the same form.
-TEST(Damage, BytesOutsidePayloadsOfUniversalAreSeen) { flip("z1_bf16_dp2/universal", Where::kOutsidePayloads, 61); }
+TEST(Damage, BytesOutsidePayloadsOfUniversalAreSeen) {
+  flip("z1_bf16_dp2/universal", Where::kOutsidePayloads, 61);
+}
 
 TEST(Damage, PayloadBytesOfStage1AreSeen) { flip("z1_bf16_dp2/ckpt", Where::kInPayloads, 5); }
-TEST(Damage, PayloadBytesOfStage3AreSeen) { flip("z3_bf16_dp2_frozen/ckpt", Where::kInPayloads, 5); }
+TEST(Damage, PayloadBytesOfStage3AreSeen) {
+  flip("z3_bf16_dp2_frozen/ckpt", Where::kInPayloads, 5);
+}
 TEST(Damage, PayloadBytesOfWeightsAreSeen) { flip("z1_bf16_dp2/fp32", Where::kInPayloads, 3); }
 
 // The test's own test: a payload byte and both of its CRCs changed together give another digest
@@ -244,17 +264,24 @@ TEST(Damage, WhatIsSilentIsCounted) {
   const std::unique_ptr<WritableFile> file = storage.create("/probe");
   file->write_at(0, std::as_bytes(std::span(bytes)));
   const checkpoint::ZipIndex index = checkpoint::read_zip_index(*storage.open_read("/probe"));
-  const auto record = std::find_if(index.records.begin(), index.records.end(), [&](const checkpoint::ZipRecord& each) {
-    return each.name.rfind(index.prefix + "/data/", 0) == 0;
-  });
+  const auto record = std::find_if(index.records.begin(), index.records.end(),
+                                   [&](const checkpoint::ZipRecord& each) {
+                                     return each.name.rfind(index.prefix + "/data/", 0) == 0;
+                                   });
   ASSERT_NE(record, index.records.end());
-  const auto crc_bytes = [](uint32_t crc) { return std::string(reinterpret_cast<const char*>(&crc), 4); };
+  const auto crc_bytes = [](uint32_t crc) {
+    return std::string(reinterpret_cast<const char*>(&crc), 4);
+  };
   std::string forged = bytes;
   forged[static_cast<size_t>(record->data_offset)] ^= 1;
-  const std::string payload = forged.substr(static_cast<size_t>(record->data_offset), static_cast<size_t>(record->size_bytes));
-  const std::string now = crc_bytes(checkpoint::crc32_of(std::as_bytes(std::span(payload)))), then = crc_bytes(record->crc32);
+  const std::string payload = forged.substr(static_cast<size_t>(record->data_offset),
+                                            static_cast<size_t>(record->size_bytes));
+  const std::string now = crc_bytes(checkpoint::crc32_of(std::as_bytes(std::span(payload)))),
+                    then = crc_bytes(record->crc32);
   int replaced = 0;
-  for (size_t at = forged.find(then); at != std::string::npos; at = forged.find(then, at + 4), ++replaced) forged.replace(at, 4, now);
+  for (size_t at = forged.find(then); at != std::string::npos;
+       at = forged.find(then, at + 4), ++replaced)
+    forged.replace(at, 4, now);
   EXPECT_EQ(replaced, 2);
   EXPECT_FALSE(patient.survives(path, forged, "forged"));
   EXPECT_EQ(patient.silent(), 1u);
@@ -266,17 +293,26 @@ void truncate_all(const std::string& recording, const std::string& name, int64_t
   for (const auto& [path, bytes] : patient.files()) {
     if (path.find(name) == std::string::npos) continue;
     spread((static_cast<int64_t>(bytes.size()) + step - 1) / step, [&](int64_t i) {
-      return patient.survives(path, bytes.substr(0, static_cast<size_t>(i * step)), path + " cut to " + std::to_string(i * step));
+      return patient.survives(path, bytes.substr(0, static_cast<size_t>(i * step)),
+                              path + " cut to " + std::to_string(i * step));
     });
   }
   patient.report(recording.c_str());
 }
 
-TEST(Damage, EveryTruncationOfAModelFileIsSeen) { truncate_all("z1_bf16_dp2/ckpt", "model_states", 1); }
-TEST(Damage, EveryTruncationOfWeightsIsSeen) { truncate_all("z1_bf16_dp2/fp32", "pytorch_model", 1); }
+TEST(Damage, EveryTruncationOfAModelFileIsSeen) {
+  truncate_all("z1_bf16_dp2/ckpt", "model_states", 1);
+}
+TEST(Damage, EveryTruncationOfWeightsIsSeen) {
+  truncate_all("z1_bf16_dp2/fp32", "pytorch_model", 1);
+}
 TEST(Damage, EveryTruncationOfLatestIsSeen) { truncate_all("z1_bf16_dp2/ckpt", "latest", 1); }
-TEST(Damage, TruncationsOfOptimizerFilesAreSeen) { truncate_all("z1_bf16_dp2/ckpt", "optim_states", 5); }
-TEST(Damage, TruncationsOfStage3FilesAreSeen) { truncate_all("z3_bf16_dp2_frozen/ckpt", ".pt", 11); }
+TEST(Damage, TruncationsOfOptimizerFilesAreSeen) {
+  truncate_all("z1_bf16_dp2/ckpt", "optim_states", 5);
+}
+TEST(Damage, TruncationsOfStage3FilesAreSeen) {
+  truncate_all("z3_bf16_dp2_frozen/ckpt", ".pt", 11);
+}
 
 // Bytes behind the end: zeros, garbage, the file once more, the tail of a longer older file.
 TEST(Damage, BytesBehindTheEndAreSeen) {
@@ -293,7 +329,8 @@ TEST(Damage, BytesBehindTheEndAreSeen) {
     patient.survives(path, bytes + bytes, path + " twice");
     for (const auto& [other, older] : patient.files()) {
       if (older.size() <= bytes.size() || other.find(".pt") == std::string::npos) continue;
-      patient.survives(path, bytes + older.substr(bytes.size()), path + " written over the longer " + other);
+      patient.survives(path, bytes + older.substr(bytes.size()),
+                       path + " written over the longer " + other);
     }
   }
   patient.report("z1_bf16_dp2");
@@ -306,19 +343,26 @@ TEST(Damage, RandomBurstsAreSeen) {
   std::vector<const std::string*> paths;
   for (const auto& [path, bytes] : patient.files()) paths.push_back(&path);
   spread(6000, [&](int64_t i) {
-    const auto random = [&](uint64_t which) { return keyed_random(20260822, {static_cast<uint64_t>(i), which}); };
+    const auto random = [&](uint64_t which) {
+      return keyed_random(20260822, {static_cast<uint64_t>(i), which});
+    };
     const std::string& path = *paths[random(0) % paths.size()];
     const std::string& bytes = patient.files().at(path);
     const uint64_t kind = random(1) % 3;
     const size_t most = kind == 0 ? 64 : 512;
     const size_t length = std::min(bytes.size(), static_cast<size_t>(1 + random(2) % most));
-    const size_t at = random(3) % (bytes.size() - length + 1), from = random(4) % (bytes.size() - length + 1);
+    const size_t at = random(3) % (bytes.size() - length + 1),
+                 from = random(4) % (bytes.size() - length + 1);
     std::string damaged = bytes;
     for (size_t k = 0; k < length; ++k) {
-      damaged[at + k] = kind == 0 ? static_cast<char>(random(5 + k)) : kind == 1 ? '\0' : bytes[from + k];
+      damaged[at + k] = kind == 0   ? static_cast<char>(random(5 + k))
+                        : kind == 1 ? '\0'
+                                    : bytes[from + k];
     }
     if (damaged == bytes) return true;
-    return patient.survives(path, damaged, path + " burst of " + std::to_string(length) + " at " + std::to_string(at) + ", kind " + std::to_string(kind));
+    return patient.survives(path, damaged,
+                            path + " burst of " + std::to_string(length) + " at " +
+                                std::to_string(at) + ", kind " + std::to_string(kind));
   });
   patient.report("bursts");
 }

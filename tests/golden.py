@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""tests/golden.py PROGRAM TRACES CASE: one real checkpoint, converted and resharded, against DeepSpeed's own.
+"""tests/golden.py PROGRAM TRACES CASE: one real checkpoint against DeepSpeed's own conversions.
 
 Checks, for traces/deepspeed/CASE:
-  universal  `convert --to universal` equals universal/ (scripts/compare_torch.py), has the source's digest
+  universal  `convert --to universal` equals universal/ (scripts/compare_torch.py) and has the
+             source's digest
   fp32       `convert --to fp32` as .bin equals fp32/, as safetensors has the same tensors
   identity   `reshard` to the source's own topology gives the source's files
   there-back a reshard to every other stage and back gives the first reshard's files
   truth      masters and moments equal what the live engine held (truth/rank0.pt)
-DeepSpeed's faults are pinned: where its output is wrong, ours must differ from it, and equal it only
-under --as-deepspeed. Not compared: uninitialised padding of stage-3 masters (docs/deepspeed_errata.md).
+DeepSpeed's faults are pinned: where its output is wrong, ours must differ from it, and equal it
+only under --as-deepspeed. Not compared: uninitialised padding of stage-3 masters
+(docs/deepspeed_errata.md).
 """
 
 import json

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """tests/refused.py PROGRAM TRACES: checkpoints of kinds that are not covered are refused by name.
 
-For every folder of traces/refused/: exit status 2 from inspect, digest, convert and reshard, a message
-that names the kind, and no output left behind.
+For every folder of traces/refused/: exit status 2 from inspect, digest, convert and reshard, a
+message that names the kind, and no output left behind.
 """
 
 import os

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """tests/structure.py PROGRAM TRACES: a stage change has the structure of a real file of that stage.
 
-A checkpoint resharded to another stage is compared, key by key and type by type, with a file that the
-real DeepSpeed wrote at that stage: the same keys in the same order, the same Python types, tensors of
-the same dtype and requires_grad. Not compared: values, shapes and the names of parameters, which
+A checkpoint resharded to another stage is compared, key by key and type by type, with a file that
+the real DeepSpeed wrote at that stage: the same keys in the same order, the same Python types,
+tensors of the same rank and requires_grad. Not compared: values, shapes and the names of parameters, which
 belong to the run; ds_config, which carries the source's settings.
 """
 
@@ -136,7 +136,8 @@ def main():
                 expected, found = shape_of(compare_torch.load(a)), shape_of(compare_torch.load(b))
                 if not same(expected, found):
                     sys.exit(
-                        f"FAILED: {source} to stage {stage}, as {real}: {os.path.basename(b)} {first_difference(expected, found)}"
+                        f"FAILED: {source} to stage {stage}, as {real}: {os.path.basename(b)} "
+                        f"{first_difference(expected, found)}"
                     )
         print(f"{source} to stage {stage}: structured as {real}")
 

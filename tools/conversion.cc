@@ -89,6 +89,7 @@ nlohmann::json source_certificate(const checkpoint::ShardedState& state, const s
         {{"what", text.substr(0, colon)},
          {"evidence", colon == std::string::npos ? "" : text.substr(colon + 2)}});
   }
+  for (const std::string& text : state.skipped) certificate["skipped"].push_back(text);
   return certificate;
 }
 

@@ -59,6 +59,10 @@ void run_convert(Session* session, const ConvertFlags& flags) {
         .ordered_dict = older(flags.like, "0.15.0")};
     files = checkpoint::weights_blueprints(state, weights);
     certificate["target"]["format"] = "fp32 weights, " + flags.format;
+    certificate["buffers"] = nlohmann::json::array();
+    for (const checkpoint::BufferState& buffer : state.buffers) {
+      certificate["buffers"].push_back(buffer.name);
+    }
   }
   options.certificate = std::move(certificate);
   finish_conversion(session, state, std::move(files), flags.common, &options);

@@ -2,7 +2,6 @@
 #include <sys/resource.h>
 
 #include <csignal>
-#include <fstream>
 #include <iostream>
 #include <vector>
 
@@ -49,27 +48,26 @@ void report(const Session& session, const isoshard::Error& error) {
                         {"next", info.next}});
   }
   std::cerr << "isoshard: " << error.what() << "\n";
-  if (!session.log_file.empty())
-    std::ofstream(session.log_file, std::ios::app) << "isoshard: " << error.what() << "\n";
+  session.log(error.what());
 }
 
 const char* kHelp = R"(isoshard: the same state, whatever the shards
 
-  isoshard inspect SOURCE                       what it is, what can be done with it, what is missing
-  isoshard verify SOURCE                        a verdict: VERIFIED, COMPLETE, SUSPECT, INCOMPLETE, CORRUPT, HOSTILE
-  isoshard diff A B                             the first difference, totals, and what the differing values are
-  isoshard digest SOURCE                        one value for one state, whatever its topology and format
+  isoshard inspect SOURCE          what it is, what can be done with it, what is missing
+  isoshard verify SOURCE           VERIFIED, COMPLETE, SUSPECT, INCOMPLETE, CORRUPT or HOSTILE
+  isoshard diff A B                the first difference, totals, and what the values are
+  isoshard digest SOURCE           one value for one state, whatever its topology and format
   isoshard convert SOURCE TARGET --to universal|fp32
 
   isoshard reshard SOURCE TARGET --to dp=4[,sp=2,stage=3]
-  isoshard show SOURCE NAME                     one tensor: values, and which bytes of which file hold them
-  isoshard plan convert|reshard …               transfers, bytes, files, space, before any work
-  isoshard ds_to_universal, zero_to_fp32        with DeepSpeed's own flags
+  isoshard show SOURCE NAME        one tensor: values, and which bytes of which file hold them
+  isoshard plan convert|reshard …  transfers, bytes, files, memory, before any work
+  isoshard ds_to_universal …       and zero_to_fp32 …: with DeepSpeed's own flags
 
-SOURCE: a save folder with latest, a tag folder, a universal folder, a Trainer checkpoint-N,
-        or an fp32 file or folder.   Each verb has --help.   Exit status: 0 yes or done, 1 the answer
-        is no, 2 could not, 70 our own bug.   ZeRO 0-3, BF16_Optimizer, Ulysses; tensor, expert and
-        pipeline parallel checkpoints are refused by name in this version.
+SOURCE: a save folder with latest, a tag folder, a universal folder, a Trainer checkpoint-N, or an
+fp32 file or folder. Each verb has --help. Exit status: 0 done or yes, 1 the answer is no, 2 could
+not, 70 our own bug. Read and written: ZeRO 0 to 3, BF16_Optimizer, Ulysses. Tensor-, expert- and
+pipeline-parallel checkpoints are refused by name in this version.
 )";
 
 int run(int argc, char** argv, Session* session) {

@@ -1,7 +1,8 @@
 // See session.h.
 #include "tools/session.h"
 
-#include <sys/ioctl.h>
+#include <spdlog/sinks/basic_file_sink.h>
+#include <spdlog/spdlog.h>
 #include <sys/resource.h>
 #include <unistd.h>
 
@@ -22,11 +23,21 @@ void Session::print_json(nlohmann::json object) const {
   std::cout << object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
 }
 
+void Session::log(const std::string& line) const {
+  if (log_file.empty()) return;
+  std::shared_ptr<spdlog::logger> logger = spdlog::get("isoshard");
+  if (logger == nullptr) logger = spdlog::basic_logger_mt("isoshard", log_file);
+  logger->info(line);
+  logger->flush();
+}
+
 void Session::say(const std::string& line) const {
+  log(line);
   if (!quiet && !json) std::cout << line << "\n" << std::flush;
 }
 
 void Session::notice(const std::string& line) const {
+  log(line);
   if (!quiet) std::cerr << line << "\n";
 }
 

@@ -31,6 +31,7 @@ struct Session {
   // One JSON object a line, with "schema": 1.
   void print_json(nlohmann::json object) const;
   void say(const std::string& line) const;     // to stdout unless --quiet or --json
+  void log(const std::string& line) const;     // to --log-file, if there is one
   void notice(const std::string& line) const;  // to stderr unless --quiet
 
   checkpoint::ShardedState open(const std::string& source, bool prove = true);
@@ -47,6 +48,9 @@ void add_verbs(CLI::App* app, Session* session);
 
 // Verbs: each adds a subcommand whose callback sets session->status.
 void add_inspect(CLI::App* app, Session* session);
+void add_show(CLI::App* app, Session* session);
+void add_verify(CLI::App* app, Session* session);
+void add_diff(CLI::App* app, Session* session);
 void add_digest(CLI::App* app, Session* session);
 void add_convert(CLI::App* app, Session* session);
 void add_reshard(CLI::App* app, Session* session);

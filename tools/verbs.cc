@@ -5,6 +5,9 @@ namespace isoshard::tools {
 
 void add_verbs(CLI::App* app, Session* session) {
   add_inspect(app, session);
+  add_show(app, session);
+  add_verify(app, session);
+  add_diff(app, session);
   add_digest(app, session);
   add_convert(app, session);
   add_reshard(app, session);

@@ -8,6 +8,7 @@
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/format/crc.h"
 #include "core/error.h"
+#include "core/polynomial.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -93,10 +94,14 @@ class Renderer {
     return result;
   }
   json mapping(const std::vector<NodeId>& entries) {
-    const bool plain = std::all_of(entries.begin(), entries.end(), [&, i = 0](NodeId node) mutable {
-      return (i++ % 2) == 1 ||
-             (pickle_.kind(node) == Kind::kString && pickle_.text(node) != "dict");
-    });
+    // Keys that tag other types below are never taken as names.
+    static const std::set<std::string> kTags = {"dict",   "float", "tuple",   "int",   "global",
+                                                "object", "bytes", "storage", "tensor"};
+    bool plain = true;
+    for (size_t i = 0; i < entries.size(); i += 2) {
+      plain = plain && pickle_.kind(entries[i]) == Kind::kString &&
+              kTags.count(pickle_.text(entries[i])) == 0;
+    }
     json result = json::object();
     json pairs = json::array();
     for (size_t i = 0; i + 1 < entries.size(); i += 2) {
@@ -111,6 +116,7 @@ class Renderer {
   json tensor(const TensorView& view) const {
     RawCrcs crcs;
     const int64_t item = item_size_bytes(view.dtype);
+    const int64_t bytes_total = numel(view.shape) * item;
     for (const FileFragment& fragment : file_fragments(document_, 0, view)) {
       if (fragment.count * item > (64 << 20)) {
         throw Error(ErrorInfo{.code = ErrorCode::kLimit,
@@ -122,7 +128,10 @@ class Renderer {
       document_.file().read_at(fragment.offset_bytes, bytes);
       crcs.update(bytes);
     }
-    return {{"tensor", {name(view.dtype), view.shape, hex16(crcs.ecma), hex16(crcs.jones)}}};
+    return {{"tensor",
+             {name(view.dtype), view.shape,
+              hex16(crc64_ecma_polynomial().finish(crcs.ecma, bytes_total)),
+              hex16(crc64_jones_polynomial().finish(crcs.jones, bytes_total))}}};
   }
 
   const TorchFile& document_;

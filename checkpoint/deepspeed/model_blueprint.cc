@@ -1,6 +1,7 @@
 // The model-state file of a target rank (deepspeed/runtime/engine.py, _save_checkpoint): the
 // source's keys in the source's order; what depends on topology or stage is made anew
 // (docs/formats/stage_change.md).
+#include <algorithm>
 #include <map>
 
 #include "checkpoint/deepspeed/names.h"
@@ -15,9 +16,14 @@ class ModelWriter {
  public:
   ModelWriter(ReshardTarget* target, int rank)
       : target_(*target), state_(target->state), rank_(rank) {
-    const bool own =
+    // A rank's own client state goes along where the ranks are the same.
+    const bool same =
         target->stage == 3 && static_cast<int>(state_.model_files.size()) == target->ranks;
-    file_ = state_.model_files[own ? static_cast<size_t>(rank) : 0];
+    file_ = state_.model_files[0];
+    const std::vector<int>& own = state_.own_client_state;
+    if (same && std::count(own.begin(), own.end(), state_.model_files[static_cast<size_t>(rank)])) {
+      file_ = state_.model_files[static_cast<size_t>(rank)];
+    }
   }
 
   FileBlueprint run() {
@@ -180,9 +186,8 @@ class ModelWriter {
     const TensorLayout layout{.numel = count,
                               .ranks = target_.ranks,
                               .placement = SlotShard{0, std::max<int64_t>(slot, 1)}};
-    for (const RankFragment& f : fragments(layout)) {
-      if (f.rank == rank_)
-        fill.runs.push_back({parameter.weight, f.begin, f.count, f.offset_local});
+    if (const RankFragment f = fragment_on(layout, rank_); f.count > 0) {
+      fill.runs.push_back({parameter.weight, f.begin, f.count, f.offset_local});
     }
     return builder_.tensor({.shape = {slot}, .storage = builder_.add_storage(std::move(fill))});
   }

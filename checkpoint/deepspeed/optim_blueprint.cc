@@ -181,8 +181,7 @@ class OptimWriter {
     std::vector<NodeId> items;
     for (size_t i = 0; i < buffer.parameters.size(); ++i) {
       if (buffer.layouts[i].numel == 0) continue;
-      for (const RankFragment& f : fragments(buffer.layouts[i])) {
-        if (f.rank != rank_) continue;
+      if (const RankFragment f = fragment_on(buffer.layouts[i], rank_); f.count > 0) {
         ObjectParts parts;
         parts.newobj = true;
         parts.callable = pickle_.global("deepspeed.utils.tensor_fragment", "fragment_address");

@@ -8,8 +8,10 @@
 #include <cstring>
 #include <exception>
 #include <map>
+#include <set>
 #include <thread>
 
+#include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/zero_files.h"
 #include "checkpoint/format/crc.h"
@@ -143,6 +145,43 @@ void check_scalars(const ShardedState& state) {
   }
 }
 
+// What ranks above 0 hold of their own at stage 3: client state and buffers. Their pickles are
+// dropped where they say nothing that rank 0's does not.
+void compare_ranks(ShardedState* state, const ModelStates& model) {
+  const std::string first = client_state_json(state->document(model.file)).dump();
+  const auto crc_of = [&](int file, const std::string& name) -> int64_t {
+    const Fields f(state->document(file));
+    const TensorView view = f.tensor(f.need(f.need(f.root(), "module"), name), name);
+    return f.document().record(view.storage).crc32;
+  };
+  bool same_buffers = true;
+  for (size_t rank = 1; rank < state->model_files.size(); ++rank) {
+    const int file = state->model_files[rank];
+    for (const std::string& name : model.buffer_names) {
+      same_buffers = same_buffers && crc_of(file, name) == crc_of(model.file, name);
+    }
+    const bool same = client_state_json(state->document(file)).dump() == first;
+    if (!same) state->own_client_state.push_back(file);
+  }
+  if (!same_buffers) {
+    state->notices.push_back("buffers differ between ranks; rank 0's are used, as DeepSpeed does");
+    state->skipped.push_back("buffers of ranks other than 0, which differ from rank 0's");
+  }
+}
+
+// Ranks above 0 need no pickle any more: what was read of it stands in the state.
+void drop_pickles(ShardedState* state) {
+  const std::set<int> keep(state->own_client_state.begin(), state->own_client_state.end());
+  const auto drop = [&](const std::vector<int>& files) {
+    for (size_t rank = 1; rank < files.size(); ++rank) {
+      if (keep.count(files[rank]) == 0)
+        state->files[static_cast<size_t>(files[rank])].torch->drop_pickle();
+    }
+  };
+  drop(state->model_files);
+  drop(state->optim_files);
+}
+
 void read_zero(ShardedState* state, Storage& storage, const ReadOptions& options) {
   const Inventory inventory = take_inventory(storage, state->folder);
   for (const std::string& name : inventory.other) {
@@ -194,13 +233,12 @@ void read_zero(ShardedState* state, Storage& storage, const ReadOptions& options
     for (int file : open_files(state, storage, names, options)) state->model_files.push_back(file);
     state->optim_files = open_files(
         state, storage, complete(inventory.optim, dp, state->folder, "optimizer"), options);
-    std::vector<ModelStates> models = {model};
-    for (size_t i = 1; i < state->model_files.size(); ++i)
-      models.push_back(read_model_states(*state, state->model_files[i]));
-    read_zero3(state, models);
+    read_zero3(state, model);
+    compare_ranks(state, model);
   }
   add_module_entries(state, model);
   check_scalars(*state);
+  drop_pickles(state);
 }
 
 }  // namespace
@@ -306,6 +344,7 @@ ShardedState read_checkpoint(Storage& storage, const std::string& path,
   if (place.kind == SourcePlace::Kind::kUniversal) read_universal(&state, storage, options);
   if (place.kind == SourcePlace::Kind::kWeights) read_weights(&state, storage, place);
   check_cover(state);
+  state.find_parameter("");  // completes the index
   return state;
 }
 

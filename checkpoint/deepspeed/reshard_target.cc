@@ -84,21 +84,15 @@ void check_client_state(const ShardedState& state, const ReshardTarget& target,
                         const std::set<std::string>& allow_dropped) {
   const bool same_ranks =
       target.stage == 3 && target.ranks == static_cast<int>(state.model_files.size());
-  if (state.model_files.size() < 2 || same_ranks || allow_dropped.count("client_state")) return;
-  const nlohmann::json first = client_state_json(state.document(state.model_files[0]));
-  for (size_t rank = 1; rank < state.model_files.size(); ++rank) {
-    const TorchFile& document = state.document(state.model_files[rank]);
-    if (client_state_json(document) == first) continue;
-    throw Error(ErrorInfo{
-        .code = ErrorCode::kUnsupported,
-        .what = "Each rank saved a client state of its own; another number of ranks cannot hold "
-                "them all.",
-        .file = document.path(),
-        .entry = "client_state",
-        .expected = "as in rank 0's file",
-        .found = "another value",
-        .next = "pass --allow-dropped client_state to carry rank 0's and leave the others behind"});
-  }
+  if (state.own_client_state.empty() || same_ranks || allow_dropped.count("client_state")) return;
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUnsupported,
+      .what = "Ranks saved a client state of their own; another number of ranks cannot hold it.",
+      .file = state.files[static_cast<size_t>(state.own_client_state[0])].path,
+      .entry = "client_state",
+      .expected = "as in rank 0's file",
+      .found = "another value, in " + std::to_string(state.own_client_state.size()) + " files",
+      .next = "pass --allow-dropped client_state to carry rank 0's and leave the others behind"});
 }
 
 // Stage 0 keeps fewer fields of a dynamic loss scaler than the other stages.
@@ -229,8 +223,8 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
   CHECK(leaves.size() == buffer.parameters.size(), "one leaf a parameter");
   for (size_t i = 0; i < leaves.size(); ++i) {
     if (buffer.layouts[i].numel == 0) continue;
-    for (const RankFragment& f : fragments(buffer.layouts[i])) {
-      if (f.rank == rank) fill.runs.push_back({leaves[i], f.begin, f.count, f.offset_local});
+    if (const RankFragment f = fragment_on(buffer.layouts[i], rank); f.count > 0) {
+      fill.runs.push_back({leaves[i], f.begin, f.count, f.offset_local});
     }
   }
   (void)target;

@@ -164,11 +164,12 @@ void UniversalReader::add_parameter(const std::string& name, const Shape& shape,
                            .scalars = {}};
   const auto add = [&](const std::string& state, int file) {
     const Fields fields(state_.document(file));
-    const Pickle& pickle = fields.pickle();
-    const bool number =
-        pickle.kind(pickle.root) != Kind::kDict && pickle.kind(pickle.root) != Kind::kObject;
-    const TensorView view = number ? TensorView{} : tensor_of(fields, state);
-    if (number || (view.shape.empty() && !shape.empty())) {
+    // A tensor state is {…, param: tensor}, or at stage 3 a bare flat tensor; all else is a number.
+    const std::optional<TensorView> bare = fields.document().tensor(fields.root());
+    const bool tensor =
+        fields.pickle().is_mapping(fields.root()) || (stage3_ && bare && bare->shape.size() == 1);
+    const TensorView view = tensor ? tensor_of(fields, state) : TensorView{};
+    if (!tensor) {
       parameter.scalars.push_back({state, {file, fields.root()}});
       return;
     }
@@ -254,13 +255,12 @@ void UniversalReader::add_nested_scalars() {
 // Stage 3: frozen parameters are slots in the copied model files, one a rank.
 void UniversalReader::add_frozen(const ModelStates& model) {
   if (!stage3_) return;
-  std::vector<ModelStates> models;
-  for (int file : state_.model_files) models.push_back(read_model_states(state_, file));
   if (model.frozen_shapes.empty()) return;
-  if (static_cast<int64_t>(models.size()) != model.dp_world)
+  if (static_cast<int64_t>(state_.model_files.size()) != model.dp_world) {
     missing("Model files of some ranks are missing; they hold the frozen parameters.",
             std::to_string(model.dp_world) + " files", "copy them from the source checkpoint");
-  add_frozen_slots(&state_, models);
+  }
+  add_frozen_slots(&state_, model);
 }
 
 // What remains under zero/ restates buffers, frozen parameters and aliases in fp32.

@@ -176,7 +176,7 @@ std::vector<FileBlueprint> weights_blueprints(const ShardedState& state,
     files.push_back(options.safetensors ? safetensors_file(state, path, shards[i])
                                         : bin_file(state, path, shards[i], options.ordered_dict));
     for (const Entry& entry : shards[i]) {
-      map[entry.name] = path;
+      if (entry.alias_of.empty() || !options.safetensors) map[entry.name] = path;
       if (entry.alias_of.empty()) total += entry.bytes;
     }
   }

@@ -2,6 +2,8 @@
 // what is tied follows from certificate.json beside them when it is ours; otherwise every name
 // counts as a weight and aliases are the names that share bytes.
 #include <map>
+#include <nlohmann/json.hpp>
+#include <set>
 
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/format/safetensors.h"
@@ -72,6 +74,25 @@ void read_tensors(ShardedState* state, int file) {
   }
 }
 
+// Our own certificate says which names are buffers.
+void take_buffers(ShardedState* state, const std::string& certificate) {
+  const nlohmann::json parsed = nlohmann::json::parse(certificate, nullptr, false);
+  if (!parsed.is_object() || !parsed.contains("buffers") || !parsed["buffers"].is_array()) return;
+  std::set<std::string> names;
+  for (const nlohmann::json& name : parsed["buffers"]) {
+    if (name.is_string()) names.insert(name.get<std::string>());
+  }
+  std::vector<ParameterState> parameters;
+  for (ParameterState& parameter : state->parameters) {
+    if (names.count(parameter.name) == 0) {
+      parameters.push_back(std::move(parameter));
+    } else {
+      state->buffers.push_back({parameter.name, parameter.weight});
+    }
+  }
+  state->set_parameters(std::move(parameters));
+}
+
 }  // namespace
 
 void read_weights(ShardedState* state, Storage& storage, const SourcePlace& place) {
@@ -90,7 +111,12 @@ void read_weights(ShardedState* state, Storage& storage, const SourcePlace& plac
                &places);
     }
   }
-  state->inferred.push_back("what is a buffer: not recorded in this format");
+  const std::string certificate = join(place.folder, "certificate.json");
+  if (storage.is_file(certificate)) {
+    take_buffers(state, read_small_file(storage, certificate, 64 << 20));
+  } else {
+    state->inferred.push_back("what is a buffer: not recorded in this format");
+  }
 }
 
 }  // namespace isoshard::checkpoint

@@ -196,9 +196,9 @@ void Zero12Reader::check_slices(size_t rank, int group) const {
       if (!state_.round_robin) offset = shard.group_offset;
       shard.group_offset = offset;
       offset += layout.numel;
-      for (const RankFragment& fragment : fragments(layout)) {
-        if (fragment.rank == static_cast<int>(rank))
-          expected[shapes_[i].first] = {fragment.offset_local, fragment.count};
+      if (const RankFragment fragment = fragment_on(layout, static_cast<int>(rank));
+          fragment.count > 0) {
+        expected[shapes_[i].first] = {fragment.offset_local, fragment.count};
       }
     }
     return expected;
@@ -212,9 +212,9 @@ void Zero12Reader::check_slices(size_t rank, int group) const {
   for (size_t i = 0; i < flat.size(); ++i) flat[i] = i;
   std::map<std::string, std::pair<int64_t, int64_t>> truth;
   for (size_t i : flat) {
-    for (const RankFragment& fragment : fragments(layouts_[i])) {
-      if (fragment.rank == static_cast<int>(rank))
-        truth[shapes_[i].first] = {fragment.offset_local, fragment.count};
+    if (const RankFragment fragment = fragment_on(layouts_[i], static_cast<int>(rank));
+        fragment.count > 0) {
+      truth[shapes_[i].first] = {fragment.offset_local, fragment.count};
     }
   }
   if (found == truth) return;
@@ -263,8 +263,7 @@ void Zero12Reader::add_run(size_t rank, const TensorView& view, const char* stat
     Leaf& leaf = state_.leaf(numbers[i]);
     if (leaf.dtype != view.dtype)
       f.fail("Ranks disagree on a state's dtype.", what, name(leaf.dtype), name(view.dtype));
-    for (const RankFragment& fragment : fragments(layouts_[i])) {
-      if (fragment.rank != r) continue;
+    if (const RankFragment fragment = fragment_on(layouts_[i], r); fragment.count > 0) {
       leaf.fragments.push_back(
           {fragment.begin, fragment.count, ranks_[rank].file,
            f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});

@@ -12,8 +12,8 @@ namespace {
 
 class Zero3Reader {
  public:
-  Zero3Reader(ShardedState* state, const std::vector<ModelStates>& models)
-      : state_(*state), models_(models), dp_(static_cast<int>(models.size())) {}
+  Zero3Reader(ShardedState* state, const ModelStates& model)
+      : state_(*state), model_(model), dp_(static_cast<int>(state->model_files.size())) {}
 
   void run() {
     state_.flavour = Flavour::kZero3;
@@ -22,11 +22,11 @@ class Zero3Reader {
     add_parameters();
     for (int rank = 0; rank < dp_; ++rank) read_rank(rank);
     read_groups();
-    add_frozen_slots(&state_, models_);
+    add_frozen_slots(&state_, model_);
   }
 
  private:
-  const ModelStates& model() const { return models_[0]; }
+  const ModelStates& model() const { return model_; }
   Fields fields(int rank) const {
     return Fields(state_.document(state_.optim_files[static_cast<size_t>(rank)]));
   }
@@ -39,7 +39,7 @@ class Zero3Reader {
   void read_groups();
 
   ShardedState& state_;
-  const std::vector<ModelStates>& models_;
+  const ModelStates& model_;
   int dp_;
   std::vector<std::vector<int>> sub_groups_;          // parameters of each
   std::vector<std::vector<TensorLayout>> layouts_;    // of each
@@ -48,7 +48,9 @@ class Zero3Reader {
 };
 
 void Zero3Reader::check_models() const {
-  for (const ModelStates& other : models_) {
+  for (int file : state_.model_files) {
+    if (file == model_.file) continue;
+    const ModelStates other = read_model_states(state_, file);
     if (other.param_shapes != model().param_shapes ||
         other.frozen_shapes != model().frozen_shapes ||
         other.global_steps != model().global_steps || other.version != model().version) {
@@ -119,8 +121,8 @@ void Zero3Reader::add_flat(int rank, size_t sub_group, const TensorView& view,
     Leaf& leaf = state_.leaf(found->second);
     if (leaf.dtype != view.dtype)
       f.fail("Ranks disagree on a state's dtype.", what, name(leaf.dtype), name(view.dtype));
-    for (const RankFragment& fragment : fragments(layouts_[sub_group][i])) {
-      if (fragment.rank != rank) continue;
+    if (const RankFragment fragment = fragment_on(layouts_[sub_group][i], rank);
+        fragment.count > 0) {
       leaf.fragments.push_back(
           {fragment.begin, fragment.count, state_.optim_files[static_cast<size_t>(rank)],
            f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});
@@ -203,9 +205,9 @@ void Zero3Reader::read_groups() {
 
 }  // namespace
 
-void add_frozen_slots(ShardedState* state, const std::vector<ModelStates>& models) {
-  const int dp = static_cast<int>(models.size());
-  for (const auto& [name, shape] : models[0].frozen_shapes) {
+void add_frozen_slots(ShardedState* state, const ModelStates& model) {
+  const int dp = static_cast<int>(state->model_files.size());
+  for (const auto& [name, shape] : model.frozen_shapes) {
     ParameterState parameter{.name = name, .shape = shape, .states = {}, .scalars = {}};
     Leaf leaf{.name = name, .state = "param", .shape = shape, .fragments = {}};
     const TensorLayout layout{
@@ -213,19 +215,18 @@ void add_frozen_slots(ShardedState* state, const std::vector<ModelStates>& model
         .ranks = dp,
         .placement = SlotShard{0, std::max<int64_t>(slot_size(numel(shape), dp), 1)}};
     for (int rank = 0; rank < dp; ++rank) {
-      const ModelStates& other = models[static_cast<size_t>(rank)];
-      const Fields f(state->document(other.file));
-      const TensorView view =
-          f.flat_tensor(f.need(other.frozen_fragments, name), "frozen_param_fragments " + name);
+      const int file = state->model_files[static_cast<size_t>(rank)];
+      const Fields f(state->document(file));
+      const NodeId slots = f.need(f.root(), "frozen_param_fragments");
+      const TensorView view = f.flat_tensor(f.need(slots, name), "frozen_param_fragments " + name);
       if (view.shape[0] != slot_size(numel(shape), dp)) {
         f.fail("A frozen fragment has the wrong length.", quote(name),
                std::to_string(slot_size(numel(shape), dp)), std::to_string(view.shape[0]));
       }
       leaf.dtype = view.dtype;
-      for (const RankFragment& fragment : fragments(layout)) {
-        if (fragment.rank != rank) continue;
+      if (const RankFragment fragment = fragment_on(layout, rank); fragment.count > 0) {
         leaf.fragments.push_back(
-            {fragment.begin, fragment.count, other.file,
+            {fragment.begin, fragment.count, file,
              f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});
       }
     }
@@ -235,8 +236,6 @@ void add_frozen_slots(ShardedState* state, const std::vector<ModelStates>& model
   }
 }
 
-void read_zero3(ShardedState* state, const std::vector<ModelStates>& models) {
-  Zero3Reader(state, models).run();
-}
+void read_zero3(ShardedState* state, const ModelStates& model) { Zero3Reader(state, model).run(); }
 
 }  // namespace isoshard::checkpoint

@@ -10,11 +10,11 @@ namespace isoshard::checkpoint {
 // Stages 1 and 2, and BF16_Optimizer (stage_1_and_2.py, bf16_optimizer.py).
 void read_zero12(ShardedState* state, const ModelStates& model);
 
-// Stage 3 (stage3.py).
-void read_zero3(ShardedState* state, const std::vector<ModelStates>& models);
+// Stage 3 (stage3.py). `model` is rank 0's; the other ranks' files must agree with it.
+void read_zero3(ShardedState* state, const ModelStates& model);
 
-// Frozen parameters of stage 3: one slot a rank in the model files (models in rank order).
-void add_frozen_slots(ShardedState* state, const std::vector<ModelStates>& models);
+// Frozen parameters of stage 3: one slot a rank in the model files.
+void add_frozen_slots(ShardedState* state, const ModelStates& model);
 
 // One state dictionary of the base optimizer, sorted into flat tensors and single numbers.
 struct OptimizerState {

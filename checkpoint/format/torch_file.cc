@@ -202,6 +202,13 @@ void TorchFile::read_storages() {
   }
 }
 
+void TorchFile::drop_pickle() {
+  pickle_ = Pickle();
+  storages_ = {};
+  storage_by_key_ = {};
+  storage_by_node_ = {};
+}
+
 const ZipRecord& TorchFile::record(int storage) const {
   return zip_.records[static_cast<size_t>(storages_[static_cast<size_t>(storage)].record)];
 }

@@ -42,6 +42,9 @@ class TorchFile {
   // Opens and checks everything but the payloads. Throws Error with the file and the record.
   TorchFile(Storage& storage, const std::string& path);
 
+  // Frees the pickle; tensor() and pickle() must not be asked any more.
+  void drop_pickle();
+
   const std::string& path() const { return path_; }
   const ReadableFile& file() const { return *file_; }
   const Pickle& pickle() const { return pickle_; }

@@ -31,7 +31,7 @@ inline uint64_t load(const std::string& bytes, size_t at, size_t count) {
 }
 
 inline void append(std::string* bytes, uint64_t value, int count) {
-  for (int i = 0; i < count; ++i) *bytes += static_cast<char>((value >> (8 * i)) & 0xFF);
+  for (int i = 0; i < count; ++i, value >>= 8) *bytes += static_cast<char>(value & 0xFF);
 }
 
 inline uint16_t torch_flags(int64_t size_bytes) {

@@ -1,0 +1,467 @@
+// See verify.h. Link 8 of the tensor's journey: judged before it is loaded.
+#include "reshard/verify.h"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/deepspeed/source.h"
+#include "checkpoint/manifest.h"
+#include "checkpoint/publication.h"
+#include "core/error.h"
+#include "reshard/manifest_check.h"
+#include "reshard/weights_inventory.h"
+
+namespace isoshard::reshard {
+namespace {
+
+using checkpoint::Flavour;
+using checkpoint::ShardedState;
+using checkpoint::SourcePlace;
+using nlohmann::json;
+
+constexpr int64_t kPaperBytes = int64_t{1} << 28;  // manifest and certificate
+
+// The verdict that an error means; nothing for errors that leave the question open.
+std::optional<Verdict> verdict_of(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::kCorrupt:
+    case ErrorCode::kMismatch:
+      return Verdict::kCorrupt;
+    case ErrorCode::kIncomplete:
+    case ErrorCode::kNotFound:
+      return Verdict::kIncomplete;
+    case ErrorCode::kHostile:
+    case ErrorCode::kLimit:
+      return Verdict::kHostile;
+    default:
+      return std::nullopt;
+  }
+}
+
+// "first, and the details of a few, each on its own line".
+std::string with_details(std::string text, const std::vector<std::string>& details) {
+  constexpr size_t kShown = 5;
+  for (size_t i = 0; i < details.size() && i < kShown; ++i) text += "\n" + details[i];
+  if (details.size() > kShown) {
+    text += "\n… and " + std::to_string(details.size() - kShown) + " more";
+  }
+  return text;
+}
+
+std::string count_of(size_t count, const std::string& noun) {
+  return std::to_string(count) + " " + noun + (count == 1 ? "" : "s");
+}
+
+std::string describe_difference(const CopyDifference& d) {
+  const char* side = d.pair.kind == CopyPair::Kind::kMaster ? ": master " : ": original ";
+  const std::string rounded = d.expected == d.original ? "" : " rounds to " + d.expected;
+  return quote(d.pair.name) + d.index + side + d.original + rounded + ", the copy holds " +
+         d.found + "; " + std::to_string(d.differing) + " of " +
+         count_of(static_cast<size_t>(d.total), "element") + " differ";
+}
+
+bool is_universal(Flavour flavour) {
+  return flavour == Flavour::kUniversal12 || flavour == Flavour::kUniversal3;
+}
+
+class Verifier {
+ public:
+  Verifier(Storage& storage, const std::string& source, const VerifyOptions& options)
+      : storage_(storage), source_(source), options_(options) {}
+
+  Verification run() {
+    if (find_place()) {
+      read_manifest();
+      read_state();
+      if (state_) read_everything();
+      if (manifest_) judging([this] { compare_manifest(); });
+      if (manifest_holds_ && result_.digest) judging([this] { compare_certificate(); });
+      if (result_.read_whole) judging([this] { compare_copies(); });
+      if (state_) look_for_oddities();
+      say_what_is_not_verified();
+    }
+    result_.verdict = manifest_holds_ ? Verdict::kVerified : Verdict::kComplete;
+    for (const Finding& finding : result_.findings) {
+      result_.verdict = std::max(result_.verdict, finding.verdict);
+    }
+    return std::move(result_);
+  }
+
+ private:
+  void find(Verdict verdict, const std::string& text) {
+    result_.findings.push_back({verdict, text});
+  }
+  bool in_folder(const std::string& name) const {
+    return storage_.is_file(checkpoint::join(place_.folder, name));
+  }
+  void judge(const Error& error);
+  template <typename Work>
+  void judging(const Work& work) {
+    try {
+      work();
+    } catch (const Error& error) {
+      judge(error);
+    }
+  }
+  bool find_place();
+  void tell_leftovers();
+  void read_manifest();
+  void read_state();
+  void describe();
+  void read_everything();
+  FileCrcs file_crcs() const;
+  void compare_manifest();
+  void compare_certificate();
+  void compare_sections(const json& digests);
+  void compare_copies();
+  void tell_masters(const std::vector<std::string>& details);
+  void look_for_oddities();
+  void look_at_weights();
+  void say_what_is_not_verified();
+
+  Storage& storage_;
+  const std::string& source_;
+  const VerifyOptions& options_;
+  Verification result_;
+  SourcePlace place_;
+  bool single_file_ = false;
+  std::optional<checkpoint::Manifest> manifest_;
+  bool manifest_holds_ = false;
+  std::optional<ShardedState> state_;
+  int first_whole_file_ = -1;  // leaf of file 0 as a whole; the others follow
+  std::vector<LeafCrc> crcs_;
+};
+
+void Verifier::judge(const Error& error) {
+  const std::optional<Verdict> verdict = verdict_of(error.info().code);
+  if (!verdict) throw error;
+  find(*verdict, error.what());
+}
+
+// False when what the pointer file names is not there or not safe. A source that is not there at
+// all is the caller's mistake and no verdict.
+bool Verifier::find_place() {
+  const std::string& tag = options_.read.tag;
+  try {
+    place_ = checkpoint::resolve_source(storage_, source_, tag);
+  } catch (const Error& error) {
+    const bool pointer = storage_.is_file(checkpoint::join(source_, "latest")) ||
+                         storage_.is_file(checkpoint::join(source_, "latest_universal"));
+    if (!tag.empty() || (error.info().code == ErrorCode::kNotFound && !pointer)) throw;
+    judge(error);
+    return false;
+  }
+  single_file_ = storage_.is_file(source_);
+  result_.folder = place_.folder;
+  if (single_file_) return true;
+  tell_leftovers();
+  return true;
+}
+
+// A parent folder that may not be listed is no reason to stop.
+void Verifier::tell_leftovers() {
+  try {
+    const std::string parent = checkpoint::parent_folder(place_.folder);
+    for (const std::string& leftover : checkpoint::leftovers(storage_, parent)) {
+      result_.notices.push_back("beside it lies " + quote(leftover) +
+                                ", which an interrupted command has left, or one still at work");
+    }
+  } catch (const Error& error) {
+    if (error.info().code == ErrorCode::kInterrupted) throw;
+  }
+}
+
+void Verifier::read_manifest() {
+  const std::string path = checkpoint::join(place_.folder, checkpoint::kManifestName);
+  result_.manifest = "none: the folder was written by another program";
+  if (single_file_) {
+    result_.manifest = "not looked for: a single file was named";
+  } else if (in_folder(checkpoint::kManifestName)) {
+    try {
+      manifest_ = checkpoint::parse_manifest(read_small_file(storage_, path, kPaperBytes), path);
+      result_.manifest.clear();
+    } catch (const Error& error) {
+      result_.manifest = "damaged";
+      judge(error);
+    }
+  } else if (in_folder("certificate.json")) {
+    result_.manifest = "missing";
+    find(Verdict::kIncomplete,
+         "The folder was written by isoshard and has no MANIFEST.json, which is written last: the "
+         "command that wrote it did not finish, or the copy of the folder did not.");
+  }
+}
+
+void Verifier::read_state() {
+  checkpoint::ReadOptions read = options_.read;
+  read.prove = false;  // compare_copies does it for every stage, and goes on after a difference
+  read.workers = options_.stream.workers;
+  judging([&] { state_ = checkpoint::read_checkpoint(storage_, source_, read); });
+  if (!state_) return;
+  describe();
+  result_.files = static_cast<int64_t>(state_->files.size());
+  result_.notices.insert(result_.notices.end(), state_->notices.begin(), state_->notices.end());
+  result_.inferred = state_->inferred;
+}
+
+void Verifier::describe() {
+  result_.description = name(state_->flavour);
+  if (state_->flavour == Flavour::kWeights) return;
+  result_.description += ", " + to_string(state_->topology) + ", tag " + quote(state_->tag);
+  if (!state_->version.empty()) result_.description += ", DeepSpeed " + quote(state_->version);
+}
+
+// One pass: every file whole, so that every record's CRC and every manifest's hash comes with it.
+void Verifier::read_everything() {
+  StreamOptions stream = options_.stream;
+  stream.digest = digested_leaves(*state_);
+  first_whole_file_ = static_cast<int>(state_->leaves.size());
+  for (size_t i = 0; i < state_->files.size(); ++i) {
+    const int64_t size = state_->files[i].bytes().size_bytes();
+    stream.digest.push_back(state_->add_leaf({.name = state_->files[i].relative,
+                                              .state = "file",
+                                              .dtype = DType::kUInt8,
+                                              .shape = {size},
+                                              .fragments = {{0, size, static_cast<int>(i), 0}}}));
+  }
+  judging([&] {
+    const StreamResult read = digest_leaves(storage_, *state_, stream);
+    result_.bytes_read = read.bytes_read;
+    crcs_ = read.leaves;
+    result_.digest = make_digest(*state_, crcs_);
+    result_.read_whole = true;
+  });
+  for (const checkpoint::SourceFile& file : state_->files) {
+    if (!file.torch || !result_.read_whole) continue;
+    for (const checkpoint::ZipRecord& record : file.torch->zip().records) {
+      result_.records += record.size_bytes > 0;
+    }
+  }
+}
+
+FileCrcs Verifier::file_crcs() const {
+  FileCrcs known;
+  if (!result_.read_whole) return known;
+  for (size_t i = 0; i < state_->files.size(); ++i) {
+    known[state_->files[i].relative] = crcs_[static_cast<size_t>(first_whole_file_) + i];
+  }
+  return known;
+}
+
+void Verifier::compare_manifest() {
+  const ManifestReport report =
+      check_manifest(storage_, place_.folder, *manifest_, file_crcs(), options_.stream.workers);
+  const std::string files = count_of(manifest_->files.size(), "file");
+  if (report.earlier_save) {
+    result_.manifest =
+        "of an earlier save: every checkpoint file it lists has been written anew "
+        "since; judged as another program's folder";
+    result_.notices.push_back("MANIFEST.json and certificate.json speak of an earlier save");
+    return;
+  }
+  manifest_holds_ = report.holds();
+  result_.manifest = manifest_holds_ ? files + " listed, each with its size and hash, and no other"
+                                     : "does not hold";
+  if (!report.missing.empty()) {
+    find(Verdict::kIncomplete, with_details(count_of(report.missing.size(), "file") + " of the " +
+                                                files + " in the manifest missing.",
+                                            report.missing));
+  }
+  if (!report.differing.empty()) {
+    find(Verdict::kCorrupt,
+         with_details(count_of(report.differing.size(), "file") + " of the " + files +
+                          " in the manifest changed since the folder was published.",
+                      report.differing));
+  }
+  if (!report.unlisted.empty()) {
+    find(Verdict::kSuspect, with_details(count_of(report.unlisted.size(), "file") +
+                                             " in the folder not listed in the manifest.",
+                                         report.unlisted));
+  }
+  if (!report.unchecked.empty()) {
+    find(Verdict::kSuspect,
+         with_details("The manifest has hashes of a kind that is not known here.",
+                      report.unchecked));
+  }
+}
+
+// The certificate's own hash stands in the manifest; here its digests are made again.
+void Verifier::compare_certificate() {
+  const std::string path = checkpoint::join(place_.folder, "certificate.json");
+  if (!in_folder("certificate.json")) return;
+  const json certificate =
+      json::parse(read_small_file(storage_, path, kPaperBytes), nullptr, false);
+  const json::json_pointer at("/target/digests");
+  if (certificate.is_object() && !certificate.contains(at)) {
+    result_.certificate = "has no digests of this folder: it was written with --verify=stream";
+    return;
+  }
+  if (!certificate.is_object() || !certificate[at].is_object()) {
+    find(Verdict::kCorrupt, "certificate.json is not what isoshard writes.");
+    return;
+  }
+  compare_sections(certificate[at]);
+}
+
+void Verifier::compare_sections(const json& digests) {
+  std::vector<std::string> wrong;
+  json rest = digests;
+  size_t equal = 0;
+  for (const SectionDigest& section : result_.digest->sections) {
+    const std::string found =
+        section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+    const json said = rest.value(section.section, json());
+    rest.erase(section.section);
+    if (said == found) {
+      ++equal;
+    } else {
+      wrong.push_back(section.section + ": " + found + ", the certificate says " +
+                      (said.is_string() ? said.get<std::string>() : "nothing"));
+    }
+  }
+  for (const auto& [section, said] : rest.items()) {
+    wrong.push_back(quote(section) + ": nothing, the certificate has it");
+  }
+  if (wrong.empty()) {
+    result_.certificate = count_of(equal, "section digest") + " computed again, all as it says";
+    return;
+  }
+  result_.certificate = "does not fit";
+  find(Verdict::kCorrupt,
+       with_details("The digests differ from those of certificate.json.", wrong));
+}
+
+void Verifier::compare_copies() {
+  std::vector<std::string> orphans;
+  const std::vector<CopyPair> pairs = copy_pairs(*state_, &orphans);
+  if (!orphans.empty()) {
+    find(Verdict::kSuspect, with_details("Tied names whose target is not there.", orphans));
+  }
+  result_.copies = reshard::compare_copies(*state_, pairs, options_.stream.workers);
+  std::vector<std::string> details[3];
+  for (const CopyDifference& d : result_.copies.differences) {
+    details[static_cast<int>(d.pair.kind)].push_back(describe_difference(d));
+  }
+  if (!details[0].empty()) tell_masters(details[0]);
+  if (!details[1].empty()) {
+    find(Verdict::kSuspect,
+         with_details("What zero/<name>/fp32.pt says differs from the model's own tensor, in " +
+                          std::to_string(details[1].size()) + " of " +
+                          std::to_string(result_.copies.pairs[1]) + ".",
+                      details[1]));
+  }
+  if (!details[2].empty()) {
+    find(Verdict::kSuspect, with_details("Tied names hold different values.", details[2]));
+  }
+  for (const std::string& reason : result_.copies.uncompared) {
+    result_.not_verified.push_back("a copy: " + reason);
+  }
+}
+
+void Verifier::tell_masters(const std::vector<std::string>& details) {
+  const std::string cause =
+      is_universal(state_->flavour)
+          ? (state_->round_robin
+                 ? "The source was trained with round_robin_gradients, under which DeepSpeed's own "
+                   "converter swaps parameters; convert it again with isoshard."
+                 : "The conversion may have mixed up parameters; convert the source again.")
+          : "A script may have loaded weights without their masters; training would go on from the "
+            "masters.";
+  find(Verdict::kSuspect,
+       with_details("fp32 master does not round to the model's own copy in " +
+                        std::to_string(details.size()) + " of " +
+                        count_of(static_cast<size_t>(result_.copies.pairs[0]), "parameter") +
+                        ".\n" + cause,
+                    details));
+}
+
+void Verifier::look_for_oddities() {
+  for (const std::string& text : state_->suspicions) find(Verdict::kSuspect, text);
+  std::vector<std::string> foreign;
+  for (const checkpoint::SourceFile& file : state_->files) {
+    if (file.torch && !file.torch->zip().torch_dialect) foreign.push_back(quote(file.relative));
+  }
+  if (!foreign.empty()) {
+    find(Verdict::kSuspect,
+         with_details("Archives that torch did not write: another zip program has made them anew.",
+                      foreign));
+  }
+  if (state_->flavour != Flavour::kWeights || single_file_) return;
+  judging([this] { look_at_weights(); });
+}
+
+void Verifier::look_at_weights() {
+  const WeightsInventory inventory = take_weights_inventory(storage_, *state_);
+  if (!inventory.missing.empty()) {
+    find(Verdict::kIncomplete,
+         with_details("Parts of the weights are missing.", inventory.missing));
+  }
+  if (!inventory.odd.empty()) {
+    find(Verdict::kSuspect,
+         with_details("The index of the weights does not fit the files.", inventory.odd));
+  }
+  if (!inventory.has_index && state_->files.size() > 1) {
+    result_.notices.push_back("the weights lie in several files without an index");
+  }
+}
+
+void Verifier::say_what_is_not_verified() {
+  std::vector<std::string>& list = result_.not_verified;
+  if (!state_) return;
+  list.insert(list.end(), state_->not_verified.begin(), state_->not_verified.end());
+  if (!manifest_holds_ && state_->files.size() > 1) {
+    list.push_back(
+        "whether all files are of one run: two runs at the same step cannot be told "
+        "apart without a manifest");
+  }
+  const Flavour flavour = state_->flavour;
+  if (flavour == Flavour::kWeights) {
+    list.push_back("optimizer, steps and schedule: this format holds weights only");
+    const auto plain = std::ranges::count_if(state_->files, [](const auto& f) { return !f.torch; });
+    if (plain > 0 && !manifest_holds_) {
+      list.push_back("payload bytes of " +
+                     count_of(static_cast<size_t>(plain), "safetensors file") +
+                     ": the format has no checksum");
+    }
+    return;
+  }
+  if (flavour == Flavour::kZero3 || flavour == Flavour::kUniversal3) {
+    list.push_back("values of trained parameters: at stage 3 they have no second copy");
+  }
+  if (flavour == Flavour::kZero3) {
+    list.push_back(
+        "buffers of ranks above 0, and padding: their bytes fit their CRCs, their values "
+        "are not looked at");
+  }
+  if (flavour == Flavour::kZero0 && result_.copies.pairs[0] == 0 && state_->stepped) {
+    list.push_back(
+        "which parameter each optimizer state belongs to: known by shape and order only");
+  }
+  if (state_->stepped) list.push_back("values of optimizer states: they are stored once");
+}
+
+}  // namespace
+
+const char* name(Verdict verdict) {
+  switch (verdict) {
+    case Verdict::kVerified:
+      return "VERIFIED";
+    case Verdict::kComplete:
+      return "COMPLETE";
+    case Verdict::kSuspect:
+      return "SUSPECT";
+    case Verdict::kIncomplete:
+      return "INCOMPLETE";
+    case Verdict::kCorrupt:
+      return "CORRUPT";
+    case Verdict::kHostile:
+      break;
+  }
+  return "HOSTILE";
+}
+
+Verification verify(Storage& storage, const std::string& source, const VerifyOptions& options) {
+  return Verifier(storage, source, options).run();
+}
+
+}  // namespace isoshard::reshard

@@ -1,0 +1,305 @@
+"""Makes hostile checkpoints from nothing, so that the corpus needs no binary files.
+
+  zip      torch_zip(): an archive as torch.save writes it, and the tricks that break its rules
+  pickle   small functions that return opcodes; weights() puts tensors together
+  ZeRO     ZeroFolder: a recorded DeepSpeed checkpoint that is taken apart, edited and put together
+
+Used by tests/damage.py and tests/crash.py. Python's standard library only. Not verified here:
+anything; these are generators.
+"""
+
+import json
+import os
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+# ---- zip, as caffe2/serialize/inline_container.cc writes it --------------------------------------
+
+ALIGNMENT = 64
+
+
+class Record:
+    """A stored record. Fields left at None get the value that torch writes."""
+
+    def __init__(self, name, data, **tricks):
+        self.name, self.data = name, data
+        self.tricks = {
+            "crc": None,
+            "method": 0,
+            "flags": None,
+            "local_name": None,
+            "local_size": None,
+            "central_size": None,
+            "offset": None,
+            "raw": None,
+            "time": 0,
+            "version": 0,
+        }
+        assert set(tricks) <= set(self.tricks), tricks
+        self.tricks.update(tricks)
+
+    def __getattr__(self, key):
+        return self.__dict__["tricks"][key]
+
+
+def torch_zip(
+    records, before=b"", after=b"", comment=b"", count=None, directory_shift=0, end64=True
+):
+    """The bytes of an archive. `records`: pairs of full name and data, or Records."""
+    out, directory = bytearray(before), bytearray()
+    for item in records:
+        record = item if isinstance(item, Record) else Record(*item)
+        stored = record.data if record.raw is None else record.raw
+        crc = zlib.crc32(record.data) if record.crc is None else record.crc
+        flags = (0x0808 if record.data else 0x0800) if record.flags is None else record.flags
+        name = record.name.encode() if isinstance(record.name, str) else record.name
+        local_name = name if record.local_name is None else record.local_name.encode()
+        header = len(out)
+        fill = -(header + 30 + len(local_name) + 4) % ALIGNMENT
+        now = (0, 0, 0) if flags & 8 else (crc, len(stored), len(record.data))
+        out += struct.pack(
+            "<IHHHHHIIIHH",
+            0x04034B50,
+            record.version,
+            flags,
+            record.method,
+            record.time,
+            0,
+            *now,
+            len(local_name),
+            fill + 4,
+        )
+        out += local_name + struct.pack("<HH", 0x4246, fill) + b"Z" * fill + stored
+        size = len(record.data) if record.local_size is None else record.local_size
+        if flags & 8:
+            out += struct.pack(
+                "<IIII", 0x08074B50, crc, len(stored) if size == len(record.data) else size, size
+            )
+        size = len(record.data) if record.central_size is None else record.central_size
+        packed = len(stored) if record.raw is not None else size
+        offset = header if record.offset is None else record.offset
+        directory += (
+            struct.pack(
+                "<IHHHHHHIIIHHHHHII",
+                0x02014B50,
+                0,
+                record.version,
+                flags,
+                record.method,
+                record.time,
+                0,
+                crc,
+                packed,
+                size,
+                len(name),
+                0,
+                0,
+                0,
+                0,
+                0,
+                offset,
+            )
+            + name
+        )
+    at = len(out) + directory_shift
+    number = len(records) if count is None else count
+    out += directory
+    if end64:
+        end = len(out)
+        out += struct.pack(
+            "<IQHHIIQQQQ", 0x06064B50, 44, 0x031E, 45, 0, 0, number, number, len(directory), at
+        )
+        out += struct.pack("<IIQI", 0x07064B50, 0, end, 1)
+    short = min(number, 0xFFFF)
+    out += (
+        struct.pack("<IHHHHIIH", 0x06054B50, 0, 0, short, short, len(directory), at, len(comment))
+        + comment
+    )
+    return bytes(out) + after
+
+
+def records_of(data_pkl, storages=(), prefix="archive", byteorder=b"little", version=b"3\n"):
+    """The records of torch.save, in its order."""
+    first = [
+        ("data.pkl", data_pkl),
+        (".format_version", b"1"),
+        (".storage_alignment", b"64"),
+        ("byteorder", byteorder),
+    ]
+    last = [("version", version), (".data/serialization_id", b"0" * 40)]
+    middle = [(f"data/{i}", data) for i, data in enumerate(storages)]
+    return [(f"{prefix}/{name}", data) for name, data in first + middle + last]
+
+
+def torch_file(data_pkl, storages=(), **options):
+    return torch_zip(records_of(data_pkl, storages, **options))
+
+
+# ---- pickle, protocol 2 --------------------------------------------------------------------------
+
+MARK, STOP, NONE, REDUCE, BUILD = b"(", b".", b"N", b"R", b"b"
+TUPLE, SETITEMS, APPENDS, EMPTY_DICT, EMPTY_LIST, EMPTY_TUPLE = b"t", b"u", b"e", b"}", b"]", b")"
+
+
+def program(body, protocol=2):
+    return b"\x80" + bytes([protocol]) + body + STOP
+
+
+def text(value):
+    data = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(data)) + data
+
+
+def integer(value):
+    if 0 <= value < 256:
+        return b"K" + bytes([value])
+    if -(2**31) <= value < 2**31:
+        return b"J" + struct.pack("<i", value)
+    data = value.to_bytes((value.bit_length() + 8) // 8, "little", signed=True)
+    return b"\x8a" + bytes([len(data)]) + data
+
+
+def name(module, attribute):
+    return b"c" + module.encode() + b"\n" + attribute.encode() + b"\n"
+
+
+def sequence(*items):
+    return MARK + b"".join(items) + TUPLE
+
+
+def call(module, attribute, *arguments):
+    return name(module, attribute) + sequence(*arguments) + REDUCE
+
+
+def mapping(pairs):
+    return EMPTY_DICT + MARK + b"".join(key + value for key, value in pairs) + SETITEMS
+
+
+def storage(key="0", numel=4, kind="FloatStorage", module="torch"):
+    return (
+        sequence(text("storage"), name(module, kind), text(key), text("cpu"), integer(numel)) + b"Q"
+    )
+
+
+def tensor(shape=(4,), stride=(1,), offset=0, **options):
+    return call(
+        "torch._utils",
+        "_rebuild_tensor_v2",
+        storage(**options),
+        integer(offset),
+        sequence(*map(integer, shape)),
+        sequence(*map(integer, stride)),
+        b"\x89",
+        call("collections", "OrderedDict"),
+    )
+
+
+def weights(entries):
+    """data.pkl of a state dict: pairs of a name and the opcodes of its value."""
+    return program(mapping([(text(key), value) for key, value in entries]))
+
+
+def floats(count):
+    return struct.pack(f"<{count}f", *(i * 0.5 - 1 for i in range(count)))
+
+
+def dag(depth, leaf=EMPTY_TUPLE, memo=0):
+    """Pairs that hold the pair before twice: 2^depth leaves. `memo`: the first free slot."""
+    body = leaf
+    for level in range(memo, memo + depth):
+        body += b"r" + struct.pack("<I", level) + b"j" + struct.pack("<I", level) + b"\x86"
+    return body
+
+
+def free_memo(data_pkl):
+    """The number of the next memo slot of a pickle."""
+    import pickletools
+
+    return sum(
+        opcode.name in ("BINPUT", "LONG_BINPUT") for opcode, _, _ in pickletools.genops(data_pkl)
+    )
+
+
+# ---- safetensors ---------------------------------------------------------------------------------
+
+
+def safetensors(header, data=b"", length=None):
+    head = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(head) if length is None else length) + head + data
+
+
+# ---- recorded DeepSpeed checkpoints --------------------------------------------------------------
+
+
+def split_zip(path):
+    """(prefix, {name without prefix: bytes}) in the archive's order."""
+    import zipfile
+
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        prefix = names[0].split("/")[0]
+        return prefix, {each[len(prefix) + 1 :]: archive.read(each) for each in names}
+
+
+class ZeroFolder:
+    """A copy of a recorded checkpoint whose pickles and payloads can be edited."""
+
+    def __init__(self, source):
+        self.latest = None
+        self.files = {}  # path inside → (prefix, records)
+        for path in sorted(Path(source).rglob("*")):
+            inside = str(path.relative_to(source))
+            if path.is_file() and path.suffix == ".pt":
+                self.files[inside] = split_zip(path)
+            elif path.is_file() and inside.startswith("latest"):
+                self.latest = (inside, path.read_bytes())
+
+    def replace(self, old, new, only="", least=1):
+        """Replaces opcodes in every pickle whose path has `only` in it."""
+        hits = 0
+        for inside, (_, records) in self.files.items():
+            if only in inside:
+                hits += records["data.pkl"].count(old)
+                records["data.pkl"] = records["data.pkl"].replace(old, new)
+        assert hits >= least, (old, hits)
+        return self
+
+    def rename(self, old, new):
+        """Renames a parameter everywhere."""
+        return self.replace(text(old), text(new))
+
+    def insert(self, key, value, only):
+        """A further key of the outermost dictionary; `value` must not write to the memo."""
+        for inside, (_, records) in self.files.items():
+            if only in inside:
+                assert records["data.pkl"].endswith(b"u.")
+                records["data.pkl"] = records["data.pkl"][:-2] + text(key) + value + b"u."
+        return self
+
+    def write(self, target):
+        target = Path(target)
+        for inside, (prefix, records) in self.files.items():
+            path = target / inside
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(
+                torch_zip([(f"{prefix}/{each}", data) for each, data in records.items()])
+            )
+        if self.latest:
+            (target / self.latest[0]).write_bytes(self.latest[1])
+        return target
+
+
+class Evil:
+    """Pickles, by Python's own pickler, into a call of os.system."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def evil_pickle(command, protocol=2):
+    return pickle.dumps({"weight": Evil(command)}, protocol)

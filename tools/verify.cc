@@ -1,0 +1,144 @@
+// isoshard verify: one word, and the evidence for it.
+#include "reshard/verify.h"
+
+#include <iostream>
+
+#include "core/error.h"
+#include "tools/session.h"
+
+namespace isoshard::tools {
+namespace {
+
+using reshard::Verdict;
+using reshard::Verification;
+
+constexpr size_t kLabelWidth = 16;
+
+std::string count_of(int64_t count, const std::string& noun) {
+  return std::to_string(count) + " " + noun + (count == 1 ? "" : "s");
+}
+
+// A label, and a text whose further lines stand under its first.
+std::string labelled(const std::string& label, const std::string& text) {
+  std::string line = "  " + label + std::string(kLabelWidth - label.size(), ' ');
+  for (const char c : text) {
+    line += c;
+    if (c == '\n') line += std::string(kLabelWidth + 2, ' ');
+  }
+  return line + "\n";
+}
+
+std::string copies_text(const reshard::CopyReport& copies) {
+  const char* nouns[] = {"master", "restated tensor", "tied name"};
+  std::string text;
+  for (int kind = 0; kind < 3; ++kind) {
+    if (copies.pairs[kind] == 0) continue;
+    text += (text.empty() ? "" : ", ") + count_of(copies.pairs[kind], nouns[kind]);
+  }
+  if (text.empty()) return "nothing is stored twice";
+  const size_t differing = copies.differences.size();
+  return text + ", " + count_of(copies.elements, "element") + ": " +
+         (differing == 0 ? "all agree, cast to the copy's dtype"
+                         : std::to_string(differing) + " differ");
+}
+
+void print_text(const Verification& v) {
+  const auto print = [](const std::string& label, const std::string& text) {
+    if (!text.empty()) std::cout << labelled(label, text);
+  };
+  for (const reshard::Finding& finding : v.findings) print(name(finding.verdict), finding.text);
+  print("form", v.description);
+  if (v.read_whole) {
+    print("read",
+          count_of(v.files, "file") + ", " + count_of(v.bytes_read, "byte") +
+              (v.records == 0 ? "" : ", " + count_of(v.records, "record") + " with the right CRC"));
+    print("copies", copies_text(v.copies));
+  } else if (v.files > 0) {
+    print("read", "the headers of " + count_of(v.files, "file") + "; not all payloads");
+  }
+  if (v.digest) print("digest", "iso1:" + v.digest->root);
+  print("manifest", v.manifest);
+  print("certificate", v.certificate);
+  for (const std::string& text : v.inferred) print("inferred", text);
+  for (const std::string& text : v.not_verified) print("not verified", text);
+  for (const std::string& text : v.notices) print("notice", text);
+}
+
+void print_json(Session* session, const std::string& source, const Verification& v) {
+  nlohmann::json object = {{"kind", "verification"},
+                           {"source", source},
+                           {"folder", v.folder},
+                           {"verdict", name(v.verdict)},
+                           {"form", v.description},
+                           {"files", v.files},
+                           {"bytes_read", v.bytes_read},
+                           {"records", v.records},
+                           {"read_whole", v.read_whole},
+                           {"manifest", v.manifest},
+                           {"certificate", v.certificate},
+                           {"inferred", v.inferred},
+                           {"not_verified", v.not_verified},
+                           {"notices", v.notices},
+                           {"findings", nlohmann::json::array()}};
+  if (v.digest) object["digest"] = "iso1:" + v.digest->root;
+  object["copies"] = {{"masters", v.copies.pairs[0]},
+                      {"restated", v.copies.pairs[1]},
+                      {"tied", v.copies.pairs[2]},
+                      {"elements", v.copies.elements},
+                      {"differing", nlohmann::json::array()}};
+  for (const reshard::CopyDifference& d : v.copies.differences) {
+    object["copies"]["differing"].push_back({{"name", d.pair.name},
+                                             {"index", d.index},
+                                             {"original", d.original},
+                                             {"expected", d.expected},
+                                             {"found", d.found},
+                                             {"differing", d.differing},
+                                             {"elements", d.total}});
+  }
+  for (const reshard::Finding& finding : v.findings) {
+    object["findings"].push_back({{"verdict", name(finding.verdict)}, {"text", finding.text}});
+  }
+  if (!session->expect.empty()) object["expect"] = session->expect;
+  session->print_json(object);
+}
+
+// True when the root or a section has the digest that --expect asks for.
+bool is_expected(const std::string& expect, const Verification& v) {
+  const std::string hex = expect.starts_with("iso1:") ? expect.substr(5) : expect;
+  if (!v.digest) return false;
+  if (v.digest->root == hex) return true;
+  for (const reshard::SectionDigest& section : v.digest->sections) {
+    if (section.absent.empty() && section.hex == hex) return true;
+  }
+  return false;
+}
+
+void run_verify(Session* session, const std::string& source) {
+  reshard::VerifyOptions options{.read = session->read, .stream = session->stream_options()};
+  const Verification v = reshard::verify(session->storage, source, options);
+  if (session->json) {
+    print_json(session, source, v);
+  } else {
+    std::cout << name(v.verdict) << "  " << source << "\n";
+    if (!session->quiet) print_text(v);
+  }
+  if (v.verdict > Verdict::kComplete) session->status = kAnswerIsNo;
+  if (session->expect.empty() || is_expected(session->expect, v)) return;
+  session->notice("digest differs from --expect " + session->expect);
+  session->status = kAnswerIsNo;
+}
+
+}  // namespace
+
+void add_verify(CLI::App* app, Session* session) {
+  auto source = std::make_shared<std::string>();
+  CLI::App* verb = app->add_subcommand(
+      "verify", "A verdict: VERIFIED, COMPLETE, SUSPECT, INCOMPLETE, CORRUPT or HOSTILE");
+  verb->add_option("SOURCE", *source)->required();
+  verb->add_option("--expect", session->expect,
+                   "Exit 1 unless the root or a section has this digest (iso1:…)");
+  add_source_flags(verb, session);
+  verb->callback([session, source] { run_verify(session, *source); });
+}
+
+}  // namespace isoshard::tools
