@@ -26,6 +26,7 @@ using checkpoint::RawCrcs;
 using checkpoint::ShardedState;
 
 constexpr int64_t kChunkBytes = 1 << 20;
+constexpr int64_t kSlackBytes = 64;   // more than any element has
 constexpr int64_t kHoleBytes = 4096;  // shorter runs of zeros are written
 
 // Bytes of a source file that belong to a leaf.
@@ -140,6 +141,7 @@ class Executor {
  private:
   void prepare();
   void add_touched_records(int file, Ranges* ranges);
+  int64_t chunk_end(int file, int64_t at, int64_t end) const;
   void add_chunks(int file, const Ranges& ranges);
   void work_through();
   void work(std::exception_ptr* failure, size_t* failed_at);
@@ -209,10 +211,27 @@ void Executor::add_touched_records(int file, Ranges* ranges) {
   }
 }
 
+// Where a chunk from `at` ends: at a multiple of kChunkBytes, or a little before it where that lies
+// inside an element that is cast. Elements may begin at any byte (safetensors, foreign zips).
+int64_t Executor::chunk_end(int file, int64_t at, int64_t end) const {
+  int64_t grid = (at / kChunkBytes + 1) * kChunkBytes;
+  if (grid - at < kSlackBytes) grid += kChunkBytes - kSlackBytes;  // a chunk is never empty
+  if (grid >= end) return end;
+  int64_t stop = grid;
+  jobs_[static_cast<size_t>(file)].transfers.overlapping(
+      grid - 1, grid + 1, [&](const Transfer& t) {
+        if (t.source_dtype == t.target_dtype || t.source_offset >= grid) return;
+        if (t.source_offset + t.size_bytes <= grid) return;
+        const int64_t item = item_size_bytes(t.source_dtype);
+        stop = std::min(stop, t.source_offset + (grid - t.source_offset) / item * item);
+      });
+  return stop;
+}
+
 void Executor::add_chunks(int file, const Ranges& ranges) {
   for (const auto& [begin, end] : ranges) {
     for (int64_t at = begin; at < end;) {
-      const int64_t stop = std::min(end, (at / kChunkBytes + 1) * kChunkBytes);
+      const int64_t stop = chunk_end(file, at, end);
       chunks_.push_back({file, at, stop});
       bytes_total_ += stop - at;
       at = stop;

@@ -117,16 +117,25 @@ class Renderer {
     RawCrcs crcs;
     const int64_t item = item_size_bytes(view.dtype);
     const int64_t bytes_total = numel(view.shape) * item;
-    for (const FileFragment& fragment : file_fragments(document_, 0, view)) {
-      if (fragment.count * item > (64 << 20)) {
-        throw Error(ErrorInfo{.code = ErrorCode::kLimit,
-                              .what = "A tensor in the client state is very large.",
-                              .file = document_.path(),
-                              .expected = "at most 64 MiB"});
-      }
-      std::vector<std::byte> bytes(static_cast<size_t>(fragment.count * item));
-      document_.file().read_at(fragment.offset_bytes, bytes);
-      crcs.update(bytes);
+    const ZipRecord& record = document_.record(view.storage);
+    if (record.size_bytes > (64 << 20)) {
+      throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                            .what = "A tensor in the client state is very large.",
+                            .file = document_.path(),
+                            .expected = "at most 64 MiB"});
+    }
+    std::vector<std::byte> whole(static_cast<size_t>(record.size_bytes));
+    document_.file().read_at(record.data_offset, whole);
+    if (crc32_of(whole) != record.crc32) {
+      throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
+                            .what = "A record's bytes do not fit its CRC: the file is damaged.",
+                            .file = document_.path(),
+                            .entry = quote(record.name),
+                            .next = "restore this file from another copy"});
+    }
+    for (const FileFragment& f : file_fragments(document_, 0, view)) {
+      crcs.update(std::span(whole).subspan(static_cast<size_t>(f.offset_bytes - record.data_offset),
+                                           static_cast<size_t>(f.count * item)));
     }
     return {{"tensor",
              {name(view.dtype), view.shape,

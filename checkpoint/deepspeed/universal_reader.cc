@@ -229,7 +229,9 @@ void UniversalReader::read_groups(const ModelStates& model) {
     group.parameters.push_back(static_cast<int>(i));
   }
   const Fields m(state_.document(model.file));
-  if (stage3_ || zero_option(m, model.config, "round_robin_gradients", 0) == 0) return;
+  // BF16_Optimizer, whose state names no stage, never permutes.
+  const bool permuted = f.maybe(f.root(), "zero_stage") != kNoNode;
+  if (stage3_ || !permuted || zero_option(m, model.config, "round_robin_gradients", 0) == 0) return;
   state_.round_robin = true;
   for (GroupState& group : state_.groups) {
     const std::vector<int> order = round_robin_order(static_cast<int>(group.flat_order.size()),

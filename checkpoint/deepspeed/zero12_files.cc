@@ -39,7 +39,7 @@ class Zero12Reader {
       first.fail("The stage does not fit the file's form.", "zero_stage", "1 or 2",
                  std::to_string(state_.stage));
     }
-    state_.round_robin = zero_option(Fields(state_.document(model_.file)), model_.config,
+    state_.round_robin = !bf16_ && zero_option(Fields(state_.document(model_.file)), model_.config,
                                      "round_robin_gradients", 0) != 0;
     for (size_t group = 0; group < model_.param_shapes.size(); ++group)
       read_group(static_cast<int>(group));

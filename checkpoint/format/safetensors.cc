@@ -61,6 +61,19 @@ json parse_strict(const ReadableFile& file, const std::string& text) {
   return result;
 }
 
+// A list of integers: nlohmann-json alone would take 1.5 and true for 1.
+Shape integers(const ReadableFile& file, const std::string& name, const json& value) {
+  const bool whole =
+      value.is_array() && std::all_of(value.begin(), value.end(), [](const json& item) {
+        return item.is_number_integer() &&
+               (!item.is_number_unsigned() || item.get<uint64_t>() <= INT64_MAX);
+      });
+  if (!whole)
+    corrupt(file, "A tensor's shape or data_offsets are not integers.", quote(name), "",
+            value.dump().substr(0, 200));
+  return value.get<Shape>();
+}
+
 }  // namespace
 
 SafetensorsIndex read_safetensors(const ReadableFile& file) {
@@ -76,6 +89,7 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
   std::string text(length, '\0');
   file.read_at(8, std::as_writable_bytes(std::span(text)));
   if (text.empty() || text[0] != '{') corrupt(file, "The header does not begin with '{'.");
+  if (text.find('\0') != std::string::npos) corrupt(file, "The header has a NUL byte.");
   const json header = parse_strict(file, text);
   const int64_t data = 8 + static_cast<int64_t>(length);
   SafetensorsIndex index;
@@ -83,6 +97,7 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
   std::vector<SafetensorsEntry> empty;
   for (const auto& [name, value] : header.items()) {
     if (name == "__metadata__") {
+      if (!value.is_object()) corrupt(file, "Metadata that is not an object of texts.");
       for (const auto& [key, entry] : value.items()) {
         if (!entry.is_string()) corrupt(file, "Metadata that is not text.", quote(key));
         index.metadata.emplace_back(key, entry.get<std::string>());
@@ -92,7 +107,7 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
     const std::string why = why_unsafe_name(name);
     if (!why.empty()) corrupt(file, "A tensor name cannot be used: " + why + ".", quote(name));
     try {
-      SafetensorsEntry entry{.name = name, .shape = value.at("shape").get<Shape>()};
+      SafetensorsEntry entry{.name = name, .shape = integers(file, name, value.at("shape"))};
       bool known = false;
       for (const Name& row : kNames) {
         if (value.at("dtype").get<std::string>() != row.text) continue;
@@ -102,8 +117,9 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
       if (!known)
         corrupt(file, "A tensor has an unknown dtype.", quote(name), "",
                 quote(value.at("dtype").get<std::string>()));
-      const auto begin = value.at("data_offsets").at(0).get<int64_t>();
-      const auto end = value.at("data_offsets").at(1).get<int64_t>();
+      const Shape offsets = integers(file, name, value.at("data_offsets"));
+      if (offsets.size() != 2) corrupt(file, "A tensor has not two data_offsets.", quote(name));
+      const int64_t begin = offsets[0], end = offsets[1];
       const int64_t bytes = numel(entry.shape) * item_size_bytes(entry.dtype);
       if (begin < 0 || end < begin || end > file.size_bytes() - data || end - begin != bytes) {
         corrupt(file, "A tensor's offsets do not fit its shape or the file.", quote(name),

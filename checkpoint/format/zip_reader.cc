@@ -14,6 +14,7 @@ namespace {
 using namespace zip;
 
 constexpr int64_t kRecordLimit = 5'000'000;
+constexpr int64_t kDirectoryLimit = 1ll << 30;  // a hole can be as large as a file may be
 
 struct End {
   int64_t directory_offset = 0;
@@ -144,6 +145,11 @@ void Reader::read_directory(const End& end) {
   if (end.directory_bytes < end.records * kCentralBytes) {
     corrupt("The zip directory is too small for its records.");
   }
+  if (end.directory_bytes > kDirectoryLimit) {
+    corrupt("A limit against resource bombs was reached: bytes of the zip directory.", "end record",
+            "at most " + std::to_string(kDirectoryLimit), std::to_string(end.directory_bytes),
+            ErrorCode::kLimit);
+  }
   const std::string directory = bytes_at(end.directory_offset, end.directory_bytes);
   size_t cursor = 0;
   for (int64_t i = 0; i < end.records; ++i) read_central(directory, &cursor);
@@ -261,7 +267,9 @@ void Reader::check_extra(const ZipRecord& record, const std::string& extra, bool
   *zip64 = !wide.empty();
   const int64_t before = record.data_offset - static_cast<int64_t>(extra.size());
   if (extra == wide + fill_extra(before + static_cast<int64_t>(wide.size()))) return;
-  if (!index_.torch_dialect && (extra.empty() || load(extra, 0, 2) == kFillExtra)) return;
+  if (!index_.torch_dialect &&
+      (extra.empty() || (extra.size() >= 4 && load(extra, 0, 2) == kFillExtra)))
+    return;
   corrupt("A record's extra field is not the alignment fill that torch writes.",
           quote(record.name));
 }

@@ -1,0 +1,22 @@
+// Runs a law over generated cases: as many as ISOSHARD_CASES asks for, counted and printed. A
+// counterexample is shrunk, and the command that replays it is printed.
+#pragma once
+
+#include "properties/generators.h"
+
+namespace isoshard::properties {
+
+// ISOSHARD_CASES (100 if unset) divided by `share`, at least 5: laws that cost more run fewer.
+int cases_for(int share);
+
+struct LawRun {
+  Law law = nullptr;
+  int share = 1;
+  bool many_ranks = false;  // cases of case_of_many_ranks()
+};
+
+// Inside a googletest TEST: fails it on a counterexample. RC_PARAMS is RapidCheck's own: seed,
+// max_success, reproduce.
+void check_law(const LawRun& run);
+
+}  // namespace isoshard::properties

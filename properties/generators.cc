@@ -1,0 +1,190 @@
+// See generators.h.
+#include "properties/generators.h"
+
+#include <algorithm>
+#include <set>
+
+#include "core/utf8.h"
+
+namespace isoshard::properties {
+namespace {
+
+// Uniform in [low, high], whatever RapidCheck's size; shrinks to low.
+int draw(int low, int high) { return *rc::gen::resize(100, rc::gen::inRange(low, high + 1)); }
+
+bool one_in(int count) { return draw(0, count - 1) == count - 1; }
+
+template <typename Value>
+Value draw_from(const std::vector<Value>& values) {
+  return values[static_cast<size_t>(draw(0, static_cast<int>(values.size()) - 1))];
+}
+
+void append_utf8(std::string* text, uint32_t c) {
+  if (c < 0x80) {
+    *text += static_cast<char>(c);
+    return;
+  }
+  const int tails = c < 0x800 ? 1 : c < 0x10000 ? 2 : 3;
+  constexpr uint32_t kLead[] = {0, 0xC0, 0xE0, 0xF0};
+  *text += static_cast<char>(kLead[tails] | (c >> (6 * tails)));
+  for (int i = tails - 1; i >= 0; --i) *text += static_cast<char>(0x80 | ((c >> (6 * i)) & 0x3F));
+}
+
+uint32_t draw_code_point() {
+  static const std::vector<uint32_t> kAwkward = {
+      ' ',    '"',    '\'',   '`',    '$',    '&',    ';',     ':',     '~',     '%',     '=',
+      ',',    '@',    '#',    '!',    '<',    '>',    '[',     ']',     '(',     ')',     '{',
+      '}',    '*',    '+',    '?',    '.',    '^',    '|',     '\\',    '-',     '_',     0x00A0,
+      0x00E9, 0x0301, 0x0130, 0x05D0, 0x0644, 0x200B, 0x200D,  0x2028,  0x202E,  0x3000,  0x65E5,
+      0xAC00, 0xE000, 0xFB01, 0xFEFF, 0xFFFD, 0xFFFF, 0x10000, 0x1F600, 0x1F468, 0x10FFFF};
+  switch (draw(0, 3)) {
+    case 0:
+      return static_cast<uint32_t>(draw('a', 'z'));
+    case 1:
+      return static_cast<uint32_t>(draw('0', '9'));
+    case 2:
+      return draw_from(kAwkward);
+    default:
+      break;
+  }
+  const uint32_t c = static_cast<uint32_t>(draw(0xA0, 0x10FFFF));
+  return c >= 0xD800 && c <= 0xDFFF ? 0xD7FF : c;
+}
+
+// A name that contracts §6 accepts, unlike all in `taken`, and no file name of a universal folder.
+std::string draw_name(std::set<std::string>* taken) {
+  std::string text;
+  const int components = draw(1, 3);
+  for (int i = 0; i < components; ++i) {
+    if (i > 0) text += one_in(3) ? '/' : '.';
+    const int length = draw(1, 4);
+    for (int k = 0; k < length; ++k) append_utf8(&text, draw_code_point());
+  }
+  if (!why_unsafe_name(text).empty() || text.find(".pt") != std::string::npos) text = "p";
+  while (!taken->insert(text).second) text += "'";
+  return text;
+}
+
+Shape draw_shape(const Case& value) {
+  const int ranks = draw_from(std::vector<int>{value.a.ranks(), value.b.ranks(), value.c.ranks()});
+  switch (draw(0, 7)) {
+    case 0:
+      return {draw(1, 9)};
+    case 1:
+      return {draw(1, 4), draw(1, 5)};
+    case 2:
+      return {};
+    case 3:
+      return {std::max(1, draw(1, 3) * ranks - 1)};
+    case 4:
+      return {draw(1, 3) * ranks};
+    case 5:
+      return {draw(1, 3) * ranks + 1};
+    case 6:
+      return one_in(2) ? Shape{0} : Shape{draw(0, 2), 0, 3};
+    default:
+      break;
+  }
+  return {draw(1, 2), draw(1, 7), draw(1, 3)};
+}
+
+void draw_parameters(Case* value, int most) {
+  Model& model = value->model;
+  std::set<std::string> taken;
+  const int count = draw(1, most);
+  const int groups = draw(1, 3);
+  for (int i = 0; i < count; ++i) {
+    ModelParameter parameter;
+    parameter.name = draw_name(&taken);
+    parameter.shape = i == 0 ? Shape{draw(1, 12)} : draw_shape(*value);
+    parameter.group = i == 0 ? 0 : draw(0, groups - 1);
+    if (i > 0 && one_in(5)) parameter.group = -1;
+    if (one_in(60)) {
+      parameter.zeros = true;
+      parameter.shape = {draw(1025, 2400)};
+    }
+    if (one_in(6) && numel(parameter.shape) > 0) parameter.alias = draw_name(&taken);
+    model.parameters.push_back(parameter);
+  }
+  const std::vector<DType> dtypes = {DType::kFloat32, DType::kInt64,   DType::kBool,
+                                     DType::kUInt8,   DType::kFloat16, DType::kBFloat16,
+                                     DType::kFloat64};
+  const int buffers = std::min(count, draw(0, 2));
+  for (int i = 0; i < buffers; ++i) {
+    model.buffers.push_back({draw_name(&taken), draw_from(dtypes), draw_shape(*value)});
+  }
+}
+
+void draw_optimizer(Model* model) {
+  static const std::vector<std::vector<std::string>> kSchemas = {
+      {"exp_avg", "exp_avg_sq"},
+      {"momentum_buffer"},
+      {"sum"},
+      {},
+      {"square_avg", "acc_delta"},
+      {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"}};
+  for (const std::string& name : draw_from(kSchemas)) {
+    const DType dtype = one_in(6) ? draw_from(std::vector<DType>{DType::kBFloat16, DType::kFloat16})
+                                  : DType::kFloat32;
+    model->states.push_back({name, dtype});
+  }
+  const int form = draw(0, 4);
+  if (form < 4) model->scalars.push_back({"step", static_cast<ScalarKind::Form>(form), draw(0, 9)});
+  if (one_in(6)) model->scalars.push_back({"mu_product", ScalarKind::Form::kTensor, 1});
+}
+
+Model draw_settings() {
+  Model model;
+  model.seed = static_cast<uint64_t>(draw(1, 1'000'000));
+  model.dtype = draw_from(std::vector<DType>{DType::kBFloat16, DType::kFloat32, DType::kFloat16});
+  model.reversed = one_in(4);
+  model.round_robin = one_in(3);
+  model.aligned = one_in(4);
+  model.bf16_optimizer = one_in(4);
+  model.dynamic_scale = model.dtype == DType::kFloat16 && one_in(2);
+  model.client_state = one_in(4);
+  model.sub_group_size = draw_from(std::vector<int64_t>{1'000'000'000, 1, 3, 8, 20});
+  return model;
+}
+
+Job draw_job(int lowest_stage) {
+  Job job{.data = draw(1, 5), .sequence = one_in(4) ? 2 : 1, .stage = draw(lowest_stage, 3)};
+  if (one_in(8)) job.data = draw(6, 8);
+  return job;
+}
+
+// A dynamic loss scaler does not fit into stage 0.
+void finish(Case* value) {
+  value->choice = static_cast<uint64_t>(draw(0, 1'000'000));
+  for (Job* job : {&value->b, &value->c}) {
+    if (value->model.dynamic_scale && job->stage == 0) job->stage = 1;
+  }
+}
+
+}  // namespace
+
+rc::Gen<Case> any_case() {
+  return rc::gen::exec([] {
+    Case value{.model = draw_settings(), .a = draw_job(1), .b = draw_job(0), .c = draw_job(0)};
+    draw_parameters(&value, 6);
+    draw_optimizer(&value.model);
+    finish(&value);
+    return value;
+  });
+}
+
+rc::Gen<Case> case_of_many_ranks() {
+  return rc::gen::exec([] {
+    const std::vector<int> ranks = {9, 10, 11, 9, 10, 11, 99, 100, 101};
+    Case value{.model = draw_settings()};
+    value.a = {.data = draw_from(ranks), .stage = draw(1, 3)};
+    value.b = {.data = draw_from(ranks), .stage = draw(1, 3)};
+    value.c = {.data = 10, .stage = draw(1, 3)};
+    draw_parameters(&value, 3);
+    draw_optimizer(&value.model);
+    finish(&value);
+    return value;
+  });
+}
+
+}  // namespace isoshard::properties

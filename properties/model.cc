@@ -1,0 +1,202 @@
+// See model.h.
+#include "properties/model.h"
+
+#include <ostream>
+#include <span>
+
+#include "core/cast.h"
+#include "core/error.h"
+#include "core/random.h"
+
+namespace isoshard::properties {
+namespace {
+
+constexpr uint64_t kFrozen = 100, kBuffer = 101;  // beside the states −1, 0, 1, …
+
+// Bits that trouble code which computes where it should move: NaNs with payloads, −0, denormals.
+uint32_t troublesome(uint64_t word, DType dtype) {
+  constexpr uint32_t kSingle[] = {0x7F800001, 0xFFBFFFFF, 0x7FC12345, 0x80000000,
+                                  0x00000001, 0x807FFFFF, 0x7F800000, 0x00000000};
+  constexpr uint32_t kBrain[] = {0x7F81, 0xFFBF, 0x7FC1, 0x8000, 0x0001, 0x807F, 0x7F80, 0x0000};
+  constexpr uint32_t kHalf[] = {0x7C01, 0xFDFF, 0x7E12, 0x8000, 0x0001, 0x83FF, 0x7C00, 0x0000};
+  const auto& table = dtype == DType::kFloat32    ? kSingle
+                      : dtype == DType::kBFloat16 ? kBrain
+                                                  : kHalf;
+  return table[word % std::size(table)];
+}
+
+struct Coordinates {
+  uint64_t tensor = 0;
+  uint64_t kind = 0;
+  uint64_t index = 0;
+};
+
+uint32_t value_bits(const Model& model, const Coordinates& at, DType dtype) {
+  const uint64_t word = keyed_random(model.seed, {at.tensor, at.kind, at.index});
+  if ((word >> 40) % 8 == 0) return troublesome(word, dtype);
+  uint32_t bits = static_cast<uint32_t>(word);
+  if (item_size_bytes(dtype) == 2) bits &= 0xFFFF;
+  return bits == poison(dtype) ? bits ^ 1 : bits;
+}
+
+void flip_bit(const Flip& flip, int64_t item_bits, reference::Bits* bits) {
+  if (bits->empty()) return;
+  const int64_t bit = flip.bit % (static_cast<int64_t>(bits->size()) * item_bits);
+  (*bits)[static_cast<size_t>(bit / item_bits)] ^= uint32_t{1} << (bit % item_bits);
+}
+
+uint64_t kind_of(int state) { return static_cast<uint64_t>(state + 1); }
+
+}  // namespace
+
+std::ostream& operator<<(std::ostream& out, const Job& job) {
+  return out << "dp=" << job.data << ",sp=" << job.sequence << ",stage=" << job.stage;
+}
+
+std::ostream& operator<<(std::ostream& out, const Model& model) {
+  out << "seed " << model.seed << ", " << name(model.dtype) << (model.reversed ? ", reversed" : "")
+      << (model.round_robin ? ", round robin" : "") << (model.aligned ? ", aligned" : "")
+      << (model.bf16_optimizer ? ", BF16_Optimizer" : "")
+      << (model.dynamic_scale ? ", dynamic scale" : "")
+      << (model.client_state ? ", client state" : "") << ", sub_group_size " << model.sub_group_size
+      << "\n";
+  for (const ModelParameter& parameter : model.parameters) {
+    out << "  " << quote(parameter.name) << " " << to_string(parameter.shape) << " group "
+        << parameter.group << (parameter.zeros ? " zeros" : "");
+    if (!parameter.alias.empty()) out << " alias " << quote(parameter.alias);
+    out << "\n";
+  }
+  for (const ModelBuffer& buffer : model.buffers) {
+    out << "  buffer " << quote(buffer.name) << " " << name(buffer.dtype) << " "
+        << to_string(buffer.shape) << "\n";
+  }
+  for (const StateKind& state : model.states) {
+    out << "  state " << state.name << " " << name(state.dtype) << "\n";
+  }
+  for (const ScalarKind& scalar : model.scalars) {
+    out << "  scalar " << scalar.name << " form " << static_cast<int>(scalar.form) << "\n";
+  }
+  return out;
+}
+
+std::vector<std::vector<int>> optimizer_groups(const Model& model) {
+  std::vector<std::vector<int>> groups;
+  for (size_t i = 0; i < model.parameters.size(); ++i) {
+    if (!model.owned(i)) continue;
+    const size_t group = static_cast<size_t>(model.parameters[i].group);
+    if (groups.size() <= group) groups.resize(group + 1);
+    std::vector<int>& members = groups[group];
+    members.insert(model.reversed ? members.begin() : members.end(), static_cast<int>(i));
+  }
+  std::erase_if(groups, [](const std::vector<int>& members) { return members.empty(); });
+  return groups;
+}
+
+reference::GroupSizes group_sizes(const Model& model) {
+  reference::GroupSizes sizes;
+  for (const std::vector<int>& members : optimizer_groups(model)) {
+    sizes.emplace_back();
+    for (int number : members) {
+      sizes.back().push_back(numel(model.parameters[static_cast<size_t>(number)].shape));
+    }
+  }
+  return sizes;
+}
+
+bool uses_bf16_optimizer(const Model& model, int stage) {
+  return model.bf16_optimizer && model.dtype == DType::kBFloat16 && stage == 1;
+}
+
+reference::Form form_of(const Model& model, const Job& job) {
+  const bool flat = (job.stage == 1 || job.stage == 2) && !uses_bf16_optimizer(model, job.stage);
+  return {.stage = job.stage,
+          .ranks = job.ranks(),
+          .round_robin = flat && model.round_robin,
+          .align_elements = flat && model.aligned ? 16 / item_size_bytes(model.dtype) : 1,
+          .sub_group_size = model.sub_group_size};
+}
+
+uint32_t poison(DType dtype) {
+  if (dtype == DType::kFloat32) return 0x7FA5C0DE;
+  return dtype == DType::kBFloat16 ? 0x7FA5 : 0x7D05;
+}
+
+DType state_dtype(const Model& model, int state) {
+  return state < 0 ? DType::kFloat32 : model.states[static_cast<size_t>(state)].dtype;
+}
+
+reference::Bits state_bits(const Model& model, int parameter, int state) {
+  const ModelParameter& owner = model.parameters[static_cast<size_t>(parameter)];
+  const DType dtype = state_dtype(model, state);
+  reference::Bits bits(static_cast<size_t>(numel(owner.shape)), 0);
+  for (size_t i = 0; i < bits.size(); ++i) {
+    if (owner.zeros && i % 1900 != 3) continue;
+    bits[i] = value_bits(model, {static_cast<uint64_t>(parameter), kind_of(state), i}, dtype);
+  }
+  const bool here =
+      model.flip.tensor == parameter &&
+      (state < 0 ? model.flip.where == Flip::Where::kMaster
+                 : model.flip.where == Flip::Where::kState && model.flip.state == state);
+  if (here) flip_bit(model.flip, 8 * item_size_bytes(dtype), &bits);
+  return bits;
+}
+
+reference::Groups whole_state(const Model& model, int state) {
+  reference::Groups whole;
+  for (const std::vector<int>& members : optimizer_groups(model)) {
+    whole.emplace_back();
+    for (int number : members) whole.back().push_back(state_bits(model, number, state));
+  }
+  return whole;
+}
+
+std::string pack(const reference::Bits& bits, DType dtype) {
+  const size_t item = static_cast<size_t>(item_size_bytes(dtype));
+  std::string bytes(bits.size() * item, '\0');
+  for (size_t i = 0; i < bits.size(); ++i) {
+    for (size_t b = 0; b < item; ++b) bytes[i * item + b] = static_cast<char>(bits[i] >> (8 * b));
+  }
+  return bytes;
+}
+
+std::string module_bytes(const Model& model, size_t number) {
+  const int parameter = static_cast<int>(number);
+  const int64_t count = numel(model.parameters[number].shape);
+  if (!model.owned(number)) {
+    reference::Bits bits(static_cast<size_t>(count));
+    for (size_t i = 0; i < bits.size(); ++i) {
+      bits[i] = value_bits(model, {number, kFrozen, i}, model.dtype);
+    }
+    if (model.flip.where == Flip::Where::kFrozen && model.flip.tensor == parameter) {
+      flip_bit(model.flip, 8 * item_size_bytes(model.dtype), &bits);
+    }
+    return pack(bits, model.dtype);
+  }
+  const std::string masters = pack(state_bits(model, parameter, -1), DType::kFloat32);
+  std::string bytes(static_cast<size_t>(count * item_size_bytes(model.dtype)), '\0');
+  cast(DType::kFloat32, std::as_bytes(std::span(masters)), model.dtype,
+       std::as_writable_bytes(std::span(bytes)));
+  return bytes;
+}
+
+std::string buffer_bytes(const Model& model, size_t number) {
+  const ModelBuffer& buffer = model.buffers[number];
+  std::string bytes(static_cast<size_t>(numel(buffer.shape) * item_size_bytes(buffer.dtype)), '\0');
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    const uint64_t word = keyed_random(model.seed, {number, kBuffer, i});
+    bytes[i] = static_cast<char>(buffer.dtype == DType::kBool ? word & 1 : word);
+  }
+  if (model.flip.where == Flip::Where::kBuffer && model.flip.tensor == static_cast<int>(number) &&
+      !bytes.empty()) {
+    const size_t bit = static_cast<size_t>(model.flip.bit) % (8 * bytes.size());
+    bytes[bit / 8] = static_cast<char>(bytes[bit / 8] ^ (1 << (bit % 8)));
+  }
+  return bytes;
+}
+
+std::string scalar_value_text(const ScalarKind& scalar, int group) {
+  if (scalar.form == ScalarKind::Form::kNone) return "None";
+  return std::to_string(scalar.value + group);
+}
+
+}  // namespace isoshard::properties

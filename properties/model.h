@@ -1,0 +1,117 @@
+// A made-up training job: what its state is, before any rank or file. Values are a function of
+// (seed, parameter, state, global index), so every element knows where it came from. Link 1 of the
+// tensor's journey, for the properties.
+#pragma once
+
+#include <cstdint>
+#include <iosfwd>
+#include <string>
+#include <vector>
+
+#include "core/dtype.h"
+#include "reference/reshard.h"
+
+namespace isoshard::properties {
+
+struct ModelParameter {
+  std::string name;
+  Shape shape;
+  int group = 0;       // of the optimizer; −1: frozen
+  std::string alias;   // a second, tied name; empty: none
+  bool zeros = false;  // mostly zero, long enough to be written as a hole
+};
+
+struct ModelBuffer {
+  std::string name;
+  DType dtype = DType::kFloat32;
+  Shape shape;
+};
+
+// A tensor the optimizer keeps for each parameter; float32, bfloat16 or float16.
+struct StateKind {
+  std::string name;
+  DType dtype = DType::kFloat32;
+};
+
+// A number the optimizer keeps; the group's number is added to it, so that groups differ.
+struct ScalarKind {
+  enum class Form { kTensor, kInt, kFloat, kNone };
+  std::string name;
+  Form form = Form::kTensor;
+  int value = 3;
+};
+
+// One bit of one element, turned over: for the digest's laws.
+struct Flip {
+  enum class Where { kNowhere, kMaster, kState, kFrozen, kBuffer };
+  Where where = Where::kNowhere;
+  int tensor = 0;   // number of the parameter or buffer
+  int state = 0;    // kState
+  int64_t bit = 0;  // of the tensor's little-endian bytes, modulo their number
+};
+
+struct Model {
+  uint64_t seed = 1;
+  DType dtype = DType::kBFloat16;          // of the module: float32, bfloat16 or float16
+  std::vector<ModelParameter> parameters;  // in the module's order; at least one is owned
+  std::vector<ModelBuffer> buffers;        // the i-th stands behind the i-th parameter
+  std::vector<StateKind> states;
+  std::vector<ScalarKind> scalars;
+  bool reversed = false;  // the optimizer lists each group backwards
+  bool round_robin = false;
+  bool aligned = false;         // zero_optimization.parameter_alignment
+  bool bf16_optimizer = false;  // grad_accum_dtype fp32: its form at stage 1
+  bool dynamic_scale = false;   // DynamicLossScaler
+  bool client_state = false;
+  int64_t sub_group_size = 1'000'000'000;
+  Flip flip;
+
+  bool owned(size_t number) const {
+    return parameters[number].group >= 0 && numel(parameters[number].shape) > 0;
+  }
+  bool stepped() const { return !states.empty() || !scalars.empty(); }
+};
+
+// One job: how many ranks share the state, and how.
+struct Job {
+  int data = 1;
+  int sequence = 1;
+  int stage = 1;
+  int ranks() const { return data * sequence; }
+  bool operator==(const Job&) const = default;
+};
+
+std::ostream& operator<<(std::ostream& out, const Model& model);
+std::ostream& operator<<(std::ostream& out, const Job& job);
+
+// Numbers of the owned parameters of every group, in the optimizer's order; groups without any are
+// left out, as the optimizer never sees them.
+std::vector<std::vector<int>> optimizer_groups(const Model& model);
+reference::GroupSizes group_sizes(const Model& model);
+
+// BF16_Optimizer writes this stage.
+bool uses_bf16_optimizer(const Model& model, int stage);
+// The reference's rules for that job.
+reference::Form form_of(const Model& model, const Job& job);
+
+// Signalling NaN that stands in every padding element of a source and in no tensor.
+uint32_t poison(DType dtype);
+
+// float32 for the master (state −1).
+DType state_dtype(const Model& model, int state);
+// Bits of the master (state −1) or of optimizer state `state` of a parameter.
+reference::Bits state_bits(const Model& model, int parameter, int state);
+// The same for all groups, as the reference takes them.
+reference::Groups whole_state(const Model& model, int state);
+
+// Bytes of what the module holds under a parameter's name; of a buffer.
+std::string module_bytes(const Model& model, size_t parameter);
+std::string buffer_bytes(const Model& model, size_t buffer);
+
+// Little-endian bytes of 16- or 32-bit elements.
+std::string pack(const reference::Bits& bits, DType dtype);
+
+// The value of a scalar for a group, as checkpoint::scalar_text prints it.
+std::string scalar_value_text(const ScalarKind& scalar, int group);
+
+}  // namespace isoshard::properties

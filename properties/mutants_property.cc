@@ -1,0 +1,72 @@
+// The laws judged: each mutant must be noticed by the law that stands against it. The cases are the
+// generators' own, from fixed seeds, so a survivor survives on every machine.
+#include <gtest/gtest.h>
+
+#include "properties/check_property.h"
+
+namespace isoshard::properties {
+namespace {
+
+struct Duel {
+  Mutant mutant = Mutant::kNone;
+  Law law = nullptr;
+  bool many_ranks = false;
+};
+
+std::string small_layouts(const Case&, Mutant mutant) {
+  return layouts_are_the_reference(20, mutant);
+}
+
+const Duel kDuels[] = {
+    {Mutant::kShiftedRun, files_are_the_reference},
+    {Mutant::kAlphabeticalRanks, every_element_is_loaded, true},
+    {Mutant::kKeptPadding, no_padding_leaves_its_file},
+    {Mutant::kDroppedParameter, every_element_is_loaded},
+    {Mutant::kUnpermutedGroups, files_are_the_reference},
+    {Mutant::kFloorSlots, there_and_back_is_identity},
+    {Mutant::kSwappedStates, via_is_direct},
+    {Mutant::kRoundedMaster, every_element_is_loaded},
+    {Mutant::kMisnamedSlots, names_are_inferred_or_refused},
+    {Mutant::kForgottenRank, every_plan_covers},
+    {Mutant::kExchangedRanks, reference_is_its_own_inverse},
+    {Mutant::kBelievedUniversal, universal_keeps_everything},
+    {Mutant::kTruncatedWeights, weights_are_the_masters},
+    {Mutant::kFileDigest, digest_is_constant},
+    {Mutant::kMergedSections, one_bit_changes_one_section},
+    {Mutant::kUncheckedRecords, a_damaged_file_is_refused},
+    {Mutant::kPlacelessDigest, a_swap_changes_the_digest},
+    {Mutant::kListedRanks, listing_order_is_nothing},
+    {Mutant::kLongFragment, small_layouts},
+    {Mutant::kLostFragment, small_layouts},
+};
+
+std::string outcome(const Duel& duel, const Case& value, Mutant mutant) {
+  try {
+    return duel.law(value, mutant);
+  } catch (const std::exception& failure) {
+    return failure.what();
+  }
+}
+
+class Mutants : public testing::TestWithParam<Duel> {};
+
+TEST_P(Mutants, IsKilled) {
+  const Duel& duel = GetParam();
+  const rc::Gen<Case> cases = duel.many_ranks ? case_of_many_ranks() : any_case();
+  constexpr int kMost = 500;
+  for (uint64_t seed = 1; seed <= kMost; ++seed) {
+    const Case value = cases(rc::Random(seed), 100).value();
+    const std::string reason = outcome(duel, value, duel.mutant);
+    if (reason.empty()) continue;
+    EXPECT_EQ(outcome(duel, value, Mutant::kNone), "") << "the law fails without the mutant too";
+    std::cout << "killed by case " << seed << ": " << reason << "\n";
+    return;
+  }
+  FAIL() << "the mutant survives " << kMost << " cases";
+}
+
+INSTANTIATE_TEST_SUITE_P(All, Mutants, testing::ValuesIn(kDuels),
+                         [](const auto& info) { return name(info.param.mutant); });
+
+}  // namespace
+}  // namespace isoshard::properties

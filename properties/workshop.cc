@@ -1,0 +1,120 @@
+// See workshop.h.
+#include "properties/workshop.h"
+
+#include <map>
+
+#include "checkpoint/deepspeed/names.h"
+#include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/deepspeed/reshard_target.h"
+#include "checkpoint/deepspeed/universal_blueprint.h"
+#include "properties/listing_storage.h"
+#include "properties/synthetic.h"
+#include "reshard/executor.h"
+
+namespace isoshard::properties {
+namespace {
+
+using checkpoint::ShardedState;
+
+constexpr const char* kOrderPath = "/order.txt";
+
+// What a reader would open that takes the i-th optimizer file of a listing for rank i.
+void take_listing_for_ranks(Storage& storage, const std::string& folder, Storage& listing) {
+  std::vector<std::string> listed;
+  std::map<int, std::string> by_rank;
+  for (const DirectoryEntry& entry : listing.list(folder)) {
+    const checkpoint::FileName name = checkpoint::parse_file_name(entry.name);
+    if (name.kind != checkpoint::FileName::Kind::kOptim) continue;
+    listed.push_back(entry.name);
+    by_rank[name.dp] = entry.name;
+  }
+  for (const std::string& name : listed) {
+    storage.rename_over(folder + "/" + name, folder + "/" + name + ".listed");
+  }
+  for (const auto& [rank, name] : by_rank) {
+    storage.rename_over(folder + "/" + listed[static_cast<size_t>(rank)] + ".listed",
+                        folder + "/" + name);
+  }
+}
+
+}  // namespace
+
+Workshop::Workshop(const Model& model, Mutant mutant) : model_(model), mutant_(mutant) {
+  write_param_order(storage_, kOrderPath, model);
+}
+
+ShardedState Workshop::source(const Job& job, const std::string& folder) {
+  write_source(storage_, folder, model_, job);
+  return read(folder);
+}
+
+ShardedState Workshop::write(const ShardedState& state,
+                             std::vector<checkpoint::FileBlueprint> files,
+                             const std::string& folder) {
+  storage_.make_directories(folder);
+  for (const checkpoint::FileBlueprint& file : files) {
+    const std::string path = folder + "/" + file.path;
+    storage_.make_directories(path.substr(0, path.rfind('/')));
+  }
+  const reshard::ReshardPlan plan = reshard::make_plan(state, std::move(files));
+  reshard::execute(storage_, state, plan, folder, {.workers = 1});
+  return read(folder);
+}
+
+ShardedState Workshop::reshard(const ShardedState& state, const Job& job,
+                               const std::string& folder) {
+  const ShardedState source = mutate_source(mutant_, state, job);
+  return write(source, blueprints(source, job), folder);
+}
+
+std::vector<checkpoint::FileBlueprint> Workshop::blueprints(const ShardedState& state,
+                                                            const Job& job) const {
+  const Topology topology{.data = job.data, .sequence = job.sequence};
+  std::vector<checkpoint::FileBlueprint> files =
+      checkpoint::reshard_blueprints(state, topology, job.stage, {}).files;
+  mutate_files(mutant_, state, job, &files);
+  return files;
+}
+
+ShardedState Workshop::universal(const ShardedState& state, const std::string& folder) {
+  const ShardedState source =
+      mutant_ == Mutant::kBelievedUniversal ? checkpoint::as_deepspeed_believes(state) : state;
+  return write(source, checkpoint::universal_blueprints(source, {}).files, folder);
+}
+
+ShardedState Workshop::weights(const ShardedState& state, const std::string& folder,
+                               const checkpoint::WeightsOptions& options) {
+  ShardedState source = state;
+  for (checkpoint::ParameterState& parameter : source.parameters) {
+    const bool truncate = mutant_ == Mutant::kTruncatedWeights && parameter.group >= 0;
+    if (truncate && parameter.model_copy >= 0) parameter.weight = parameter.model_copy;
+  }
+  return write(source, checkpoint::weights_blueprints(source, options), folder);
+}
+
+ShardedState Workshop::read(const std::string& folder, uint64_t shuffle) {
+  const checkpoint::ReadOptions options{.tag = "", .param_order = kOrderPath, .workers = 1};
+  if (shuffle == 0) return checkpoint::read_checkpoint(storage_, folder, options);
+  ListingStorage listing(storage_, shuffle);
+  if (mutant_ == Mutant::kListedRanks) {
+    take_listing_for_ranks(storage_, folder, listing);
+    checkpoint::ReadOptions renamed = options;
+    renamed.allow_renamed = true;
+    return checkpoint::read_checkpoint(listing, folder, renamed);
+  }
+  return checkpoint::read_checkpoint(listing, folder, options);
+}
+
+ShardedState Workshop::read_inferring(const std::string& folder) {
+  ShardedState state =
+      checkpoint::read_checkpoint(storage_, folder, {.tag = "", .param_order = "", .workers = 1});
+  mutate_names(mutant_, &state);
+  return state;
+}
+
+reshard::Digest Workshop::digest(const ShardedState& state) {
+  if (mutant_ == Mutant::kUncheckedRecords) return digest_without_checks(state);
+  return mutate_digest(mutant_, state, reshard::compute_digest(storage_, state, {.workers = 1}));
+}
+
+}  // namespace isoshard::properties
