@@ -13,7 +13,7 @@ CLOCK = os.sysconf("SC_CLK_TCK")
 
 Measured = collections.namedtuple(
     "Measured", "status output wall_s cpu_s others_share anon_bytes resident_bytes "
-    "read_bytes written_bytes disk_bytes seen load")
+    "read_bytes written_bytes disk_bytes seen load stopped")
 
 
 def fields_of(path):
@@ -25,6 +25,15 @@ def fields_of(path):
                     and rest.split()[0].isdigit()}
     except OSError:
         return {}
+
+
+def is_stopped(process):
+    """Somebody has halted it (SIGSTOP): its wall time means nothing."""
+    try:
+        with open(f"/proc/{process}/stat") as stream:
+            return stream.read().rpartition(")")[2].split()[0] in "Tt"
+    except OSError:
+        return False
 
 
 def busy_seconds():
@@ -75,12 +84,13 @@ class Sampler(threading.Thread):
         self.process, self.watch, self.every_s = process, watch, every_s
         self.ended = threading.Event()
         self.anon_bytes = self.disk_bytes = 0
-        self.seen = set()
+        self.seen, self.stopped = set(), False
 
     def run(self):
         while not self.ended.wait(self.every_s):
-            anon = sum(fields_of(f"/proc/{number}/status").get("RssAnon", 0)
-                       for number in tree_of(self.process))
+            numbers = tree_of(self.process)
+            self.stopped = self.stopped or any(map(is_stopped, numbers))
+            anon = sum(fields_of(f"/proc/{number}/status").get("RssAnon", 0) for number in numbers)
             self.anon_bytes = max(self.anon_bytes, anon * 1024)
             if self.watch:
                 files = files_below(self.watch)
@@ -117,7 +127,7 @@ def run(command, log, watch=None, every_s=0.02, most_s=3600):
         others_share=max(0.0, busy - cpu) / (wall * os.cpu_count()),
         anon_bytes=sampler.anon_bytes, resident_bytes=usage.ru_maxrss * 1024,
         read_bytes=moved.get("rchar", 0), written_bytes=moved.get("wchar", 0),
-        disk_bytes=sampler.disk_bytes, seen=sampler.seen, load=load)
+        disk_bytes=sampler.disk_bytes, seen=sampler.seen, load=load, stopped=sampler.stopped)
 
 
 def size_below(folder):

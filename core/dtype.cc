@@ -64,7 +64,7 @@ bool parse_dtype(const std::string& text, DType* dtype) {
 int64_t numel(const Shape& shape) {
   int64_t product = 1;
   for (int64_t size : shape) {
-    if (size < 0 || __builtin_mul_overflow(product, size, &product) || product > (1ll << 62)) {
+    if (size < 0 || __builtin_mul_overflow(product, size, &product) || product > (1ll << 58)) {
       throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
                             .what = "A tensor shape is negative or too large.",
                             .found = to_string(shape)});

@@ -38,7 +38,8 @@ const char* name(DType dtype);                            // "float32"
 bool parse_dtype(const std::string& text, DType* dtype);  // from "float32"; false if unknown
 bool is_floating(DType dtype);
 
-// Number of elements; throws Error(kCorrupt) for a negative size or a product beyond 2^62.
+// Number of elements; throws Error(kCorrupt) for a negative size or a product beyond 2^58 (so that
+// bytes fit 64 bits).
 int64_t numel(const Shape& shape);
 std::string to_string(const Shape& shape);    // "[13, 10]"
 Shape contiguous_stride(const Shape& shape);  // torch's: sizes of 0 count as 1

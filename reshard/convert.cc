@@ -158,14 +158,27 @@ class Conversion {
     write_papers();
     phase("Publishing " + options_.target);
     staged_.publish();
-    if (!options_.latest_path.empty())
-      checkpoint::replace_small_file(storage_, options_.latest_path, options_.latest_text);
+    move_pointer();
     return std::move(result_);
   }
 
  private:
   void phase(const std::string& text) const {
     if (options_.phase) options_.phase(text);
+  }
+
+  // The folder is there by now; a failure here must say so.
+  void move_pointer() {
+    if (options_.latest_path.empty()) return;
+    try {
+      checkpoint::replace_small_file(storage_, options_.latest_path, options_.latest_text);
+    } catch (const Error& error) {
+      ErrorInfo info = error.info();
+      info.safe = options_.target + " is published, whole and verified; only the pointer is not";
+      info.next = "write " + quote(options_.latest_text) + " into " + options_.latest_path +
+                  " yourself, or give the command again with --overwrite";
+      throw Error(std::move(info));
+    }
   }
 
   void reread() {

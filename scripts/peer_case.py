@@ -296,7 +296,9 @@ def answer(request):
                 states[pid] = os.waitstatus_to_exitcode(status)
         time.sleep(0.05)
     for pid in set(pids) - set(states):
-        os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     return [states.get(pid) for pid in pids]
 

@@ -20,7 +20,7 @@ RESHARDS = [
     ("z3_bf16_dp3", "dp=2", "z3_dp3_to_z3_dp2"), ("z2_bf16_dp4", "dp=2", "universal"),
     ("z3_bf16_dp2_frozen", "dp=3", "universal"), ("z1_fp16_dp2", "dp=3", "universal"),
     ("z1_fp32_dp3", "dp=2", "universal"), ("z1_never_stepped_dp2", "dp=3", "universal"),
-    ("z1_bf16opt_dp2", "dp=3", "universal"), ("z3_fp32_dp2_subgroups", "dp=3", "universal"),
+    ("z1_bf16opt_dp2", "dp=3", "universal"), ("z3_fp32_dp2_subgroups", "dp=3", "truth"),
     ("z2_rr_dp3", "dp=2", "rr"), ("z2_rr_dp3", "dp=3", "source"),
     ("z1_bf16_dp2", "dp=2,stage=3", "truth"), ("z3_bf16_dp2_frozen", "dp=2,stage=1", "truth"),
     ("z3_bf16_dp3", "dp=3,stage=1", "truth"), ("z1_bf16_dp2", "dp=2,stage=0", "source"),

@@ -45,6 +45,20 @@ std::string Fields::text(NodeId node, const std::string& what) const {
   return pickle_.text(node);
 }
 
+int64_t Fields::stage(NodeId node) const {
+  if (node != kNoNode && pickle_.kind(node) == Kind::kObject) {
+    const std::vector<NodeId>& args = pickle_.items(pickle_.parts(node).args);
+    if (args.size() != 1)
+      fail("The ZeRO stage has no number.", "zero_stage", "1 argument",
+           std::to_string(args.size()));
+    node = args[0];
+  }
+  const int64_t value = integer(node, "zero_stage");
+  if (value < 0 || value > 3)
+    fail("There is no such ZeRO stage.", "zero_stage", "0 to 3", std::to_string(value));
+  return value;
+}
+
 bool Fields::truth(NodeId mapping, const std::string& key) const {
   const NodeId node = maybe(mapping, key);
   return node != kNoNode && pickle_.kind(node) == Kind::kBool && pickle_.integer_value(node) != 0;

@@ -18,6 +18,8 @@ class Fields {
   NodeId maybe(NodeId mapping, const std::string& key) const;  // kNoNode if absent or None
   int64_t integer(NodeId node, const std::string& what) const;
   std::string text(NodeId node, const std::string& what) const;
+  // The number of a ZeroStageEnum, or a plain int.
+  int64_t stage(NodeId node) const;
   bool truth(NodeId mapping, const std::string& key) const;  // key present and True
   const std::vector<NodeId>& list(NodeId node, const std::string& what) const;
   Shape shape(NodeId node, const std::string& what) const;  // torch.Size, tuple or list of int

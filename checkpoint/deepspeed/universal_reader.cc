@@ -130,10 +130,7 @@ int UniversalReader::read_stage() const {
   const Fields f = global();
   const NodeId stage = f.maybe(f.root(), "zero_stage");
   if (stage == kNoNode) return 1;
-  const NodeId value = f.pickle().kind(stage) == Kind::kObject
-                           ? f.pickle().items(f.pickle().parts(stage).args).at(0)
-                           : stage;
-  return static_cast<int>(f.integer(value, "zero_stage"));
+  return static_cast<int>(f.stage(stage));
 }
 
 // The tensor of a state file: a bare tensor, or {…, param: tensor}.

@@ -1,6 +1,7 @@
 // Weights alone: pytorch_model*.bin or model*.safetensors, sharded or not. What is a buffer and
 // what is tied follows from certificate.json beside them when it is ours; otherwise every name
 // counts as a weight and aliases are the names that share bytes.
+#include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -8,6 +9,7 @@
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/format/safetensors.h"
 #include "core/error.h"
+#include "core/utf8.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -70,7 +72,19 @@ void read_tensors(ShardedState* state, int file) {
                        .fragments = std::move(fragments)});
   }
   for (const auto& [key, value] : index.metadata) {
-    if (key.rfind("alias:", 0) == 0) state->aliases.push_back({key.substr(6), value, -1});
+    if (key.rfind("alias:", 0) != 0) continue;
+    const std::string alias = key.substr(6);
+    if (!why_unsafe_name(alias).empty() || state->find_parameter(value) == nullptr ||
+        state->find_parameter(alias) != nullptr) {
+      throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
+                            .what = "An alias in the metadata names no tensor of the file.",
+                            .file = state->files[static_cast<size_t>(file)].path,
+                            .entry = quote(key),
+                            .expected = "the name of a tensor",
+                            .found = quote(value),
+                            .next = "convert the source checkpoint again"});
+    }
+    state->aliases.push_back({alias, value, -1});
   }
 }
 
@@ -93,11 +107,29 @@ void take_buffers(ShardedState* state, const std::string& certificate) {
   state->set_parameters(std::move(parameters));
 }
 
+// Of model-00001-of-00003.safetensors and its kin all must be there.
+void check_parts(const ShardedState& state, const std::vector<std::string>& files) {
+  for (const std::string& name : files) {
+    const size_t of = name.find("-of-");
+    if (of == std::string::npos) continue;
+    const size_t count = std::strtoul(name.c_str() + of + 4, nullptr, 10);
+    if (count == files.size()) continue;
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what = "Files of a sharded model are missing, or two models are mixed.",
+                          .file = state.folder,
+                          .entry = quote(name),
+                          .expected = std::to_string(count) + " files",
+                          .found = std::to_string(files.size()),
+                          .next = "bring the missing files, or name one folder a model"});
+  }
+}
+
 }  // namespace
 
 void read_weights(ShardedState* state, Storage& storage, const SourcePlace& place) {
   state->flavour = Flavour::kWeights;
   std::map<std::pair<int, int64_t>, std::string> places;
+  if (place.files.size() > 1) check_parts(*state, place.files);
   for (const std::string& name : place.files) {
     if (is_safetensors(name)) {
       const std::string path = join(place.folder, name);

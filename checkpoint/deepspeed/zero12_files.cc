@@ -31,16 +31,14 @@ class Zero12Reader {
     state_.flavour = bf16_ ? Flavour::kBf16Optimizer : Flavour::kZero12;
     state_.stage = 1;
     if (!bf16_) {
-      const NodeId args = pickle.kind(stage) == Kind::kObject ? pickle.parts(stage).args : kNoNode;
-      state_.stage = static_cast<int>(
-          first.integer(args == kNoNode ? stage : pickle.items(args).at(0), "zero_stage"));
+      state_.stage = static_cast<int>(first.stage(stage));
     }
     if (state_.stage != 1 && state_.stage != 2) {
       first.fail("The stage does not fit the file's form.", "zero_stage", "1 or 2",
                  std::to_string(state_.stage));
     }
     state_.round_robin = !bf16_ && zero_option(Fields(state_.document(model_.file)), model_.config,
-                                     "round_robin_gradients", 0) != 0;
+                                               "round_robin_gradients", 0) != 0;
     for (size_t group = 0; group < model_.param_shapes.size(); ++group)
       read_group(static_cast<int>(group));
   }

@@ -43,21 +43,26 @@ constexpr Name kNames[] = {{"F64", DType::kFloat64},        {"F32", DType::kFloa
 // Parses with duplicate keys refused at every level and depth limited.
 json parse_strict(const ReadableFile& file, const std::string& text) {
   std::vector<std::set<std::string>> keys;
-  std::string duplicate;
-  bool deep = false;
+  int64_t values = 0;  // in the innermost list
   const json::parser_callback_t callback = [&](int depth, json::parse_event_t event, json& parsed) {
-    deep = deep || depth > 8;
+    if (depth > 4) corrupt(file, "The header is nested too deeply.");
+    if (event == json::parse_event_t::array_start) values = 0;
+    if (event == json::parse_event_t::value && ++values > 100) {
+      corrupt(file, "A list in the header is too long.");
+    }
     if (event == json::parse_event_t::object_start) keys.emplace_back();
     if (event == json::parse_event_t::object_end) keys.pop_back();
-    if (event == json::parse_event_t::key && !keys.back().insert(parsed.get<std::string>()).second)
-      duplicate = parsed.get<std::string>();
+    if (event != json::parse_event_t::key) return true;
+    values = 0;
+    if (!keys.back().insert(parsed.get<std::string>()).second) {
+      corrupt(file, "The header has a key twice.", quote(parsed.get<std::string>()));
+    }
     return true;
   };
-  const json result = json::parse(text, callback, false);
-  if (result.is_discarded() || !result.is_object())
+  json result = json::parse(text, callback, false);
+  if (result.is_discarded() || !result.is_object()) {
     corrupt(file, "The header is not a JSON object.");
-  if (!duplicate.empty()) corrupt(file, "The header has a key twice.", quote(duplicate));
-  if (deep) corrupt(file, "The header is nested too deeply.");
+  }
   return result;
 }
 
@@ -76,7 +81,10 @@ Shape integers(const ReadableFile& file, const std::string& name, const json& va
 
 }  // namespace
 
-SafetensorsIndex read_safetensors(const ReadableFile& file) {
+namespace {
+
+// The header's text; its length stands in the first 8 bytes.
+std::string header_text(const ReadableFile& file) {
   if (file.size_bytes() < 8)
     corrupt(file, "The file is too short.", "", "at least 8 bytes",
             std::to_string(file.size_bytes()));
@@ -90,8 +98,15 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
   file.read_at(8, std::as_writable_bytes(std::span(text)));
   if (text.empty() || text[0] != '{') corrupt(file, "The header does not begin with '{'.");
   if (text.find('\0') != std::string::npos) corrupt(file, "The header has a NUL byte.");
+  return text;
+}
+
+}  // namespace
+
+SafetensorsIndex read_safetensors(const ReadableFile& file) {
+  const std::string text = header_text(file);
   const json header = parse_strict(file, text);
-  const int64_t data = 8 + static_cast<int64_t>(length);
+  const int64_t data = 8 + static_cast<int64_t>(text.size());
   SafetensorsIndex index;
   std::map<int64_t, std::pair<int64_t, SafetensorsEntry>> by_begin;
   std::vector<SafetensorsEntry> empty;

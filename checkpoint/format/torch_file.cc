@@ -297,6 +297,16 @@ TensorView TorchFile::view_from(const std::vector<NodeId>& args, NodeId) const {
     bad("its shape, stride and offset do not fit");
   }
   if (numel(view.shape) == 0) return view;
+  if (numel(view.shape) > storage_numel) {
+    // An expanded view (stride 0) can claim terabytes of a few bytes.
+    throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                          .what = "A tensor has more elements than its storage.",
+                          .file = path_,
+                          .entry = "data/" + entry.key,
+                          .expected = "at most " + std::to_string(storage_numel) + " elements",
+                          .found = std::to_string(numel(view.shape)),
+                          .next = "clone expanded tensors before saving them"});
+  }
   int64_t last = view.offset;
   for (size_t i = 0; i < view.shape.size(); ++i) {
     int64_t reach = 0;

@@ -1,0 +1,34 @@
+#!/usr/bin/env python3
+"""tests/documentation.py PROGRAM TRACES: every output shown in README.md is what the program prints.
+
+Each line of a ``` block that follows a "$ build/release/isoshard …" line must be in the output of that
+command; a line of … alone stands for lines that are left out.
+"""
+import os
+import shlex
+import subprocess
+import sys
+
+PROGRAM = sys.argv[1]
+ROOT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..")
+
+
+def main():
+    command, output, checked = None, "", 0
+    for line in open(os.path.join(ROOT, "README.md"), encoding="utf-8").read().splitlines():
+        if line.startswith("$ build/release/isoshard"):
+            command = shlex.split(line)[2:]
+            run = subprocess.run([PROGRAM, *command], cwd=ROOT, capture_output=True, text=True)
+            output = run.stdout.splitlines()
+        elif line.startswith("```"):
+            command = None
+        elif command and line != "…":
+            if line not in output:
+                sys.exit(f"FAILED: README shows a line that {command} does not print:\n{line}")
+            checked += 1
+    if checked == 0:
+        sys.exit("FAILED: README shows no output")
+    print(f"{checked} lines of README.md are printed by their commands")
+
+
+main()
