@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""tests/check_digests.py PROGRAM TRACES: every bundled checkpoint's digest, computed a second time.
+"""tests/check_digests.py PROGRAM TRACES: every bundled checkpoint's digest, computed again.
 
 Runs scripts/check_digest.py, which shares no code with the program, on ckpt/, universal/ and the
 .bin under fp32/ of each case. Stage-0 checkpoints are outside that script and are counted apart.
@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 PROGRAM, TRACES = sys.argv[1:3]
-SCRIPT = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "scripts", "check_digest.py")
+HERE = os.path.dirname(os.path.abspath(__file__))
+SCRIPT = os.path.join(HERE, "..", "scripts", "check_digest.py")
 
 
 def main():

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""tests/documentation.py PROGRAM TRACES: every output shown in README.md is what the program prints.
+"""tests/documentation.py PROGRAM TRACES: what README.md shows is printed.
 
-Each line of a ``` block that follows a "$ build/release/isoshard …" line must be in the output of that
-command; a line of … alone stands for lines that are left out.
+Each line of a ``` block that follows a "$ build/release/isoshard …" line must be in the output of
+that command; a line of … alone stands for lines that are left out.
 """
 import os
 import shlex

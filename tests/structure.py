@@ -3,8 +3,8 @@
 
 A checkpoint resharded to another stage is compared, key by key and type by type, with a file that
 the real DeepSpeed wrote at that stage: the same keys in the same order, the same Python types,
-tensors of the same rank and requires_grad. Not compared: values, shapes and the names of parameters, which
-belong to the run; ds_config, which carries the source's settings.
+tensors of the same rank and requires_grad. Not compared: values, shapes and the names of
+parameters, which belong to the run; ds_config, which carries the source's settings.
 """
 
 import os

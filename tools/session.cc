@@ -100,6 +100,7 @@ std::string human_bytes(int64_t bytes) {
 }
 
 void add_common_flags(CLI::App* verb, Session* session) {
+  verb->set_help_flag("-h,--help", "This page");
   verb->add_flag("--json", session->json, "One JSON object a line on stdout");
   verb->add_flag("--quiet", session->quiet, "Say nothing that was not asked for");
   verb->add_flag("--no-progress", session->no_progress, "No progress line");
