@@ -21,6 +21,7 @@ TOOLS = [
 # result: what the matrix says, fill, ink
 LOOKS = {
     "right": ("right", "#cfe8cf", "#143d14"),
+    "departs": ("right, by (a)", "#cfe8cf", "#143d14"),
     "lacks": ("right, lacks some", "#eef0c4", "#3d3a0c"),
     "refused": ("refused", "#d9d9de", "#333338"),
     "refused too": ("refused, its own too", "#d9d9de", "#333338"),
@@ -28,11 +29,12 @@ LOOKS = {
     "unjudged": ("not judged", "#f1f1f4", "#55555c"),
     "": ("not tried", "#ffffff", "#9a9aa2"),
 }
+SHOWN = [look for look in LOOKS if look != "departs"]
 COLUMN, ROW, LEFT, TOP = 132, 24, 214, 84
 
 HEAD = """# What the real DeepSpeed says to our files
 
-Written by `scripts/peer.py` from what ran; nothing here is edited by hand. Real engines of
+Written by `scripts/peer.py` from its `results.jsonl`, one fact a line. Real engines of
 DeepSpeed (torch 2.13.0, CPU, gloo, one process a rank) load what isoshard wrote from the
 checkpoints of `traces/deepspeed`, train one step, and save. "Equal" is bit for bit: files by
 `scripts/compare_torch.py`, live values by torch itself, whole states by `isoshard digest`.
@@ -127,7 +129,7 @@ def first_words(text, count=260):
 
 def is_bad(line):
     """A refusal of DeepSpeed's, or its own wrong output, says nothing against our files."""
-    if line["group"] == "loader":
+    if line["group"] in ("loader", "note"):
         return False
     if line["group"] == "matrix":
         return line["check"].startswith("isoshard") and line["result"] == "wrong"
@@ -206,6 +208,9 @@ def report(facts):
             parts.append(
                 f"DeepSpeed {version}:\n\n" + table(rows_of(facts, version, group), first) + "\n"
             )
+    notes = [f"- {fact['detail']}" for fact in facts if fact["group"] == "note"]
+    if notes:
+        parts.append("## About these runs\n\n" + "\n".join(notes) + "\n")
     return "\n".join(parts)
 
 
@@ -261,7 +266,7 @@ def matrix_svg(facts, version):
         'stroke="#222226" stroke-width="1.5"/>'
     )
     y = TOP + ROW * len(rows) + 18
-    out += [cell(LEFT + (COLUMN + 8) * index, y, look) for index, look in enumerate(LOOKS)]
+    out += [cell(LEFT + COLUMN * index, y, look) for index, look in enumerate(SHOWN)]
     out.append("</svg>")
     return "\n".join(out) + "\n"
 

@@ -2,8 +2,8 @@
 """tests/large_files.py PROGRAM TRACES [--python PYTHON]: files beyond 4 GiB and 65,535 records.
 
 Everything is written by the real torch.save and read by the program, and written by the program and
-read by the real torch.load and by Python's zipfile (testzip: every CRC). Files are mostly holes: what
-torch hands to write() lands sparse, so that a few MiB of disk hold tens of GiB.
+read by the real torch.load and by Python's zipfile (testzip: every CRC). Files are mostly holes:
+what torch hands to write() lands sparse, so that a few MiB of disk hold tens of GiB.
 
   weights   a pytorch_model.bin of a 2^32+64-byte tensor and a small one behind it; the digest is
             compared with one computed here from docs/formats/digest.md
@@ -285,7 +285,8 @@ def master(work):
     universal = os.path.join(work, "universal")
     run("convert", source, universal, "--to", "universal", "--no-progress")
     folder = os.path.join(universal, "zero", "big.weight")
-    for name, expected in (("fp32", values), ("exp_avg", {2**30 + 3: 0.5}), ("exp_avg_sq", {7: 0.125})):
+    moments = ("exp_avg", {2**30 + 3: 0.5}), ("exp_avg_sq", {7: 0.125})
+    for name, expected in (("fp32", values), *moments):
         value = reread(os.path.join(folder, name + ".pt"))
         value = value["param"] if isinstance(value, dict) else value
         check(value.numel() == BIG_FLOATS, f"universal {name}: {value.numel()} elements")
@@ -312,7 +313,8 @@ def many(work):
 
     source, fp32 = os.path.join(work, "source"), os.path.join(work, "fp32")
     shapes = {name: (1,) for name in names}
-    write_zero3(source, shapes, flat, {"exp_avg": torch.zeros(MANY), "exp_avg_sq": torch.zeros(MANY)})
+    moments = {"exp_avg": torch.zeros(MANY), "exp_avg_sq": torch.zeros(MANY)}
+    write_zero3(source, shapes, flat, moments)
     run("convert", source, fp32, "--to", "fp32", "--format", "bin", "--no-progress")
     state = reread(os.path.join(fp32, "pytorch_model.bin"))
     check(list(state) == names, "names of our file")
@@ -326,7 +328,8 @@ def many(work):
 def main():
     if torch is None:
         if ARGUMENTS.python:  # once more, in the interpreter that has it
-            os.execv(ARGUMENTS.python, [ARGUMENTS.python, "-B", __file__, PROGRAM, ARGUMENTS.traces])
+            arguments = ["-B", __file__, PROGRAM, ARGUMENTS.traces]
+            os.execv(ARGUMENTS.python, [ARGUMENTS.python, *arguments])
         print("SKIPPED: no torch in this Python; name one that has it with --python")
         sys.exit(77)
     began, peak = time.monotonic(), 0

@@ -25,6 +25,7 @@ void catch_signals() {
   action.sa_handler = on_signal;
   for (int number : {SIGINT, SIGTERM, SIGHUP}) sigaction(number, &action, nullptr);
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit becomes an error with a message
 }
 
 void raise_file_limit() {

@@ -130,6 +130,7 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
             .save_folder = "",
             .tag = base_name(path),
             .files = {base_name(path)},
+            .folder_named = false,
             .notices = {}};
   }
   if (!storage.is_directory(path)) {

@@ -16,6 +16,7 @@ struct SourcePlace {
   std::string save_folder;         // parent that holds `latest`; empty if a tag folder was named
   std::string tag;                 // last component of folder
   std::vector<std::string> files;  // kWeights: file names inside folder, in order
+  bool folder_named = true;        // false: SOURCE is one file
   std::vector<std::string> notices;
 };
 

@@ -1,6 +1,8 @@
 // Weights alone: pytorch_model*.bin or model*.safetensors, sharded or not. What is a buffer and
 // what is tied follows from certificate.json beside them when it is ours; otherwise every name
 // counts as a weight and aliases are the names that share bytes.
+#include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -111,13 +113,20 @@ void take_buffers(ShardedState* state, const std::string& certificate) {
 void check_parts(const ShardedState& state, const std::vector<std::string>& files) {
   for (const std::string& name : files) {
     const size_t of = name.find("-of-");
-    if (of == std::string::npos) continue;
+    if (of == std::string::npos || of < 5) continue;
     const size_t count = std::strtoul(name.c_str() + of + 4, nullptr, 10);
-    if (count == files.size()) continue;
+    std::string missing;
+    for (size_t part = 1; part <= count && part <= 100'000; ++part) {
+      char number[16];
+      std::snprintf(number, sizeof number, "%05zu", part);
+      const std::string expected = name.substr(0, of - 5) + number + name.substr(of);
+      if (std::find(files.begin(), files.end(), expected) == files.end()) missing = expected;
+    }
+    if (missing.empty() && count == files.size()) continue;
     throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
                           .what = "Files of a sharded model are missing, or two models are mixed.",
                           .file = state.folder,
-                          .entry = quote(name),
+                          .entry = quote(missing.empty() ? name : missing),
                           .expected = std::to_string(count) + " files",
                           .found = std::to_string(files.size()),
                           .next = "bring the missing files, or name one folder a model"});
@@ -129,7 +138,7 @@ void check_parts(const ShardedState& state, const std::vector<std::string>& file
 void read_weights(ShardedState* state, Storage& storage, const SourcePlace& place) {
   state->flavour = Flavour::kWeights;
   std::map<std::pair<int, int64_t>, std::string> places;
-  if (place.files.size() > 1) check_parts(*state, place.files);
+  if (place.folder_named) check_parts(*state, place.files);
   for (const std::string& name : place.files) {
     if (is_safetensors(name)) {
       const std::string path = join(place.folder, name);
