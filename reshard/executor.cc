@@ -144,7 +144,8 @@ class Executor {
   int64_t chunk_end(int file, int64_t at, int64_t end) const;
   void add_chunks(int file, const Ranges& ranges);
   void work_through();
-  void work(std::exception_ptr* failure, size_t* failed_at);
+  size_t take_chunk(bool from_front);
+  void work(bool from_front, std::exception_ptr* failure, size_t* failed_at);
   void process(const Chunk& chunk, Buffers* buffers);
   void process_piece(const Chunk& chunk, int64_t from, int64_t to, bool hole, Buffers* buffers);
   void check_records() const;
@@ -157,7 +158,7 @@ class Executor {
   std::vector<SourceJob> jobs_;
   std::vector<std::unique_ptr<CrcSum>> record_sums_;
   std::vector<Chunk> chunks_;
-  std::atomic<size_t> next_chunk_{0};
+  std::atomic<size_t> next_chunk_{0}, taken_from_back_{0}, taken_{0};
   std::atomic<bool> stop_{false};
   std::atomic<int64_t> bytes_done_{0}, bytes_read_{0};
   int64_t bytes_total_ = 0;
@@ -239,9 +240,17 @@ void Executor::add_chunks(int file, const Ranges& ranges) {
   }
 }
 
-void Executor::work(std::exception_ptr* failure, size_t* failed_at) {
+// Half of the workers start at the first chunk, half at the last, and they meet: neighbouring
+// chunks mostly go to one target file, where only one write can be under way.
+size_t Executor::take_chunk(bool from_front) {
+  if (taken_++ >= chunks_.size()) return chunks_.size();
+  return from_front ? next_chunk_++ : chunks_.size() - ++taken_from_back_;
+}
+
+void Executor::work(bool from_front, std::exception_ptr* failure, size_t* failed_at) {
   Buffers buffers;
-  for (size_t i = next_chunk_++; i < chunks_.size() && !stop_; i = next_chunk_++) {
+  for (size_t i = take_chunk(from_front); i < chunks_.size() && !stop_;
+       i = take_chunk(from_front)) {
     try {
       checkpoint::throw_if_cancelled();
       process(chunks_[i], &buffers);
@@ -264,7 +273,7 @@ void Executor::work_through() {
   std::vector<std::thread> threads;
   for (size_t i = 0; i < workers; ++i) {
     threads.emplace_back([&, i] {
-      work(&failures[i], &failed_at[i]);
+      work(i % 2 == 0, &failures[i], &failed_at[i]);
       const std::lock_guard lock(mutex);
       --running;
       ended.notify_all();

@@ -248,10 +248,11 @@ std::vector<int> open_files(ShardedState* state, Storage& storage,
   std::vector<std::shared_ptr<TorchFile>> opened(names.size());
   std::vector<std::exception_ptr> failures(names.size());
   std::atomic<size_t> next{0};
+  PickleShelf shelf;
   const auto work = [&] {
     for (size_t i = next++; i < names.size(); i = next++) {
       try {
-        opened[i] = std::make_shared<TorchFile>(storage, join(state->folder, names[i]));
+        opened[i] = std::make_shared<TorchFile>(storage, join(state->folder, names[i]), &shelf);
       } catch (...) {
         failures[i] = std::current_exception();
       }

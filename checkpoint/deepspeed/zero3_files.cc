@@ -1,6 +1,9 @@
 // Stage 3: every parameter cut into equal slots; a rank's flat buffers (sub-groups) are its slots
 // one behind another, in the order of param_shapes.
+#include <algorithm>
 #include <map>
+#include <set>
+#include <unordered_map>
 
 #include "checkpoint/deepspeed/zero_files.h"
 #include "core/error.h"
@@ -41,15 +44,16 @@ class Zero3Reader {
   ShardedState& state_;
   const ModelStates& model_;
   int dp_;
-  std::vector<std::vector<int>> sub_groups_;          // parameters of each
-  std::vector<std::vector<TensorLayout>> layouts_;    // of each
-  std::vector<int64_t> lengths_;                      // of each sub-group on one rank
-  std::map<std::string, std::map<int, int>> leaves_;  // state → parameter → leaf
+  std::vector<std::vector<int>> sub_groups_;                    // parameters of each
+  std::vector<std::vector<TensorLayout>> layouts_;              // of each
+  std::vector<int64_t> lengths_;                                // of each sub-group on one rank
+  std::map<std::string, std::unordered_map<int, int>> leaves_;  // state → parameter → leaf
 };
 
 void Zero3Reader::check_models() const {
+  std::set<const TorchDocument*> seen;  // ranks with the same pickle say the same
   for (int file : state_.model_files) {
-    if (file == model_.file) continue;
+    if (file == model_.file || !seen.insert(&state_.document(file).document()).second) continue;
     const ModelStates other = read_model_states(state_, file);
     if (other.param_shapes != model().param_shapes ||
         other.frozen_shapes != model().frozen_shapes ||
@@ -100,11 +104,14 @@ void Zero3Reader::add_flat(int rank, size_t sub_group, const TensorView& view,
     f.fail("A partition has the wrong length.", what,
            std::to_string(lengths_[sub_group]) + " elements", std::to_string(view.shape[0]));
   }
+  std::unordered_map<int, int>& leaves = leaves_[state];
+  const int file = state_.optim_files[static_cast<size_t>(rank)];
+  const int64_t data = f.document().data_offset(view), item = item_size_bytes(view.dtype);
   for (size_t i = 0; i < sub_groups_[sub_group].size(); ++i) {
     const int number = sub_groups_[sub_group][i];
-    ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
-    const auto [found, fresh] = leaves_[state].emplace(number, -1);
+    const auto [found, fresh] = leaves.emplace(number, -1);
     if (fresh) {
+      ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
       if (rank > 0)
         f.fail("Ranks disagree on the optimizer's states.", what, "as rank 0", quote(state));
       found->second = state_.add_leaf({.name = parameter.name,
@@ -117,6 +124,8 @@ void Zero3Reader::add_flat(int rank, size_t sub_group, const TensorView& view,
         parameter.weight = found->second;
       else
         parameter.states.push_back(found->second);
+      state_.leaf(found->second)
+          .fragments.reserve(static_cast<size_t>(std::min<int64_t>(dp_, numel(parameter.shape))));
     }
     Leaf& leaf = state_.leaf(found->second);
     if (leaf.dtype != view.dtype)
@@ -124,8 +133,7 @@ void Zero3Reader::add_flat(int rank, size_t sub_group, const TensorView& view,
     if (const RankFragment fragment = fragment_on(layouts_[sub_group][i], rank);
         fragment.count > 0) {
       leaf.fragments.push_back(
-          {fragment.begin, fragment.count, state_.optim_files[static_cast<size_t>(rank)],
-           f.document().data_offset(view) + fragment.offset_local * item_size_bytes(view.dtype)});
+          {fragment.begin, fragment.count, file, data + fragment.offset_local * item});
     }
   }
 }

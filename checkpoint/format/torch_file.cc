@@ -28,6 +28,9 @@ constexpr TypeRow kTypes[] = {{"FloatStorage", DType::kFloat32},
                               {"ComplexFloatStorage", DType::kComplex64},
                               {"ComplexDoubleStorage", DType::kComplex128}};
 
+constexpr size_t kShelfEntries = 8;      // one for each device of a node
+constexpr size_t kShelfBytes = 8 << 20;  // larger pickles are not kept
+
 bool is_number(const std::string& text) {
   return !text.empty() && text.size() <= 9 &&
          std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
@@ -51,7 +54,26 @@ bool TensorView::is_contiguous() const {
   return true;
 }
 
-TorchFile::TorchFile(Storage& storage, const std::string& path)
+std::shared_ptr<const TorchDocument> PickleShelf::find(const std::string& bytes) const {
+  std::deque<std::shared_ptr<const Entry>> entries;
+  {
+    const std::lock_guard lock(mutex_);
+    entries = entries_;
+  }
+  for (const auto& entry : entries) {
+    if (entry->bytes == bytes) return entry->document;
+  }
+  return nullptr;
+}
+
+void PickleShelf::keep(std::string bytes, std::shared_ptr<const TorchDocument> document) {
+  auto entry = std::make_shared<const Entry>(Entry{std::move(bytes), std::move(document)});
+  const std::lock_guard lock(mutex_);
+  entries_.push_front(std::move(entry));
+  if (entries_.size() > kShelfEntries) entries_.pop_back();
+}
+
+TorchFile::TorchFile(Storage& storage, const std::string& path, PickleShelf* shelf)
     : path_(path), file_(storage.open_read(path)) {
   if (file_->size_bytes() >= 2) {
     std::string magic(2, '\0');
@@ -65,9 +87,9 @@ TorchFile::TorchFile(Storage& storage, const std::string& path)
     }
   }
   zip_ = read_zip_index(*file_);
-  read_pickle_record();
+  read_pickle_record(shelf);
   check_small_records();
-  read_storages();
+  find_records();
 }
 
 void TorchFile::corrupt(const std::string& what, const std::string& entry,
@@ -92,7 +114,7 @@ std::string TorchFile::read_record(const ZipRecord& record) const {
   return bytes;
 }
 
-void TorchFile::read_pickle_record() {
+void TorchFile::read_pickle_record(PickleShelf* shelf) {
   for (const ZipRecord& record : zip_.records) {
     if (record.name != zip_.prefix + "/data.pkl") continue;
     if (record.size_bytes > PickleLimits{}.stream_bytes) {
@@ -103,8 +125,13 @@ void TorchFile::read_pickle_record() {
                             .expected = "at most 268435456 bytes",
                             .found = std::to_string(record.size_bytes) + " bytes"});
     }
-    pickle_ = read_pickle(read_record(record), path_);
-    const std::string hostile = find_hostile_global(pickle_);
+    std::string bytes = read_record(record);
+    const bool shared = shelf != nullptr && bytes.size() <= kShelfBytes;
+    if (shared) document_ = shelf->find(bytes);
+    if (document_ != nullptr) return;
+    auto document = std::make_shared<TorchDocument>();
+    document->pickle = read_pickle(bytes, path_);
+    const std::string hostile = find_hostile_global(document->pickle);
     if (!hostile.empty()) {
       throw Error(ErrorInfo{.code = ErrorCode::kHostile,
                             .what = "The pickle names a function that would run a program or reach "
@@ -114,6 +141,9 @@ void TorchFile::read_pickle_record() {
                             .safe = "nothing was executed: this program never runs a pickle",
                             .next = "do not load this file with torch; find out who wrote it"});
     }
+    read_storages(document.get());
+    document_ = std::move(document);
+    if (shared) shelf->keep(std::move(bytes), document_);
     return;
   }
   throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
@@ -146,27 +176,24 @@ void TorchFile::check_small_records() {
   }
 }
 
-void TorchFile::read_storages() {
-  std::unordered_map<std::string, int> records;
-  for (size_t i = 0; i < zip_.records.size(); ++i) {
-    const std::string name = zip_.records[i].name.substr(zip_.prefix.size() + 1);
-    if (name.rfind("data/", 0) == 0) records.emplace(name.substr(5), static_cast<int>(i));
-  }
-  for (NodeId node = 0; node < pickle_.size(); ++node) {
-    if (pickle_.kind(node) != Kind::kPersistent) continue;
-    const NodeId id = pickle_.persistent_id(node);
+void TorchFile::read_storages(TorchDocument* document) const {
+  const Pickle& pickle = document->pickle;
+  std::unordered_map<std::string, int> by_key;
+  for (NodeId node = 0; node < pickle.size(); ++node) {
+    if (pickle.kind(node) != Kind::kPersistent) continue;
+    const NodeId id = pickle.persistent_id(node);
     const auto bad = [&] { corrupt("A persistent id is not that of a storage.", "data.pkl"); };
-    if (pickle_.kind(id) != Kind::kTuple || pickle_.items(id).size() != 5) bad();
-    const std::vector<NodeId>& parts = pickle_.items(id);
-    if (!pickle_.is_string(parts[0], "storage") || pickle_.kind(parts[1]) != Kind::kGlobal ||
-        pickle_.kind(parts[2]) != Kind::kString || pickle_.kind(parts[3]) != Kind::kString ||
-        pickle_.kind(parts[4]) != Kind::kInt || !is_number(pickle_.text(parts[2]))) {
+    if (pickle.kind(id) != Kind::kTuple || pickle.items(id).size() != 5) bad();
+    const std::vector<NodeId>& parts = pickle.items(id);
+    if (!pickle.is_string(parts[0], "storage") || pickle.kind(parts[1]) != Kind::kGlobal ||
+        pickle.kind(parts[2]) != Kind::kString || pickle.kind(parts[3]) != Kind::kString ||
+        pickle.kind(parts[4]) != Kind::kInt || !is_number(pickle.text(parts[2]))) {
       bad();
     }
-    StorageEntry entry{.key = pickle_.text(parts[2]),
-                       .type_name = pickle_.attribute(parts[1]),
-                       .location = pickle_.text(parts[3]),
-                       .numel = pickle_.integer_value(parts[4])};
+    StorageEntry entry{.key = pickle.text(parts[2]),
+                       .type_name = pickle.attribute(parts[1]),
+                       .location = pickle.text(parts[3]),
+                       .numel = pickle.integer_value(parts[4])};
     bool known = entry.type_name == "UntypedStorage";
     for (const TypeRow& row : kTypes) {
       if (entry.type_name != row.name) continue;
@@ -174,43 +201,58 @@ void TorchFile::read_storages() {
       known = true;
     }
     if (!known) corrupt("A storage has an unknown class.", quote(entry.type_name));
-    const auto found = records.find(entry.key);
-    if (found == records.end()) {
-      corrupt("A tensor's storage is missing from the archive.", "data/" + entry.key);
+    const auto [number, fresh] =
+        by_key.emplace(entry.key, static_cast<int>(document->storages.size()));
+    if (fresh) {
+      document->storages.push_back(entry);
+    } else {
+      const StorageEntry& first = document->storages[static_cast<size_t>(number->second)];
+      if (first.type_name != entry.type_name || first.numel != entry.numel)
+        corrupt("One storage is described in two ways.", "data/" + entry.key);
     }
-    entry.record = found->second;
-    const int64_t bytes = zip_.records[static_cast<size_t>(entry.record)].size_bytes;
+    document->storage_by_node.emplace(node, number->second);
+  }
+}
+
+// Each storage has its record data/KEY of the right size, and each such record its storage.
+void TorchFile::find_records() {
+  std::unordered_map<std::string_view, int> by_key;
+  by_key.reserve(zip_.records.size());
+  const size_t root = zip_.prefix.size() + 1;
+  for (size_t i = 0; i < zip_.records.size(); ++i) {
+    const std::string_view name = std::string_view(zip_.records[i].name).substr(root);
+    if (name.starts_with("data/")) by_key.emplace(name.substr(5), static_cast<int>(i));
+  }
+  records_.reserve(document_->storages.size());
+  for (const StorageEntry& entry : document_->storages) {
+    const auto found = by_key.find(entry.key);
+    if (found == by_key.end())
+      corrupt("A tensor's storage is missing from the archive.", "data/" + entry.key);
+    const int64_t bytes = zip_.records[static_cast<size_t>(found->second)].size_bytes;
     if (entry.numel < 0 || entry.numel > bytes ||
         entry.numel * item_size_bytes(entry.dtype) != bytes) {
       corrupt("A storage's record has the wrong size.", "data/" + entry.key,
               std::to_string(entry.numel) + " elements of " + name(entry.dtype),
               std::to_string(bytes) + " bytes");
     }
-    const auto [known_key, fresh] =
-        storage_by_key_.emplace(entry.key, static_cast<int>(storages_.size()));
-    if (fresh) {
-      storages_.push_back(entry);
-    } else if (storages_[static_cast<size_t>(known_key->second)].type_name != entry.type_name ||
-               storages_[static_cast<size_t>(known_key->second)].numel != entry.numel) {
-      corrupt("One storage is described in two ways.", "data/" + entry.key);
-    }
-    storage_by_node_.emplace(node, known_key->second);
+    records_.push_back(found->second);
+    found->second = -1;
   }
-  for (const auto& [key, record] : records) {
-    if (storage_by_key_.count(key) == 0)
-      corrupt("The archive has a storage that no tensor uses.", "data/" + key);
+  for (const auto& [key, record] : by_key) {
+    if (record >= 0)
+      corrupt("The archive has a storage that no tensor uses.", "data/" + std::string(key));
   }
 }
 
 void TorchFile::drop_pickle() {
-  pickle_ = Pickle();
-  storages_ = {};
-  storage_by_key_ = {};
-  storage_by_node_ = {};
+  document_ = std::make_shared<const TorchDocument>();
+  records_ = {};
+  std::erase_if(zip_.records, [](const ZipRecord& record) { return record.size_bytes == 0; });
+  zip_.records.shrink_to_fit();
 }
 
 const ZipRecord& TorchFile::record(int storage) const {
-  return zip_.records[static_cast<size_t>(storages_[static_cast<size_t>(storage)].record)];
+  return zip_.records[static_cast<size_t>(records_[static_cast<size_t>(storage)])];
 }
 
 int64_t TorchFile::data_offset(const TensorView& view) const {
@@ -218,25 +260,26 @@ int64_t TorchFile::data_offset(const TensorView& view) const {
 }
 
 std::optional<TensorView> TorchFile::tensor(NodeId node) const {
-  if (node == kNoNode || pickle_.kind(node) != Kind::kObject) return std::nullopt;
-  const ObjectParts& parts = pickle_.parts(node);
+  const Pickle& pickle = document_->pickle;
+  if (node == kNoNode || pickle.kind(node) != Kind::kObject) return std::nullopt;
+  const ObjectParts& parts = pickle.parts(node);
   if (parts.newobj) return std::nullopt;
-  const std::vector<NodeId>& args = pickle_.items(parts.args);
-  const std::string& module = pickle_.module(parts.callable);
-  const std::string& function = pickle_.attribute(parts.callable);
+  const std::vector<NodeId>& args = pickle.items(parts.args);
+  const std::string& module = pickle.module(parts.callable);
+  const std::string& function = pickle.attribute(parts.callable);
   if (module == "torch._tensor" && function == "_rebuild_from_type_v2") {
-    if (args.size() != 4 || pickle_.kind(args[2]) != Kind::kTuple ||
-        !pickle_.is_global(args[0], "torch._utils", "_rebuild_tensor_v2")) {
+    if (args.size() != 4 || pickle.kind(args[2]) != Kind::kTuple ||
+        !pickle.is_global(args[0], "torch._utils", "_rebuild_tensor_v2")) {
       corrupt("A tensor with attributes has an unknown form.", "data.pkl");
     }
-    TensorView view = view_from(pickle_.items(args[2]), node);
+    TensorView view = view_from(pickle.items(args[2]));
     view.attributes = args[3];
     return view;
   }
   if (module != "torch._utils") return std::nullopt;
   if (function == "_rebuild_tensor_v2" || function == "_rebuild_tensor_v3" ||
       function == "_rebuild_tensor") {
-    return view_from(args, node);
+    return view_from(args);
   }
   if (function == "_rebuild_parameter" || function == "_rebuild_parameter_with_state") {
     if (args.empty()) corrupt("A parameter has no tensor.", "data.pkl");
@@ -252,43 +295,44 @@ std::optional<TensorView> TorchFile::tensor(NodeId node) const {
   return std::nullopt;
 }
 
-TensorView TorchFile::view_from(const std::vector<NodeId>& args, NodeId) const {
+TensorView TorchFile::view_from(const std::vector<NodeId>& args) const {
+  const Pickle& pickle = document_->pickle;
   const auto bad = [&](const char* why) {
     corrupt(std::string("A tensor is malformed: ") + why + ".", "data.pkl");
   };
-  if (args.size() < 4 || pickle_.kind(args[0]) != Kind::kPersistent ||
-      pickle_.kind(args[1]) != Kind::kInt) {
+  if (args.size() < 4 || pickle.kind(args[0]) != Kind::kPersistent ||
+      pickle.kind(args[1]) != Kind::kInt) {
     bad("its arguments have the wrong types");
   }
   TensorView view;
-  view.storage = storage_by_node_.at(args[0]);
-  const StorageEntry& entry = storages_[static_cast<size_t>(view.storage)];
+  view.storage = document_->storage_by_node.at(args[0]);
+  const StorageEntry& entry = document_->storages[static_cast<size_t>(view.storage)];
   view.dtype = entry.dtype;
-  view.offset = pickle_.integer_value(args[1]);
+  view.offset = pickle.integer_value(args[1]);
   int64_t storage_numel = entry.numel;
   const auto sizes = [&](NodeId node) {
     Shape list;
-    if (pickle_.kind(node) == Kind::kObject) {  // torch.Size
-      const std::vector<NodeId>& inner = pickle_.items(pickle_.parts(node).args);
+    if (pickle.kind(node) == Kind::kObject) {  // torch.Size
+      const std::vector<NodeId>& inner = pickle.items(pickle.parts(node).args);
       if (inner.size() != 1) bad("its size is not a tuple");
       node = inner[0];
     }
-    if (pickle_.kind(node) != Kind::kTuple) bad("its size is not a tuple");
-    for (NodeId item : pickle_.items(node)) {
-      if (pickle_.kind(item) != Kind::kInt) bad("a size is not an integer");
-      list.push_back(pickle_.integer_value(item));
+    if (pickle.kind(node) != Kind::kTuple) bad("its size is not a tuple");
+    for (NodeId item : pickle.items(node)) {
+      if (pickle.kind(item) != Kind::kInt) bad("a size is not an integer");
+      list.push_back(pickle.integer_value(item));
     }
     return list;
   };
   view.shape = sizes(args[2]);
   view.stride = sizes(args[3]);
-  if (args.size() > 4 && pickle_.kind(args[4]) == Kind::kBool) {
-    view.requires_grad = pickle_.integer_value(args[4]) != 0;
+  if (args.size() > 4 && pickle.kind(args[4]) == Kind::kBool) {
+    view.requires_grad = pickle.integer_value(args[4]) != 0;
   }
   if (entry.type_name == "UntypedStorage") {  // _rebuild_tensor_v3 names the dtype
     bool known = false;
-    if (args.size() > 6 && pickle_.kind(args[6]) == Kind::kGlobal) {
-      known = parse_dtype(pickle_.attribute(args[6]), &view.dtype);
+    if (args.size() > 6 && pickle.kind(args[6]) == Kind::kGlobal) {
+      known = parse_dtype(pickle.attribute(args[6]), &view.dtype);
     }
     if (!known) bad("its dtype is unknown");
     storage_numel = entry.numel / item_size_bytes(view.dtype);

@@ -2,7 +2,9 @@
 // read here. Picture of the bytes: docs/formats/torch_file.md.
 #pragma once
 
+#include <deque>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_map>
@@ -21,7 +23,28 @@ struct StorageEntry {
   DType dtype = DType::kUInt8;
   std::string location;  // device at the time of the save, "cpu" or "cuda:0"
   int64_t numel = 0;     // may exceed every tensor that views it
-  int record = -1;       // number in ZipIndex::records
+};
+
+// A pickle and the storages it names; the same for every file with the same data.pkl.
+struct TorchDocument {
+  Pickle pickle;
+  std::vector<StorageEntry> storages;
+  std::unordered_map<NodeId, int> storage_by_node;
+};
+
+// Ranks often write the same pickle: each is parsed and kept once. Thread-safe.
+class PickleShelf {
+ public:
+  std::shared_ptr<const TorchDocument> find(const std::string& bytes) const;
+  void keep(std::string bytes, std::shared_ptr<const TorchDocument> document);
+
+ private:
+  struct Entry {
+    std::string bytes;
+    std::shared_ptr<const TorchDocument> document;
+  };
+  mutable std::mutex mutex_;
+  std::deque<std::shared_ptr<const Entry>> entries_;  // newest first, a few
 };
 
 // A strided view of a storage. Offsets and strides count elements.
@@ -40,16 +63,17 @@ struct TensorView {
 class TorchFile {
  public:
   // Opens and checks everything but the payloads. Throws Error with the file and the record.
-  TorchFile(Storage& storage, const std::string& path);
+  TorchFile(Storage& storage, const std::string& path, PickleShelf* shelf = nullptr);
 
-  // Frees the pickle; tensor() and pickle() must not be asked any more.
+  // Frees the pickle and the empty records; only file(), path(), zip() may be asked any more.
   void drop_pickle();
 
   const std::string& path() const { return path_; }
   const ReadableFile& file() const { return *file_; }
-  const Pickle& pickle() const { return pickle_; }
+  const TorchDocument& document() const { return *document_; }  // one address: one data.pkl
+  const Pickle& pickle() const { return document_->pickle; }
   const ZipIndex& zip() const { return zip_; }
-  const std::vector<StorageEntry>& storages() const { return storages_; }
+  const std::vector<StorageEntry>& storages() const { return document_->storages; }
   const ZipRecord& record(int storage) const;
 
   // The tensor that a node describes, or nothing if it is not a tensor. Throws Error(kCorrupt) if
@@ -57,16 +81,17 @@ class TorchFile {
   std::optional<TensorView> tensor(NodeId node) const;
 
   // Number of the storage that a persistent-id node names.
-  int storage_number(NodeId persistent) const { return storage_by_node_.at(persistent); }
+  int storage_number(NodeId persistent) const { return document_->storage_by_node.at(persistent); }
 
   // Byte offset in the file of a tensor's first element.
   int64_t data_offset(const TensorView& view) const;
 
  private:
-  void read_pickle_record();
+  void read_pickle_record(PickleShelf* shelf);
   void check_small_records();
-  void read_storages();
-  TensorView view_from(const std::vector<NodeId>& args, NodeId node) const;
+  void read_storages(TorchDocument* document) const;
+  void find_records();
+  TensorView view_from(const std::vector<NodeId>& args) const;
   [[noreturn]] void corrupt(const std::string& what, const std::string& entry,
                             const std::string& expected = "", const std::string& found = "") const;
   std::string read_record(const ZipRecord& record) const;
@@ -74,10 +99,8 @@ class TorchFile {
   std::string path_;
   std::unique_ptr<ReadableFile> file_;
   ZipIndex zip_;
-  Pickle pickle_;
-  std::vector<StorageEntry> storages_;
-  std::unordered_map<std::string, int> storage_by_key_;
-  std::unordered_map<NodeId, int> storage_by_node_;
+  std::shared_ptr<const TorchDocument> document_;
+  std::vector<int> records_;  // by storage: number in ZipIndex::records
 };
 
 // Name of the storage class that torch uses for a dtype, or "UntypedStorage".

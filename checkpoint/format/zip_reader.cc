@@ -1,7 +1,8 @@
 // The reader's half of checkpoint/format/zip.h. Nothing is allocated from a declared size before
 // it is compared with the file's.
 #include <algorithm>
-#include <set>
+#include <string_view>
+#include <unordered_set>
 
 #include "checkpoint/format/zip.h"
 #include "checkpoint/format/zip_fields.h"
@@ -14,6 +15,7 @@ namespace {
 using namespace zip;
 
 constexpr int64_t kRecordLimit = 5'000'000;
+constexpr int64_t kSmallBytes = 4096, kWindowBytes = 1 << 16, kEdgeBytes = 512;
 constexpr int64_t kDirectoryLimit = 1ll << 30;  // a hole can be as large as a file may be
 
 struct End {
@@ -58,22 +60,32 @@ class Reader {
     corrupt(std::string("A zip header field is wrong: ") + field + ".", entry,
             std::to_string(expected), std::to_string(found));
   }
-  std::string bytes_at(int64_t offset, int64_t count) const {
+  // `ahead`: so many bytes are fetched with them, for the reads that come next.
+  std::string bytes_at(int64_t offset, int64_t count, int64_t ahead = 0) {
     if (offset < 0 || count < 0 || offset > size_ - count) {
       corrupt("A zip record points outside the file.", "",
               "within " + std::to_string(size_) + " bytes",
               std::to_string(offset) + " + " + std::to_string(count));
     }
-    std::string bytes(static_cast<size_t>(count), '\0');
-    file_.read_at(offset, std::as_writable_bytes(std::span(bytes)));
-    return bytes;
+    const auto window_bytes = static_cast<int64_t>(window_.size());
+    if (offset < window_offset_ || offset + count > window_offset_ + window_bytes) {
+      window_.resize(static_cast<size_t>(std::min(std::max(count, ahead), size_ - offset)));
+      window_offset_ = offset;
+      file_.read_at(offset, std::as_writable_bytes(std::span(window_)));
+    }
+    return window_.substr(static_cast<size_t>(offset - window_offset_), static_cast<size_t>(count));
+  }
+  // Small records are fetched many at a time; of large ones only what stands between two payloads.
+  int64_t ahead_of(size_t number) const {
+    if (number >= index_.records.size()) return kEdgeBytes;
+    return index_.records[number].size_bytes < kSmallBytes ? kWindowBytes : kEdgeBytes;
   }
 
   End read_end();
   void read_directory(const End& end);
   void read_central(const std::string& directory, size_t* cursor);
   void check_tiling(const End& end);
-  int64_t check_local(ZipRecord* record, const Central& central);
+  int64_t check_local(size_t number);
   void check_extra(const ZipRecord& record, const std::string& extra, bool* zip64) const;
   void check_names();
 
@@ -81,6 +93,8 @@ class Reader {
   int64_t size_;
   ZipIndex index_;
   std::vector<Central> centrals_;
+  std::string window_;
+  int64_t window_offset_ = 0;
 };
 
 End Reader::read_end() {
@@ -158,25 +172,28 @@ void Reader::read_directory(const End& end) {
 
 void Reader::read_central(const std::string& directory, size_t* cursor) {
   const size_t at = *cursor;
-  const std::string entry = "directory record " + std::to_string(index_.records.size());
+  const auto entry = [&] { return "directory record " + std::to_string(index_.records.size()); };
+  const auto same = [&](uint64_t found, uint64_t expected, const char* field) {
+    if (found != expected) equal(found, expected, field, entry());
+  };
   const auto room = [&](uint64_t bytes) {
     if (directory.size() - *cursor < bytes)
-      corrupt("The zip directory ends inside a record.", entry);
+      corrupt("The zip directory ends inside a record.", entry());
   };
   room(kCentralBytes);
-  equal(load(directory, at, 4), kCentralSignature, "signature", entry);
+  same(load(directory, at, 4), kCentralSignature, "signature");
   Central central;
   central.flags = static_cast<uint16_t>(load(directory, at + 8, 2));
   central.name_bytes = static_cast<uint16_t>(load(directory, at + 28, 2));
   central.fixed = load(directory, at + 10, 6);
   const uint64_t extra_bytes = load(directory, at + 30, 2);
-  equal(load(directory, at + 10, 2), 0, "compression method (records must be stored)", entry);
-  equal(load(directory, at + 32, 4), 0, "comment length and disk", entry);
-  if ((central.flags & ~kTorchFlags) != 0) corrupt("A zip record has unknown flags.", entry);
+  same(load(directory, at + 10, 2), 0, "compression method (records must be stored)");
+  same(load(directory, at + 32, 4), 0, "comment length and disk");
+  if ((central.flags & ~kTorchFlags) != 0) corrupt("A zip record has unknown flags.", entry());
   if (index_.torch_dialect) {
-    equal(load(directory, at + 4, 4), 0, "versions", entry);
-    equal(load(directory, at + 12, 4), 0, "time and date", entry);
-    equal(load(directory, at + 36, 6), 0, "attributes", entry);
+    same(load(directory, at + 4, 4), 0, "versions");
+    same(load(directory, at + 12, 4), 0, "time and date");
+    same(load(directory, at + 36, 6), 0, "attributes");
   }
   *cursor += kCentralBytes;
   room(central.name_bytes + extra_bytes);
@@ -191,20 +208,20 @@ void Reader::read_central(const std::string& directory, size_t* cursor) {
   size_t wide = 4;
   const auto widen = [&](uint64_t* value) {
     if (*value != static_cast<uint64_t>(kMax32)) return;
-    if (extra.size() < wide + 8) corrupt("A zip64 field is too short.", entry);
+    if (extra.size() < wide + 8) corrupt("A zip64 field is too short.", entry());
     *value = load(extra, wide, 8);
     wide += 8;
   };
   widen(&size);
   widen(&packed);
   widen(&offset);
-  equal(packed, size, "compressed size (records must be stored)", entry);
+  same(packed, size, "compressed size (records must be stored)");
   if (size > static_cast<uint64_t>(size_) || offset > static_cast<uint64_t>(size_)) {
     corrupt("A zip record points outside the file.", quote(record.name));
   }
   record.size_bytes = static_cast<int64_t>(size);
   record.header_offset = static_cast<int64_t>(offset);
-  if (index_.torch_dialect) equal(central.flags, torch_flags(record.size_bytes), "flags", entry);
+  if (index_.torch_dialect) same(central.flags, torch_flags(record.size_bytes), "flags");
   if (extra != central_zip64(record.size_bytes, record.header_offset)) {
     corrupt("A zip record's extra field is not what its sizes call for.", quote(record.name));
   }
@@ -216,12 +233,12 @@ void Reader::read_central(const std::string& directory, size_t* cursor) {
 void Reader::check_tiling(const End& end) {
   int64_t cursor = 0;
   for (size_t i = 0; i < index_.records.size(); ++i) {
-    ZipRecord& record = index_.records[i];
+    const ZipRecord& record = index_.records[i];
     if (record.header_offset != cursor) {
       corrupt("Zip records overlap or leave a gap.", quote(record.name), std::to_string(cursor),
               std::to_string(record.header_offset));
     }
-    cursor = check_local(&record, centrals_[i]);
+    cursor = check_local(i);
   }
   if (cursor != end.directory_offset) {
     corrupt("Bytes lie between the last zip record and the directory.", "", std::to_string(cursor),
@@ -230,35 +247,41 @@ void Reader::check_tiling(const End& end) {
 }
 
 // Returns the offset behind the record.
-int64_t Reader::check_local(ZipRecord* record, const Central& central) {
-  const std::string entry = quote(record->name);
-  const std::string header = bytes_at(record->header_offset, kLocalBytes + central.name_bytes);
-  equal(load(header, 0, 4), kLocalSignature, "signature", entry);
-  equal(load(header, 6, 2), central.flags, "flags", entry);
-  equal(load(header, 8, 6), central.fixed, "method, time and date", entry);
-  equal(load(header, 26, 2), central.name_bytes, "name length", entry);
+int64_t Reader::check_local(size_t number) {
+  ZipRecord* record = &index_.records[number];
+  const Central& central = centrals_[number];
+  const auto same = [&](uint64_t found, uint64_t expected, const char* field) {
+    if (found != expected) equal(found, expected, field, quote(record->name));
+  };
+  const std::string header =
+      bytes_at(record->header_offset, kLocalBytes + central.name_bytes, ahead_of(number));
+  same(load(header, 0, 4), kLocalSignature, "signature");
+  same(load(header, 6, 2), central.flags, "flags");
+  same(load(header, 8, 6), central.fixed, "method, time and date");
+  same(load(header, 26, 2), central.name_bytes, "name length");
   if (header.substr(kLocalBytes) != record->name) {
-    corrupt("A record's name differs between its header and the directory.", entry);
+    corrupt("A record's name differs between its header and the directory.", quote(record->name));
   }
   const auto extra_bytes = static_cast<int64_t>(load(header, 28, 2));
   record->data_offset = record->header_offset + kLocalBytes + central.name_bytes + extra_bytes;
   const bool deferred = (central.flags & 0x8) != 0;
   bool zip64 = false;
   check_extra(*record, bytes_at(record->data_offset - extra_bytes, extra_bytes), &zip64);
-  if (index_.torch_dialect) equal(load(header, 4, 2), 0, "version needed", entry);
+  if (index_.torch_dialect) same(load(header, 4, 2), 0, "version needed");
   const auto size = static_cast<uint64_t>(record->size_bytes);
   const uint64_t size32 = std::min<uint64_t>(size, kMax32);
-  equal(load(header, 14, 4), deferred ? 0 : record->crc32, "CRC", entry);
-  equal(load(header, 18, 4), deferred ? 0 : size32, "compressed size", entry);
-  equal(load(header, 22, 4), deferred ? 0 : size32, "size", entry);
+  same(load(header, 14, 4), deferred ? 0 : record->crc32, "CRC");
+  same(load(header, 18, 4), deferred ? 0 : size32, "compressed size");
+  same(load(header, 22, 4), deferred ? 0 : size32, "size");
   int64_t end = record->data_offset + record->size_bytes;
   if (!deferred) return end;
   const size_t width = zip64 ? 8 : 4;
-  const std::string descriptor = bytes_at(end, static_cast<int64_t>(8 + 2 * width));
-  equal(load(descriptor, 0, 4), kDescriptorSignature, "descriptor signature", entry);
-  equal(load(descriptor, 4, 4), record->crc32, "CRC in the descriptor", entry);
-  equal(load(descriptor, 8, width), size, "compressed size in the descriptor", entry);
-  equal(load(descriptor, 8 + width, width), size, "size in the descriptor", entry);
+  const std::string descriptor =
+      bytes_at(end, static_cast<int64_t>(8 + 2 * width), ahead_of(number + 1));
+  same(load(descriptor, 0, 4), kDescriptorSignature, "descriptor signature");
+  same(load(descriptor, 4, 4), record->crc32, "CRC in the descriptor");
+  same(load(descriptor, 8, width), size, "compressed size in the descriptor");
+  same(load(descriptor, 8 + width, width), size, "size in the descriptor");
   return end + static_cast<int64_t>(descriptor.size());
 }
 
@@ -275,7 +298,8 @@ void Reader::check_extra(const ZipRecord& record, const std::string& extra, bool
 }
 
 void Reader::check_names() {
-  std::set<std::string> seen;
+  std::unordered_set<std::string_view> seen;
+  seen.reserve(index_.records.size());
   for (const ZipRecord& record : index_.records) {
     const std::string why = why_unsafe_name(record.name);
     if (!why.empty() || record.name.find('\\') != std::string::npos) {
