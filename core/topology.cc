@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <limits>
 
 #include "core/error.h"
 
@@ -104,6 +105,15 @@ Topology resolve(const TargetSpec& spec, const Topology& source) {
   for (Axis axis : kAxes) {
     const int degree = spec.topology.degree(axis);
     if (degree != 0) degree_of(result, axis) = degree;
+  }
+  int64_t ranks = 1;
+  for (Axis axis : kAxes) {
+    ranks *= result.degree(axis);  // below 2^31 times at most a million
+    if (ranks <= std::numeric_limits<int>::max()) continue;
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "The target has more ranks than can be counted.",
+                          .expected = "at most 2147483647 ranks in all",
+                          .next = "lower one of dp, sp, tp, ep, pp"});
   }
   return result;
 }

@@ -53,6 +53,12 @@ TEST(Target, EveryAxisAndTheStageAreRead) {
             (Topology{.data = 7, .sequence = 2, .tensor = 3, .expert = 4, .pipeline = 5}));
 }
 
+TEST(Topology, MoreRanksThanCanBeCountedAreRefused) {
+  const TargetSpec spec = parse_target("dp=65536,sp=65536");
+  EXPECT_THROW(resolve(spec, Topology{}), Error);
+  EXPECT_EQ(resolve(parse_target("dp=1000000,sp=2000"), Topology{}).sequence, 2000);
+}
+
 TEST(Target, StagesAreZeroToThree) {
   for (int stage = 0; stage <= 3; ++stage) {
     EXPECT_EQ(parse_target("stage=" + std::to_string(stage)).stage, stage);

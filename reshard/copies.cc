@@ -10,8 +10,9 @@
 #include "checkpoint/cancel.h"
 #include "core/cast.h"
 #include "core/error.h"
-#include "reshard/leaf_values.h"
 #include "reshard/parallel.h"
+#include "reshard/statistics.h"
+#include "reshard/tensor_values.h"
 
 namespace isoshard::reshard {
 namespace {
@@ -32,9 +33,8 @@ bool same_bytes(const Leaf& a, const Leaf& b) {
 }
 
 std::string describe(DType dtype, std::span<const std::byte> element) {
-  const std::string bits = bits_text(element);
-  if (!has_values(dtype)) return bits;
-  return bits + " (" + value_text(dtype, value_of(dtype, element)) + ")";
+  const std::string bits = element_bits(element);
+  return has_values(dtype) ? bits + " (" + element_text(dtype, element) + ")" : bits;
 }
 
 bool is_nan(DType dtype, std::span<const std::byte> element) {
@@ -84,7 +84,7 @@ class PairComparison {
       if (is_nan(copy_.dtype, expected) && is_nan(copy_.dtype, found)) continue;
       if (result_.differing++ > 0) continue;
       const auto original = std::span(sides.original).subspan(i * original_item, original_item);
-      result_.index = index_text(original_.shape, begin + static_cast<int64_t>(i));
+      result_.index = to_string(index_of(begin + static_cast<int64_t>(i), original_.shape));
       result_.original = describe(original_.dtype, original);
       result_.expected = describe(copy_.dtype, expected);
       result_.found = describe(copy_.dtype, found);

@@ -8,7 +8,7 @@
 #include "checkpoint/cancel.h"
 #include "core/check.h"
 #include "core/error.h"
-#include "reshard/leaf_values.h"
+#include "reshard/tensor_values.h"
 
 namespace isoshard::reshard {
 namespace {

@@ -55,28 +55,30 @@ uint64_t infinity_bits(DType dtype) {
 
 }  // namespace
 
+void read_elements(const checkpoint::ShardedState& state, const checkpoint::Leaf& leaf,
+                   int64_t begin, std::span<std::byte> target) {
+  const int64_t item = item_size_bytes(leaf.dtype);
+  auto fragment = std::upper_bound(
+      leaf.fragments.begin(), leaf.fragments.end(), begin,
+      [](int64_t at, const checkpoint::FileFragment& f) { return at < f.begin + f.count; });
+  while (!target.empty()) {
+    CHECK(fragment != leaf.fragments.end(), "elements beyond the end of " + leaf.name);
+    const int64_t count = std::min(fragment->begin + fragment->count - begin,
+                                   static_cast<int64_t>(target.size()) / item);
+    const auto bytes = static_cast<size_t>(count * item);
+    state.files[static_cast<size_t>(fragment->file)].bytes().read_at(
+        fragment->offset_bytes + (begin - fragment->begin) * item, target.first(bytes));
+    target = target.subspan(bytes);
+    begin += count;
+    ++fragment;
+  }
+}
+
 TensorValues values_of(const checkpoint::ShardedState& state, int leaf,
                        const std::string& section) {
   const checkpoint::Leaf& tensor = state.leaf(leaf);
   const auto read = [&state, &tensor](int64_t begin, std::span<std::byte> target) {
-    const int64_t item = item_size_bytes(tensor.dtype);
-    int64_t count = static_cast<int64_t>(target.size()) / item;
-    auto fragment = std::upper_bound(tensor.fragments.begin(), tensor.fragments.end(), begin,
-                                     [](int64_t element, const checkpoint::FileFragment& f) {
-                                       return element < f.begin + f.count;
-                                     });
-    while (count > 0) {
-      CHECK(fragment != tensor.fragments.end(), "values beyond the end of " + tensor.name);
-      const int64_t skip = begin - fragment->begin;
-      const int64_t part = std::min(count, fragment->count - skip);
-      const auto bytes = static_cast<size_t>(part * item);
-      state.files[static_cast<size_t>(fragment->file)].bytes().read_at(
-          fragment->offset_bytes + skip * item, target.first(bytes));
-      target = target.subspan(bytes);
-      begin += part;
-      count -= part;
-      ++fragment;
-    }
+    read_elements(state, tensor, begin, target);
   };
   return {tensor.name, section, tensor.dtype, tensor.shape, read};
 }

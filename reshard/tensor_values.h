@@ -32,6 +32,10 @@ TensorValues values_of(const checkpoint::ShardedState& state, int leaf, const st
 // The same tensor with every value cast to another dtype as it is read.
 TensorValues cast_values(const TensorValues& values, DType dtype);
 
+// Fills `target` with the leaf's elements from `begin` on; they must be there. No CRC is checked.
+void read_elements(const checkpoint::ShardedState& state, const checkpoint::Leaf& leaf,
+                   int64_t begin, std::span<std::byte> target);
+
 // Elements [begin, begin + count).
 std::vector<std::byte> read_elements(const TensorValues& values, int64_t begin, int64_t count);
 

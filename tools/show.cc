@@ -8,8 +8,9 @@
 #include "core/cast.h"
 #include "core/error.h"
 #include "reshard/executor.h"
-#include "reshard/leaf_values.h"
 #include "reshard/selection.h"
+#include "reshard/statistics.h"
+#include "reshard/tensor_values.h"
 #include "tools/session.h"
 
 namespace isoshard::tools {
@@ -227,10 +228,9 @@ Shown read_values(const ShardedState& state, const Leaf& leaf, const reshard::Se
     for (size_t i = 0; shown.first.size() < kShownValues && i * item < elements.size(); ++i) {
       const auto element = elements.subspan(i * item, item);
       const auto number = static_cast<int64_t>(shown.first.size());
-      shown.first.push_back(
-          {reshard::index_text(shape, number),
-           values ? reshard::value_text(leaf.dtype, reshard::value_of(leaf.dtype, element)) : "",
-           reshard::bits_text(element)});
+      shown.first.push_back({to_string(reshard::index_of(number, shape)),
+                             values ? reshard::element_text(leaf.dtype, element) : "",
+                             reshard::element_bits(element)});
     }
   });
   return shown;

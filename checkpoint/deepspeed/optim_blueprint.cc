@@ -157,8 +157,8 @@ class OptimWriter {
   NodeId master(const TargetBuffer& buffer, int64_t length) {
     std::vector<int> leaves;
     for (int number : buffer.parameters) leaves.push_back(target_.parameter(number).weight);
-    const int storage = builder_.add_storage(
-        rank_fill(target_, buffer, rank_, leaves, state_.leaf(leaves.at(0)).dtype));
+    const int storage =
+        builder_.add_storage(rank_fill(buffer, rank_, leaves, state_.leaf(leaves.at(0)).dtype));
     const TorchBuilder::TensorSpec spec{
         .shape = {length}, .storage = storage, .requires_grad = true};
     if (target_.stage != 3) return builder_.tensor(spec);
@@ -207,7 +207,7 @@ class OptimWriter {
       for (size_t s = 0; s < first.states.size(); ++s) {
         const Leaf& leaf = state_.leaf(first.states[s]);
         const int storage = builder_.add_storage(
-            rank_fill(target_, buffer, rank_, leaves_of(target_, buffer, s), leaf.dtype));
+            rank_fill(buffer, rank_, leaves_of(target_, buffer, s), leaf.dtype));
         entry.emplace_back(leaf.state,
                            builder_.tensor({.shape = {buffer.partition}, .storage = storage}));
       }

@@ -216,8 +216,8 @@ NodeId target_config(TorchBuilder* builder, const ReshardTarget& target) {
   return copy.finish();
 }
 
-StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, int rank,
-                      const std::vector<int>& leaves, DType dtype) {
+StorageFill rank_fill(const TargetBuffer& buffer, int rank, const std::vector<int>& leaves,
+                      DType dtype) {
   StorageFill fill{
       .dtype = dtype, .numel = buffer.partition, .runs = {}, .copy = {}, .literal = {}};
   CHECK(leaves.size() == buffer.parameters.size(), "one leaf a parameter");
@@ -227,7 +227,6 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
       fill.runs.push_back({leaves[i], f.begin, f.count, f.offset_local});
     }
   }
-  (void)target;
   return fill;
 }
 

@@ -70,8 +70,8 @@ class MappingCopy {
 NodeId target_config(TorchBuilder* builder, const ReshardTarget& target);
 
 // The storage of one leaf kind for one rank of one buffer: its fragments at their local offsets.
-StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, int rank,
-                      const std::vector<int>& leaves, DType dtype);
+StorageFill rank_fill(const TargetBuffer& buffer, int rank, const std::vector<int>& leaves,
+                      DType dtype);
 
 // Files of the target tag folder.
 FileBlueprint model_blueprint(ReshardTarget* target, int rank);

@@ -1,5 +1,5 @@
-// See leaf_values.h. long double holds every int64, uint64 and double exactly.
-#include "reshard/leaf_values.h"
+// See statistics.h. long double holds every int64, uint64 and double exactly.
+#include "reshard/statistics.h"
 
 #include <algorithm>
 #include <charconv>
@@ -56,25 +56,6 @@ void with_decoder(DType dtype, const Visit& visit) {
 
 }  // namespace
 
-void read_elements(const checkpoint::ShardedState& state, const checkpoint::Leaf& leaf,
-                   int64_t begin, std::span<std::byte> target) {
-  const int64_t item = item_size_bytes(leaf.dtype);
-  auto fragment = std::upper_bound(
-      leaf.fragments.begin(), leaf.fragments.end(), begin,
-      [](int64_t at, const checkpoint::FileFragment& f) { return at < f.begin + f.count; });
-  while (!target.empty()) {
-    CHECK(fragment != leaf.fragments.end(), "elements beyond the end of " + leaf.name);
-    const int64_t count = std::min(fragment->begin + fragment->count - begin,
-                                   static_cast<int64_t>(target.size()) / item);
-    const auto bytes = static_cast<size_t>(count * item);
-    state.files[static_cast<size_t>(fragment->file)].bytes().read_at(
-        fragment->offset_bytes + (begin - fragment->begin) * item, target.first(bytes));
-    target = target.subspan(bytes);
-    begin += count;
-    ++fragment;
-  }
-}
-
 bool has_values(DType dtype) { return dtype <= DType::kUInt64; }
 
 long double value_of(DType dtype, std::span<const std::byte> element) {
@@ -94,25 +75,6 @@ std::string value_text(DType dtype, long double value) {
                        ? std::to_chars(buffer, buffer + sizeof buffer, static_cast<double>(value))
                        : std::to_chars(buffer, buffer + sizeof buffer, static_cast<float>(value));
   return std::string(buffer, end.ptr);
-}
-
-std::string bits_text(std::span<const std::byte> element) {
-  std::string text = "0x";
-  for (size_t i = element.size(); i-- > 0;) {
-    char digits[3];
-    std::snprintf(digits, sizeof digits, "%02x", std::to_integer<unsigned>(element[i]));
-    text += digits;
-  }
-  return text;
-}
-
-std::string index_text(const Shape& shape, int64_t element) {
-  std::vector<int64_t> index(shape.size());
-  for (size_t i = shape.size(); i-- > 0;) {
-    index[i] = element % shape[i];
-    element /= shape[i];
-  }
-  return to_string(index);
 }
 
 std::optional<double> Statistics::mean() const {
