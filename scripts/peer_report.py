@@ -1,43 +1,21 @@
 """Turns the facts of scripts/peer.py into docs/peer_report.md and docs/peer_matrix.svg.
 
-A fact is {version, group, case, check, result, detail}. Nothing is judged here: a result is printed
-as it was found, and a detail wherever a result is not plainly "right".
+A fact is {version, group, case, program, check, result, detail}. Nothing is judged here: a result
+is printed as it was found, and a detail wherever a result is not plainly "right".
 """
 
-import html
 import os
 import re
 
-DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs")
-TOOLS = [
-    "DeepSpeed universal",
-    "DeepSpeed fp32",
-    "DeepSpeed another dp",
-    "isoshard universal",
-    "isoshard fp32",
-    "isoshard another dp",
-    "isoshard another stage",
-]
-# result: what the matrix says, fill, ink
-LOOKS = {
-    "right": ("right", "#cfe8cf", "#143d14"),
-    "departs": ("right, by (a)", "#cfe8cf", "#143d14"),
-    "lacks": ("right, lacks some", "#eef0c4", "#3d3a0c"),
-    "refused": ("refused", "#d9d9de", "#333338"),
-    "refused too": ("refused, its own too", "#d9d9de", "#333338"),
-    "wrong": ("WRONG, silent", "#c0272d", "#ffffff"),
-    "unjudged": ("not judged", "#f1f1f4", "#55555c"),
-    "": ("not tried", "#ffffff", "#9a9aa2"),
-}
-SHOWN = [look for look in LOOKS if look != "departs"]
-COLUMN, ROW, LEFT, TOP = 132, 24, 214, 84
+import peer_matrix
 
+DOCS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "docs")
 HEAD = """# What the real DeepSpeed says to our files
 
-Written by `scripts/peer.py` from its `results.jsonl`, one fact a line. Real engines of
-DeepSpeed (torch 2.13.0, CPU, gloo, one process a rank) load what isoshard wrote from the
-checkpoints of `traces/deepspeed`, train one step, and save. "Equal" is bit for bit: files by
-`scripts/compare_torch.py`, live values by torch itself, whole states by `isoshard digest`.
+Written by `scripts/peer.py` from its `results.jsonl`. Real engines of DeepSpeed (torch 2.13.0,
+CPU, gloo, one process a rank) load what isoshard wrote from the checkpoints of `traces/deepspeed`,
+train one step, and save. "Equal" is bit for bit: files by `scripts/compare_torch.py`, live values
+by torch itself, whole states by `isoshard digest`.
 
 | result | is |
 |---|---|
@@ -50,11 +28,18 @@ checkpoints of `traces/deepspeed`, train one step, and save. "Equal" is bit for 
 | departs | right; DeepSpeed's output differs by a departure decided in `deepspeed_errata.md` |
 | none | there is nothing of DeepSpeed's to compare with |
 
-Not shown by this: GPUs, NVMe, larger models, a second step. The files compared are compared less
-`ds_config` (the run's own), DeepSpeed's copied scripts, our manifest and certificate, and, where
-they differ by it alone, the padding of stage 3, which DeepSpeed never initialises. Live
-moments are asked for only where DeepSpeed's accessors work (not under round robin, nor with two
-groups); there the weights are looked at, and the files saved again hold the rest to account.
+Not shown by this: GPUs, NVMe, larger models, a second step; Ulysses and the matrix with older
+versions. Errata are numbered as in [deepspeed_errata](deepspeed_errata.md).
+
+Files are compared less `ds_config` (the run's own), DeepSpeed's copied scripts, our manifest and
+certificate. Where they differ by it alone, the padding of stage 3, which DeepSpeed never
+initialises (erratum 22), and the slice maps of round robin, which it writes wrong (erratum 1), are
+left out too, and the whole states are compared by digest instead. Live moments are asked for only
+where DeepSpeed's accessors work (not under round robin, nor with two groups); elsewhere the weights
+are looked at, and the files saved again hold the rest to account. With DeepSpeed before 0.19 the
+harness waits for each gather, and before 0.18 it switches `load_universal` off again after the load
+(errata 38, 37); without that, what DeepSpeed shows and saves is wrong at stage 3, whatever it was
+given.
 """
 GROUPS = {
     "aa": (
@@ -78,13 +63,15 @@ GROUPS = {
         "SOURCE and engine",
     ),
     "loader": (
-        "Where DeepSpeed's universal loader is wrong by itself",
-        "Round robin on in the engine that loads: it finds its masters through the same wrong map "
-        "as its converter, so that a right universal form lands in wrong places and nothing is "
-        "said. Load with round robin off (above), or use `isoshard reshard` (below). Several "
-        "sub-groups at stage 3: the loader gives all of them one `step` object, which every step "
-        "then advances once a sub-group; a `isoshard reshard` of the same state counts rightly "
-        "(below). These rows are DeepSpeed's, not ours.",
+        "Where DeepSpeed itself is at fault",
+        "These rows are DeepSpeed's, not ours. Round robin on in the engine that loads a universal "
+        "form: it finds its masters through the same wrong map as its converter, so that right "
+        "values land in wrong places and nothing is said (erratum 39). Load with round robin off "
+        "(above), or use `isoshard reshard` (below). Several sub-groups at stage 3: the loader "
+        "gives all of them one `step` object, which every step then advances once a sub-group "
+        "(erratum 40); `isoshard reshard` of the same state counts rightly (below). Saved again at "
+        "stage 3 with `load_universal` on: erratum 37. The accessors after a plain load at stages "
+        "1 and 2: erratum 42. A universal load under Ulysses: erratum 36.",
         "SOURCE and engine",
     ),
     "reshard": (
@@ -129,10 +116,10 @@ def first_words(text, count=260):
 
 def is_bad(line):
     """A refusal of DeepSpeed's, or its own wrong output, says nothing against our files."""
-    if line["group"] in ("loader", "note"):
+    if line["group"] == "loader":
         return False
     if line["group"] == "matrix":
-        return line["check"].startswith("isoshard") and line["result"] == "wrong"
+        return line["check"].startswith("isoshard") and line["result"] in ("wrong", "refused")
     return line["result"] in ("WRONG", "wrong", "refused")
 
 
@@ -194,10 +181,27 @@ def rows_of(facts, version, group):
     return rows
 
 
-def report(facts):
+def whole_or_not(facts, missing):
+    """What was run, with which program, and what of it is not right."""
+    programs = sorted({fact["program"] for fact in facts})
+    ours = [fact for fact in facts if fact["group"] != "loader" and not
+            (fact["group"] == "matrix" and fact["check"].startswith("DeepSpeed"))]
+    bad = sum(is_bad(fact) for fact in ours)
+    out = [f"Program: {'; '.join(programs)}. {len(ours)} facts about our files: {bad} not right."]
+    if missing:
+        names = ", ".join(f"{version} {group} `{case}`" for version, group, case in missing)
+        out.append(f"**Partial.** {len(missing)} cases were not run: {names}.")
+    else:
+        out.append("All cases of `scripts/peer_plan.py` were run.")
+    return "\n\n".join(out) + "\n"
+
+
+def report(facts, missing):
     parts = [
         HEAD,
-        "## In numbers\n\nEach number counts facts; a case has several.\n",
+        "## In numbers\n",
+        whole_or_not(facts, missing),
+        "Each number counts facts; a case has several.\n",
         summary(facts) + "\n",
     ]
     for group, (title, says, first) in GROUPS.items():
@@ -208,71 +212,11 @@ def report(facts):
             parts.append(
                 f"DeepSpeed {version}:\n\n" + table(rows_of(facts, version, group), first) + "\n"
             )
-    notes = [f"- {fact['detail']}" for fact in facts if fact["group"] == "note"]
-    if notes:
-        parts.append("## About these runs\n\n" + "\n".join(notes) + "\n")
     return "\n".join(parts)
 
 
-def text(x, y, words_shown, size=12, ink="#222226", anchor="middle", weight="normal"):
-    return (
-        f'<text x="{x}" y="{y}" font-size="{size}" fill="{ink}" text-anchor="{anchor}" '
-        f'font-weight="{weight}">{html.escape(words_shown)}</text>'
-    )
-
-
-def cell(x, y, look):
-    shown, fill, ink = LOOKS[look]
-    weight = "bold" if look == "wrong" else "normal"
-    return (
-        f'<rect x="{x + 1}" y="{y + 1}" width="{COLUMN - 2}" height="{ROW - 2}" rx="3" '
-        f'fill="{fill}" stroke="#e2e2e6"/>'
-        + text(x + COLUMN / 2, y + 16, shown, 11, ink, weight=weight)
-    )
-
-
-def matrix_svg(facts, version):
-    rows = rows_of(facts, version, "matrix")
-    width, height = LEFT + COLUMN * len(TOOLS) + 12, TOP + ROW * len(rows) + 56
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-        f'width="{width}" height="{height}" font-family="DejaVu Sans, Arial, sans-serif">',
-        f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
-        text(
-            10,
-            24,
-            f"Checkpoint × tool: DeepSpeed {version} and isoshard",
-            16,
-            anchor="start",
-            weight="bold",
-        ),
-    ]
-    middle = LEFT + COLUMN * 3
-    out += [
-        text(LEFT + COLUMN * 1.5, 50, f"DeepSpeed {version}", 13, weight="bold"),
-        text(middle + COLUMN * 2, 50, "isoshard", 13, weight="bold"),
-    ]
-    for index, tool in enumerate(TOOLS):
-        out.append(text(LEFT + COLUMN * (index + 0.5), 72, "to " + tool.split(" ", 1)[1]))
-    for line, (case, facts_here) in enumerate(sorted(rows.items())):
-        y = TOP + ROW * line
-        out.append(text(LEFT - 10, y + 16, case, anchor="end"))
-        out += [
-            cell(LEFT + COLUMN * index, y, facts_here.get(tool, {"result": ""})["result"])
-            for index, tool in enumerate(TOOLS)
-        ]
-    out.append(
-        f'<line x1="{middle}" y1="40" x2="{middle}" y2="{TOP + ROW * len(rows)}" '
-        'stroke="#222226" stroke-width="1.5"/>'
-    )
-    y = TOP + ROW * len(rows) + 18
-    out += [cell(LEFT + COLUMN * index, y, look) for index, look in enumerate(SHOWN)]
-    out.append("</svg>")
-    return "\n".join(out) + "\n"
-
-
-def write(facts, version):
+def write(facts, missing, version):
     with open(os.path.join(DOCS, "peer_report.md"), "w") as file:
-        file.write(report(facts))
+        file.write(report(facts, missing))
     with open(os.path.join(DOCS, "peer_matrix.svg"), "w") as file:
-        file.write(matrix_svg(facts, version))
+        file.write(peer_matrix.drawing(rows_of(facts, version, "matrix"), version))

@@ -46,7 +46,9 @@ def writer_of(source):
 def target_case(case, to, change=()):
     """The settings of the run that loads: the source's, elsewhere."""
     degrees = dict(part.split("=") for part in to.split(","))
-    found = {**case, "world": int(degrees.get("dp", case["world"])),
+    sequence = int(degrees.get("sp", case.get("ulysses", 1)))
+    data = int(degrees.get("dp", case["world"] // case.get("ulysses", 1)))
+    found = {**case, "world": data * sequence, "ulysses": sequence,
              "stage": int(degrees.get("stage", case["stage"])), **dict(change)}
     if found["stage"] == 3 and "round_robin_gradients" in found.get("zero", {}):
         found["zero"] = {}
@@ -115,11 +117,10 @@ class Peer:
     def isoshard(self, *arguments):
         return self.run(self.program, *arguments)
 
-    def engine(self, case, load, out, look="param", steps=1, truth=None):
-        """Real ranks, one process each."""
+    def engine(self, case, load, out, look="param", steps=1, **more):
+        """Real ranks, one process each. `more`: truth, as_it_is."""
         os.makedirs(out, exist_ok=True)
-        job = {"case": case, "load": load, "out": out, "look": look, "steps": steps,
-               "truth": truth}
+        job = {"case": case, "load": load, "out": out, "look": look, "steps": steps, **more}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
