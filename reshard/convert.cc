@@ -189,6 +189,11 @@ class Conversion {
     }
     ShardedState target =
         checkpoint::read_checkpoint(storage_, staged_.path(), {.tag = "", .param_order = ""});
+    // A later reader learns them from the certificate, which is not written yet.
+    if (target.flavour == Flavour::kWeights) {
+      checkpoint::name_buffers(&target,
+                               options_.certificate.value("buffers", std::set<std::string>()));
+    }
     const std::map<std::string, int> whole = add_whole_files(&target);
     StreamOptions stream = options_.stream;
     stream.digest = digested_leaves(target);

@@ -369,5 +369,23 @@ TEST_F(Verify, MissingPartsOfWeightsAreIncomplete) {
   expect(Verdict::kIncomplete, "model-00002-of-", "/out");
 }
 
+TEST_F(Verify, WeightsOfOursHaveTheSourcesWeightsAndBuffers) {
+  const checkpoint::ShardedState state = checkpoint::read_checkpoint(storage_, "/save", {});
+  ConvertOptions options;
+  options.target = "/out";
+  options.certificate = {{"program", "isoshard test"}, {"buffers", {"count", "running"}}};
+  const ConvertResult result = convert(
+      storage_, state, make_plan(state, checkpoint::weights_blueprints(state, {})), options);
+  const Verification v = verdict_on(storage_, "/out");
+  EXPECT_EQ(v.verdict, Verdict::kVerified) << findings_of(v);
+  ASSERT_TRUE(v.digest);
+  for (const char* section : {"weights", "buffers"}) {
+    const SectionDigest* source = find_section(result.source, section);
+    ASSERT_NE(source, nullptr);
+    EXPECT_EQ(find_section(*v.digest, section)->hex, source->hex) << section;
+    EXPECT_EQ(find_section(result.target, section)->hex, source->hex) << section;
+  }
+}
+
 }  // namespace
 }  // namespace isoshard::reshard

@@ -14,9 +14,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-
 from compare_torch import ITEM_BYTES, Tensor, Unreadable, load, require
-
 dump = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -108,7 +106,9 @@ class Leaves(dict):  # section -> [(name, state, canonical line, elements)]
         for pointer in sorted(source.glob("latest*")):
             return self.read(source / pointer.read_text().strip())
         if source.suffix == ".bin":
-            return self.module([{"module": load(str(source))}])
+            paper = source.parent / "certificate.json"
+            names = json.loads(paper.read_text()).get("buffers", []) if paper.exists() else []
+            return self.module([{"module": load(str(source)), "buffer_names": names}])
         paths = sorted(map(str, source.glob("*_states.pt")), key=lambda path: (len(path), path))
         models, optims = ([load(path) for path in paths if path.endswith(f"_{kind}_states.pt")]
                           for kind in ("model", "optim"))

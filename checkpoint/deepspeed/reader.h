@@ -2,6 +2,7 @@
 // payloads stay on the disk. Link 7 of the tensor's journey: read back, or refused with a reason.
 #pragma once
 
+#include <set>
 #include <string>
 
 #include "checkpoint/deepspeed/model_states.h"
@@ -26,6 +27,9 @@ void read_zero0(ShardedState* state, const ModelStates& model, const ReadOptions
                 Storage& storage);
 void read_universal(ShardedState* state, Storage& storage, const ReadOptions& options);
 void read_weights(ShardedState* state, Storage& storage, const SourcePlace& place);
+
+// Weights alone do not tell which tensors are buffers: those named here become buffers.
+void name_buffers(ShardedState* state, const std::set<std::string>& names);
 
 // Opens files of the state's folder (paths relative to it), in parallel; returns their numbers in
 // the same order. Refuses an archive whose prefix names another file.

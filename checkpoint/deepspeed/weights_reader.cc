@@ -98,15 +98,7 @@ void take_buffers(ShardedState* state, const std::string& certificate) {
   for (const nlohmann::json& name : parsed["buffers"]) {
     if (name.is_string()) names.insert(name.get<std::string>());
   }
-  std::vector<ParameterState> parameters;
-  for (ParameterState& parameter : state->parameters) {
-    if (names.count(parameter.name) == 0) {
-      parameters.push_back(std::move(parameter));
-    } else {
-      state->buffers.push_back({parameter.name, parameter.weight});
-    }
-  }
-  state->set_parameters(std::move(parameters));
+  name_buffers(state, names);
 }
 
 // Of model-00001-of-00003.safetensors and its kin all must be there.
@@ -134,6 +126,18 @@ void check_parts(const ShardedState& state, const std::vector<std::string>& file
 }
 
 }  // namespace
+
+void name_buffers(ShardedState* state, const std::set<std::string>& names) {
+  std::vector<ParameterState> parameters;
+  for (ParameterState& parameter : state->parameters) {
+    if (names.count(parameter.name) == 0) {
+      parameters.push_back(std::move(parameter));
+    } else {
+      state->buffers.push_back({parameter.name, parameter.weight});
+    }
+  }
+  state->set_parameters(std::move(parameters));
+}
 
 void read_weights(ShardedState* state, Storage& storage, const SourcePlace& place) {
   state->flavour = Flavour::kWeights;
