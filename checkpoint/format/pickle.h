@@ -64,6 +64,7 @@ class Pickle {
 
   // Reading.
   size_t size() const { return nodes_.size(); }
+  int64_t memory_bytes() const { return memory_bytes_; }  // estimated, without what is put in later
   Kind kind(NodeId node) const { return at(node).kind; }
   bool is_none(NodeId node) const { return kind(node) == Kind::kNone; }
   int64_t integer_value(NodeId node) const;    // kInt or kBool
@@ -109,6 +110,7 @@ class Pickle {
   std::vector<ObjectParts> objects_;
   std::unordered_map<std::string, uint32_t> interned_;
   std::unordered_map<uint64_t, NodeId> shared_nodes_;  // (kind, text, second text) → node
+  int64_t memory_bytes_ = 0;
 };
 
 template <typename Replace>

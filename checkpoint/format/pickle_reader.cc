@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <bit>
+#include <compare>
 #include <cstdio>
 #include <unordered_set>
 
@@ -74,9 +75,16 @@ class Machine {
   }
 
   void push(NodeId node) {
-    if (static_cast<int64_t>(result_.size()) > limits_.nodes) limit("objects", limits_.nodes);
-    if (static_cast<int64_t>(stack_.size()) > limits_.nodes) limit("stack", limits_.nodes);
     stack_.push_back(node);
+    check_memory();
+  }
+  void check_memory() const {
+    const size_t numbers = stack_.size() + memo_.size() + items_added_;
+    if (static_cast<int64_t>(bytes_.size() + 2 * numbers * sizeof(NodeId)) +
+            result_.memory_bytes() >
+        limits_.memory_bytes) {
+      limit("memory for its objects", limits_.memory_bytes);
+    }
   }
   size_t floor() const { return marks_.empty() ? 0 : marks_.back(); }
   NodeId pop() {
@@ -119,6 +127,7 @@ class Machine {
     const NodeId node = top();
     if (index != memo_.size()) refuse("memo slots are not numbered one by one");
     memo_.push_back(node);
+    check_memory();
   }
   void get(uint64_t index) {
     if (index >= memo_.size()) refuse("it reads a memo slot that was never written");
@@ -126,6 +135,7 @@ class Machine {
   }
   void append(std::vector<NodeId> items) {
     const NodeId target = top();
+    items_added_ += items.size();
     if (result_.kind(target) == Kind::kList) {
       std::vector<NodeId>& list = result_.mutable_items(target);
       list.insert(list.end(), items.begin(), items.end());
@@ -139,6 +149,7 @@ class Machine {
   void set_items(std::vector<NodeId> items) {
     if (items.size() % 2 != 0) refuse("SETITEMS with a key and no value");
     const NodeId target = top();
+    items_added_ += items.size();
     if (result_.kind(target) == Kind::kDict) {
       std::vector<NodeId>& list = result_.mutable_items(target);
       list.insert(list.end(), items.begin(), items.end());
@@ -185,6 +196,7 @@ class Machine {
   std::vector<NodeId> stack_;
   std::vector<size_t> marks_;
   std::vector<NodeId> memo_;
+  size_t items_added_ = 0;  // by APPEND(S) and SETITEM(S)
   size_t cursor_ = 0;
   size_t opcode_at_ = 0;
   bool stopped_ = false;
@@ -337,21 +349,31 @@ void Machine::check_graph() {
   }
 }
 
+// Equal strings are one node, so that numbers stand for all keys that can be compared.
 void Machine::check_keys(const std::vector<NodeId>& entries) {
-  std::unordered_set<std::string> seen;
+  struct Key {
+    bool is_text;
+    int64_t value;  // a string's node, or the integer
+    auto operator<=>(const Key&) const = default;
+  };
+  std::vector<Key> keys;
+  keys.reserve(entries.size() / 2);
   for (size_t i = 0; i + 1 < entries.size(); i += 2) {
     const NodeId key = entries[i];
     const Kind kind = result_.kind(key);
     if (kind == Kind::kList || kind == Kind::kDict) refuse("a dictionary key is not hashable");
-    std::string mark;
-    if (kind == Kind::kString) mark = "s" + result_.text(key);
+    if (kind == Kind::kString) keys.push_back({true, static_cast<int64_t>(key)});
     if (kind == Kind::kInt || kind == Kind::kBool) {
-      mark = "i" + std::to_string(result_.integer_value(key));
-    }
-    if (!mark.empty() && !seen.insert(mark).second) {
-      refuse("a dictionary has the key " + quote(mark.substr(1)) + " twice");
+      keys.push_back({false, result_.integer_value(key)});
     }
   }
+  std::sort(keys.begin(), keys.end());
+  const auto twice = std::adjacent_find(keys.begin(), keys.end());
+  if (twice == keys.end()) return;
+  refuse("a dictionary has the key " +
+         quote(twice->is_text ? result_.text(static_cast<NodeId>(twice->value))
+                              : std::to_string(twice->value)) +
+         " twice");
 }
 
 }  // namespace

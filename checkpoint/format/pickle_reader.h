@@ -10,9 +10,9 @@ namespace isoshard::checkpoint {
 
 // Budgets against resource bombs; exceeding one is Error(kLimit) that names it and the byte.
 struct PickleLimits {
-  int64_t stream_bytes = 256ll << 20;
-  int64_t nodes = 8'000'000;
-  int64_t text_bytes = 16 << 20;  // one string
+  int64_t stream_bytes = 128ll << 20;
+  int64_t memory_bytes = 160ll << 20;  // of the stream and of all that is made of it, estimated
+  int64_t text_bytes = 16 << 20;       // one string
   int64_t integer_bytes = 1024;
   int nesting = 1000;
 };

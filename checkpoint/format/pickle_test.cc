@@ -488,11 +488,30 @@ TEST(PickleLimit, SizesTextsNodesAndMarksHaveBudgets) {
                              "abcde."s,
                     {.text_bytes = 4}),
             ErrorCode::kLimit);
-  EXPECT_EQ(code_of(kProto + "(NNNNNNNNNNt.", {.nodes = 5}), ErrorCode::kLimit);
+  EXPECT_EQ(code_of(kProto + "(NNNNNNNNNNt.", {.memory_bytes = 200}), ErrorCode::kLimit);
   EXPECT_EQ(code_of(kProto + std::string(10001, '(')), ErrorCode::kLimit);
   // The stack grows by a memo slot without a new node.
-  EXPECT_EQ(code_of(kProto + "(Nq\x00"s + "h\x00h\x00h\x00h\x00h\x00h\x00h\x00t."s, {.nodes = 5}),
-            ErrorCode::kLimit);
+  std::string reads;
+  for (int i = 0; i < 100; ++i) reads += "h\x00"s;
+  EXPECT_EQ(code_of(kProto + "(Nq\x00"s + reads + "t.", {.memory_bytes = 1000}), ErrorCode::kLimit);
+  EXPECT_EQ(read(kProto + "(Nq\x00"s + reads + "t.", {.memory_bytes = 2000}).size(), 2u);
+}
+
+TEST(PickleLimit, MillionsOfSmallObjectsAreRefusedBeforeTheyAreBuilt) {
+  for (const char* object : {"}", "]", ")", "(t", "ca\nb\n)R"}) {
+    std::string body = "(";
+    for (int i = 0; i < 4'000'000; ++i) body += object;
+    EXPECT_EQ(code_of(kProto + body + "t."), ErrorCode::kLimit) << object;
+  }
+}
+
+TEST(PickleLimit, KeysThatAreEqualAreFoundAmongMany) {
+  std::string body = "}(";
+  for (int32_t i = 0; i < 50'000; ++i) {
+    body += "J" + std::string(reinterpret_cast<const char*>(&i), sizeof i) + "N";
+  }
+  EXPECT_EQ(read(kProto + body + "u.").size(), 100'001u);
+  EXPECT_EQ(code_of(kProto + body + "K\x05Nu."s), ErrorCode::kCorrupt);
 }
 
 TEST(PickleLimit, ADeclaredLengthBeyondTheStreamAllocatesNothing) {
