@@ -61,16 +61,24 @@ bool parse_dtype(const std::string& text, DType* dtype) {
   return false;
 }
 
-int64_t numel(const Shape& shape) {
+std::optional<int64_t> checked_numel(const Shape& shape) {
   int64_t product = 1;
   for (int64_t size : shape) {
     if (size < 0 || __builtin_mul_overflow(product, size, &product) || product > (1ll << 58)) {
-      throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
-                            .what = "A tensor shape is negative or too large.",
-                            .found = to_string(shape)});
+      return std::nullopt;
     }
   }
   return product;
+}
+
+int64_t numel(const Shape& shape) {
+  const std::optional<int64_t> product = checked_numel(shape);
+  if (product) return *product;
+  throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
+                        .what = "A tensor's shape is negative or too large.",
+                        .expected = "sizes whose product is at most 2^58",
+                        .found = to_string(shape),
+                        .next = "restore the checkpoint from another copy"});
 }
 
 std::string to_string(const Shape& shape) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -38,8 +39,11 @@ const char* name(DType dtype);                            // "float32"
 bool parse_dtype(const std::string& text, DType* dtype);  // from "float32"; false if unknown
 bool is_floating(DType dtype);
 
-// Number of elements; throws Error(kCorrupt) for a negative size or a product beyond 2^58 (so that
-// bytes fit 64 bits).
+// Number of elements; nothing for a negative size or a product beyond 2^58 (so that bytes fit 64
+// bits). Readers ask this of every shape from a file, so that their refusal names the file.
+std::optional<int64_t> checked_numel(const Shape& shape);
+
+// The same, where the shape was checked before; otherwise Error(kCorrupt).
 int64_t numel(const Shape& shape);
 std::string to_string(const Shape& shape);    // "[13, 10]"
 Shape contiguous_stride(const Shape& shape);  // torch's: sizes of 0 count as 1

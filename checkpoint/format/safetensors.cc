@@ -29,7 +29,7 @@ constexpr Name kNames[] = {{"F64", DType::kFloat64},        {"F32", DType::kFloa
                            {"F8_E5M2", DType::kFloat8E5M2}, {"C64", DType::kComplex64}};
 
 [[noreturn]] void corrupt(const ReadableFile& file, const std::string& what,
-                          const std::string& entry = "", const std::string& expected = "",
+                          const std::string& entry = "header", const std::string& expected = "",
                           const std::string& found = "") {
   throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
                         .what = what,
@@ -40,30 +40,91 @@ constexpr Name kNames[] = {{"F64", DType::kFloat64},        {"F32", DType::kFloa
                         .next = "restore this file from another copy"});
 }
 
-// Parses with duplicate keys refused at every level and depth limited.
-json parse_strict(const ReadableFile& file, const std::string& text) {
-  std::vector<std::set<std::string>> keys;
-  int64_t values = 0;  // in the innermost list
-  const json::parser_callback_t callback = [&](int depth, json::parse_event_t event, json& parsed) {
-    if (depth > 4) corrupt(file, "The header is nested too deeply.");
-    if (event == json::parse_event_t::array_start) values = 0;
-    if (event == json::parse_event_t::value && ++values > 100) {
-      corrupt(file, "A list in the header is too long.");
-    }
-    if (event == json::parse_event_t::object_start) keys.emplace_back();
-    if (event == json::parse_event_t::object_end) keys.pop_back();
-    if (event != json::parse_event_t::key) return true;
-    values = 0;
-    if (!keys.back().insert(parsed.get<std::string>()).second) {
-      corrupt(file, "The header has a key twice.", quote(parsed.get<std::string>()));
-    }
+// Estimates of what a header takes in memory while it is read: some 160,000 tensors fit.
+constexpr int64_t kHeaderBytes = 40'000'000;  // the format allows 100,000,000
+constexpr int64_t kMemoryBytes = 128'000'000;
+constexpr int64_t kKeyBytes = 150;
+constexpr int64_t kValueBytes = 48;
+
+[[noreturn]] void limit(const ReadableFile& file, const std::string& what, int64_t most) {
+  throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                        .what = "A limit against resource bombs was reached: " + what + ".",
+                        .file = file.path(),
+                        .entry = "header",
+                        .expected = "at most " + std::to_string(most) + " bytes",
+                        .next =
+                            "do not trust this file; real models stay far below, or are sharded "
+                            "over several files"});
+}
+
+// Reads the text once before anything is built of it, so that duplicate keys, lists in lists, depth
+// and memory are refused as they come. (The library's callback for the same purpose looks through
+// all earlier tensors after each one.)
+class Watch final : public nlohmann::json_sax<json> {
+ public:
+  explicit Watch(const ReadableFile& file) : file_(file) {}
+
+  bool null() override { return value(0); }
+  bool boolean(bool) override { return value(0); }
+  bool number_integer(number_integer_t) override { return value(0); }
+  bool number_unsigned(number_unsigned_t) override { return value(0); }
+  bool number_float(number_float_t, const string_t&) override { return value(0); }
+  bool string(string_t& text) override { return value(text.size()); }
+  bool binary(binary_t&) override { return value(0); }
+  bool start_object(size_t) override { return start({}); }
+  bool start_array(size_t) override { return start({.is_list = true}); }
+  bool end_object() override { return end(); }
+  bool end_array() override { return end(); }
+  bool key(string_t& text) override {
+    charge(kKeyBytes, text.size());
+    if (!open_.back().keys.insert(text).second)
+      corrupt(file_, "The header has a key twice.", quote(text));
     return true;
-  };
-  json result = json::parse(text, callback, false);
-  if (result.is_discarded() || !result.is_object()) {
-    corrupt(file, "The header is not a JSON object.");
   }
-  return result;
+  bool parse_error(size_t at, const std::string&, const json::exception&) override {
+    corrupt(file_, "The header is not a JSON object.", "header, byte " + std::to_string(at));
+  }
+
+ private:
+  struct Container {
+    bool is_list = false;
+    int values = 0;                // of a list
+    std::set<std::string> keys{};  // of an object
+  };
+  void charge(int64_t bytes, size_t text_bytes) {
+    memory_bytes_ += bytes + static_cast<int64_t>(text_bytes);
+    if (memory_bytes_ > kMemoryBytes) limit(file_, "memory for the header", kMemoryBytes);
+  }
+  bool value(size_t text_bytes) {
+    charge(kValueBytes, text_bytes);
+    if (!open_.empty() && open_.back().is_list && ++open_.back().values > 100)
+      corrupt(file_, "A list in the header is too long.");
+    return true;
+  }
+  bool start(Container container) {
+    charge(kValueBytes, 0);
+    if (open_.size() > 3) corrupt(file_, "The header is nested too deeply.");
+    if (!open_.empty() && open_.back().is_list)
+      corrupt(file_, "A list in the header holds a list or an object.");
+    open_.push_back(std::move(container));
+    return true;
+  }
+  bool end() {
+    open_.pop_back();
+    return true;
+  }
+
+  const ReadableFile& file_;
+  std::vector<Container> open_;
+  int64_t memory_bytes_ = 0;
+};
+
+json parse_strict(const ReadableFile& file, const std::string& text) {
+  {
+    Watch watch(file);
+    json::sax_parse(text, &watch);
+  }
+  return json::parse(text);  // begins with '{', as header_text() saw
 }
 
 // A list of integers: nlohmann-json alone would take 1.5 and true for 1.
@@ -86,14 +147,15 @@ namespace {
 // The header's text; its length stands in the first 8 bytes.
 std::string header_text(const ReadableFile& file) {
   if (file.size_bytes() < 8)
-    corrupt(file, "The file is too short.", "", "at least 8 bytes",
+    corrupt(file, "The file is too short.", "header", "at least 8 bytes",
             std::to_string(file.size_bytes()));
   uint64_t length = 0;
   file.read_at(0, std::as_writable_bytes(std::span(&length, 1)));
   if (length > 100'000'000 || static_cast<int64_t>(length) > file.size_bytes() - 8) {
-    corrupt(file, "The header's length is impossible.", "", "at most the file's size and 100000000",
-            std::to_string(length));
+    corrupt(file, "The header's length is impossible.", "header",
+            "at most the file's size and 100000000", std::to_string(length));
   }
+  if (static_cast<int64_t>(length) > kHeaderBytes) limit(file, "size of the header", kHeaderBytes);
   std::string text(length, '\0');
   file.read_at(8, std::as_writable_bytes(std::span(text)));
   if (text.empty() || text[0] != '{') corrupt(file, "The header does not begin with '{'.");
@@ -135,7 +197,11 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
       const Shape offsets = integers(file, name, value.at("data_offsets"));
       if (offsets.size() != 2) corrupt(file, "A tensor has not two data_offsets.", quote(name));
       const int64_t begin = offsets[0], end = offsets[1];
-      const int64_t bytes = numel(entry.shape) * item_size_bytes(entry.dtype);
+      const std::optional<int64_t> count = checked_numel(entry.shape);
+      if (!count)
+        corrupt(file, "A tensor's shape is negative or too large.", quote(name),
+                "sizes whose product is at most 2^58", to_string(entry.shape));
+      const int64_t bytes = *count * item_size_bytes(entry.dtype);
       if (begin < 0 || end < begin || end > file.size_bytes() - data || end - begin != bytes) {
         corrupt(file, "A tensor's offsets do not fit its shape or the file.", quote(name),
                 std::to_string(bytes) + " bytes",
@@ -159,7 +225,7 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
     index.entries.push_back(std::move(item.second));
   }
   if (cursor != file.size_bytes() - data)
-    corrupt(file, "Bytes follow the last tensor, or are missing.", "", std::to_string(cursor),
+    corrupt(file, "Bytes follow the last tensor, or are missing.", "data", std::to_string(cursor),
             std::to_string(file.size_bytes() - data));
   index.entries.insert(index.entries.end(), empty.begin(), empty.end());
   return index;

@@ -171,6 +171,42 @@ TEST(Safetensors, NamesAreSafe) {
   }
 }
 
+TEST(Safetensors, AListHoldsNoLists) {
+  std::string wide = "[]";
+  for (int i = 0; i < 1000; ++i) wide += ",[]";
+  EXPECT_EQ(code_of("{\"t\":[" + wide + "]}", 0), ErrorCode::kCorrupt);
+  EXPECT_EQ(code_of(one(kF32, "[[4]]", "[0,16]"), 16), ErrorCode::kCorrupt);
+  EXPECT_EQ(code_of(one(kF32, "[{}]", "[0,16]"), 16), ErrorCode::kCorrupt);
+}
+
+TEST(Safetensors, MemoryForTheHeaderHasABudget) {
+  std::string keys = "{\"a\":1";
+  for (int i = 0; i < 700'000; ++i) keys += ",\"" + std::to_string(i) + "\":1";
+  EXPECT_EQ(code_of(keys + "}", 0), ErrorCode::kLimit);
+  EXPECT_EQ(code_of("{" + std::string(40'000'000, ' ') + "}", 0), ErrorCode::kLimit);
+}
+
+TEST(Safetensors, SeventyThousandTensorsAreNoBomb) {
+  std::string header = "{";
+  for (int i = 0; i < 70'000; ++i) {
+    header +=
+        (i ? ",\"model.layers." : "\"model.layers.") + std::to_string(i) + ".weight\":" +
+        entry(kF32, "[1]", "[" + std::to_string(4 * i) + "," + std::to_string(4 * i + 4) + "]");
+  }
+  EXPECT_EQ(read(header + "}", 280'000).entries.size(), 70'000u);
+}
+
+TEST(Safetensors, AnImpossibleShapeIsNamedWithItsFile) {
+  try {
+    read(one(kF32, "[4611686018427387904]", "[0,0]"), 0);
+    ADD_FAILURE() << "accepted";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.info().file, "/f.safetensors");
+    EXPECT_EQ(error.info().entry, "\"t\"");
+    EXPECT_EQ(error.info().found, "[4611686018427387904]");
+  }
+}
+
 TEST(Safetensors, WhatIsWrittenIsReadBack) {
   SafetensorsIndex index;
   index.metadata = {{"format", "pt"}, {"note", "\"quoted\" \xCE\xB1"}};
