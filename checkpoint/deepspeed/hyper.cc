@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <map>
 #include <set>
 
 #include "checkpoint/deepspeed/fields.h"
@@ -15,20 +16,26 @@ namespace {
 
 using nlohmann::json;
 
+// What one canonical JSON has cost so far. References make a graph of a few bytes stand for a tree
+// of any size, so that values and text are counted as they are written, not as they are stored.
+struct Spent {
+  static constexpr int64_t kMostValues = 400'000;
+  static constexpr int64_t kMostTextBytes = 32 << 20;
+  static constexpr int64_t kMostTensorBytes = 64 << 20;  // of one tensor
+
+  int64_t values = 0;
+  int64_t text_bytes = 0;
+  int64_t tensor_bytes = 0;
+};
+
 class Renderer {
  public:
-  explicit Renderer(const TorchFile& document) : document_(document), pickle_(document.pickle()) {}
+  Renderer(const TorchFile& document, std::string entry, Spent* spent)
+      : document_(document), pickle_(document.pickle()), entry_(std::move(entry)), spent_(*spent) {}
 
   json render(NodeId node) {
-    if (++visited_ > 2'000'000) {
-      throw Error(ErrorInfo{
-          .code = ErrorCode::kLimit,
-          .what = "A limit against resource bombs was reached: values in the client state.",
-          .file = document_.path(),
-          .expected = "at most 2000000",
-          .next = "look at what the training script passes as client_state"});
-    }
-    if (const std::optional<TensorView> view = document_.tensor(node)) return tensor(*view);
+    charge("values", &spent_.values, 1, Spent::kMostValues);
+    if (const std::optional<TensorView> view = document_.tensor(node)) return tensor(node, *view);
     switch (pickle_.kind(node)) {
       case Kind::kNone:
         return nullptr;
@@ -37,6 +44,7 @@ class Renderer {
       case Kind::kInt:
         return pickle_.integer_value(node);
       case Kind::kBigInt:
+        charge_text(2 * pickle_.text(node).size());
         return {{"int", hex(pickle_.text(node))}};
       case Kind::kFloat:
         return real(pickle_.real_value(node));
@@ -49,6 +57,7 @@ class Renderer {
       case Kind::kDict:
         return mapping(pickle_.items(node));
       case Kind::kGlobal:
+        charge_text(pickle_.module(node).size() + pickle_.attribute(node).size());
         return {{"global", pickle_.module(node) + " " + pickle_.attribute(node)}};
       case Kind::kPersistent:
         return {{"storage", "?"}};
@@ -60,10 +69,24 @@ class Renderer {
     if (!parts.appended.empty()) object["items"] = list(parts.appended);
     if (!parts.set.empty()) object["set"] = mapping(parts.set);
     if (parts.state != kNoNode) object["state"] = render(parts.state);
-    return {{"object", object}};
+    return {{"object", std::move(object)}};
   }
 
  private:
+  void charge(const char* what, int64_t* spent, int64_t amount, int64_t most) const {
+    if (!__builtin_add_overflow(*spent, amount, spent) && *spent <= most) return;
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kLimit,
+        .what = std::string("A limit against resource bombs was reached: ") + what + ".",
+        .file = document_.path(),
+        .entry = entry_,
+        .expected = "at most " + std::to_string(most) + ", shared objects counted each time",
+        .next =
+            "look at what the training script passes as client_state; a checkpoint needs less"});
+  }
+  void charge_text(size_t bytes) const {
+    charge("bytes of text", &spent_.text_bytes, static_cast<int64_t>(bytes), Spent::kMostTextBytes);
+  }
   static std::string hex(const std::string& bytes) {
     std::string digits;
     for (char c : bytes) {
@@ -80,11 +103,13 @@ class Renderer {
   }
   json text(NodeId node) const {
     const std::string& value = pickle_.text(node);
-    const json candidate = value;
+    charge_text(value.size());
+    json candidate = value;
     try {
       (void)candidate.dump();
       return candidate;
     } catch (const json::exception&) {  // not UTF-8
+      charge_text(value.size());
       return {{"bytes", hex(value)}};
     }
   }
@@ -105,25 +130,29 @@ class Renderer {
     json result = json::object();
     json pairs = json::array();
     for (size_t i = 0; i + 1 < entries.size(); i += 2) {
-      const json key = plain ? text(entries[i]) : render(entries[i]);
+      json key = plain ? text(entries[i]) : render(entries[i]);
       if (plain && key.is_string())
         result[key.get<std::string>()] = render(entries[i + 1]);
       else
-        pairs.push_back({key, render(entries[i + 1])});
+        pairs.push_back({std::move(key), render(entries[i + 1])});
     }
-    return plain && pairs.empty() ? result : json{{"dict", pairs}};
+    return plain && pairs.empty() ? result : json{{"dict", std::move(pairs)}};
   }
-  json tensor(const TensorView& view) const {
+  json tensor(NodeId node, const TensorView& view) {
+    const auto [known, fresh] = tensors_.emplace(node, nullptr);
+    if (fresh) known->second = read_tensor(view);
+    return known->second;
+  }
+  json read_tensor(const TensorView& view) const {
     RawCrcs crcs;
     const int64_t item = item_size_bytes(view.dtype);
     const int64_t bytes_total = numel(view.shape) * item;
     const ZipRecord& record = document_.record(view.storage);
-    if (record.size_bytes > (64 << 20)) {
-      throw Error(ErrorInfo{.code = ErrorCode::kLimit,
-                            .what = "A tensor in the client state is very large.",
-                            .file = document_.path(),
-                            .expected = "at most 64 MiB"});
-    }
+    int64_t this_one = 0;
+    charge("bytes of one tensor", &this_one, record.size_bytes, Spent::kMostTensorBytes);
+    // Each view reads its whole storage; views of one storage are few in real files.
+    charge("bytes of tensors", &spent_.tensor_bytes, record.size_bytes,
+           Spent::kMostTensorBytes + 2 * document_.file().size_bytes());
     std::vector<std::byte> whole(static_cast<size_t>(record.size_bytes));
     document_.file().read_at(record.data_offset, whole);
     if (crc32_of(whole) != record.crc32) {
@@ -145,15 +174,20 @@ class Renderer {
 
   const TorchFile& document_;
   const Pickle& pickle_;
-  int64_t visited_ = 0;
+  std::string entry_;
+  Spent& spent_;
+  std::map<NodeId, json> tensors_;
 };
 
-json loss_scaler(const ShardedState& state) {
+json loss_scaler(const ShardedState& state, Spent* spent) {
   const json none = {{"cur_scale", {{"float", "0x1p+0"}}}, {"dynamic", false}};
   const int file = state.optim_files.empty() ? state.model_files[0] : state.optim_files[0];
   const TorchFile& document = state.document(file);
   const Pickle& pickle = document.pickle();
   const Fields fields(document);
+  const auto value_of = [&](NodeId node) {
+    return Renderer(document, "loss_scaler", spent).render(node);
+  };
   NodeId holder = pickle.root;
   if (state.flavour == Flavour::kZero0) holder = fields.maybe(holder, "optimizer");
   if (state.flavour == Flavour::kZero12 || state.flavour == Flavour::kZero3 ||
@@ -165,24 +199,38 @@ json loss_scaler(const ShardedState& state) {
   if (state.flavour == Flavour::kZero0) {
     const NodeId scale = pickle.find(holder, "cur_scale");
     if (scale == kNoNode) return none;
-    result["cur_scale"] = python_json(document, scale);
+    result["cur_scale"] = value_of(scale);
     result["dynamic"] = fields.truth(holder, "dynamic_loss_scale");
     if (!result["dynamic"].get<bool>()) return result;
     for (const char* key : {"cur_iter", "last_overflow_iter", "scale_factor", "scale_window"}) {
       if (const NodeId value = pickle.find(holder, key); value != kNoNode)
-        result[key] = python_json(document, value);
+        result[key] = value_of(value);
     }
     return result;
   }
   const NodeId state_dict = fields.state_of(pickle.find(holder, "loss_scaler"));
   if (state_dict == kNoNode) return none;
-  result = python_json(document, state_dict);
+  result = value_of(state_dict);
+  return result;
+}
+
+json client_state(const TorchFile& document, Spent* spent) {
+  json result = json::object();
+  const Fields fields(document);
+  const Pickle& pickle = fields.pickle();
+  const std::vector<NodeId>& entries = pickle.entries(fields.root());
+  for (size_t i = 0; i + 1 < entries.size(); i += 2) {
+    const bool named = pickle.kind(entries[i]) == Kind::kString;
+    if (named && is_engine_key(pickle.text(entries[i]))) continue;
+    const std::string entry = named ? quote(pickle.text(entries[i]).substr(0, 200)) : "(key)";
+    Renderer renderer(document, "client state " + entry, spent);
+    const std::string key = renderer.render(entries[i]).dump();
+    result[named ? key : "(key " + key + ")"] = renderer.render(entries[i + 1]);
+  }
   return result;
 }
 
 }  // namespace
-
-json python_json(const TorchFile& document, NodeId node) { return Renderer(document).render(node); }
 
 bool is_engine_key(const std::string& key) {
   static const std::set<std::string> kKeys = {"module",
@@ -213,44 +261,39 @@ bool is_engine_key(const std::string& key) {
 }
 
 json client_state_json(const TorchFile& document) {
-  json result = json::object();
-  const Fields fields(document);
-  const std::vector<NodeId>& entries = fields.pickle().entries(fields.root());
-  for (size_t i = 0; i + 1 < entries.size(); i += 2) {
-    if (fields.pickle().kind(entries[i]) != Kind::kString) {
-      result["(key " + python_json(document, entries[i]).dump() + ")"] =
-          python_json(document, entries[i + 1]);
-    } else if (!is_engine_key(fields.pickle().text(entries[i]))) {
-      result[python_json(document, entries[i]).dump()] = python_json(document, entries[i + 1]);
-    }
-  }
-  return result;
+  Spent spent;
+  return client_state(document, &spent);
 }
 
 json hyper_json(const ShardedState& state) {
   if (state.model_files.empty()) return json::object();
   const TorchFile& document = state.document(state.model_files[0]);
   const Fields fields(document);
-  json result = {{"client_state", client_state_json(document)},
-                 {"loss_scaler", loss_scaler(state)}};
+  Spent spent;
+  const auto value_of = [&spent](const TorchFile& holder, NodeId node, const char* entry) {
+    return Renderer(holder, entry, &spent).render(node);
+  };
+  json result = json::object();
+  result["client_state"] = client_state(document, &spent);
+  result["loss_scaler"] = loss_scaler(state, &spent);
   for (const char* key : {"global_samples", "global_steps", "skipped_steps"}) {
     if (const NodeId value = fields.maybe(fields.root(), key); value != kNoNode)
-      result["counters"][key] = python_json(document, value);
+      result["counters"][key] = value_of(document, value, key);
   }
   for (const char* key : {"lr_scheduler", "data_sampler", "random_ltd"}) {
     const NodeId value = fields.maybe(fields.root(), key);
-    result[key] = value == kNoNode ? json(nullptr) : python_json(document, value);
+    result[key] = value == kNoNode ? json(nullptr) : value_of(document, value, key);
   }
   for (const GroupState& group : state.groups) {
     const TorchFile& holder = state.document(group.hyper.file);
-    json entry = python_json(holder, group.hyper.node);
+    json entry = value_of(holder, group.hyper.node, "param_groups");
     entry.erase("params");
     std::vector<std::string> names;
     for (int number : group.parameters)
       names.push_back(state.parameters[static_cast<size_t>(number)].name);
     std::sort(names.begin(), names.end());
     entry["names"] = names;
-    result["param_groups"].push_back(entry);
+    result["param_groups"].push_back(std::move(entry));
   }
   return result;
 }

@@ -12,11 +12,9 @@ namespace isoshard::checkpoint {
 // {"client_state", "counters", "loss_scaler", "lr_scheduler", "param_groups"}; empty object if the
 // form holds none of it. Keys sorted; floats as hexadecimal text {"float": "0x1p+0"}, tuples and
 // objects tagged, so that int, float, list and tuple stay apart. Tensors stand as dtype, shape and
-// CRC-64. Throws Error(kLimit) when the text would pass 64 MiB.
+// CRC-64. Throws Error(kLimit), naming file and key, beyond 400,000 values or 32 MiB of text:
+// shared objects count each time, so that a graph of a few bytes cannot fill the memory.
 nlohmann::json hyper_json(const ShardedState& state);
-
-// A pickled value in that form.
-nlohmann::json python_json(const TorchFile& document, NodeId node);
 
 // Keys of a model-state file that DeepSpeed itself writes; all others are client state.
 bool is_engine_key(const std::string& key);
