@@ -67,10 +67,10 @@ void add_space(int error, const SystemFailure& failure, ErrorInfo* info) {
   }
   FreeSpace space;
   if (ask_free_space(failure.path, &space) != 0) {
-    info->found = "unknown: the file system does not say how much is free";
+    info->found += "; the file system does not say how much is free";
     return;
   }
-  info->found = std::to_string(space.bytes) + " bytes free";
+  info->found += "; " + std::to_string(space.bytes) + " bytes free";
   if (error == EDQUOT) info->found += " on the file system; the quota allows fewer";
   if (space.inodes == 0) info->found += ", 0 inodes free: no further file can be made";
 }
@@ -88,6 +88,8 @@ void fail_system(int error, const SystemFailure& failure) {
                  .what = std::string(failure.operation) + " failed: " + reason + ".",
                  .file = failure.path,
                  .next = is_known ? known->next : "look into the kernel log (dmesg) for the cause"};
+  const char* symbol = strerrorname_np(error);
+  info.found = "errno " + std::to_string(error) + (symbol ? std::string(", ") + symbol : "");
   if (info.code == ErrorCode::kNoSpace) add_space(error, failure, &info);
   throw Error(std::move(info));
 }

@@ -142,6 +142,7 @@ void Verifier::judge(const Error& error) {
 // all is the caller's mistake and no verdict.
 bool Verifier::find_place() {
   const std::string& tag = options_.read.tag;
+  checkpoint::require_source(storage_, source_, tag);
   try {
     place_ = checkpoint::resolve_source(storage_, source_, tag);
   } catch (const Error& error) {

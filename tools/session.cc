@@ -45,8 +45,21 @@ checkpoint::ShardedState Session::open(const std::string& source, bool prove) {
   checkpoint::ReadOptions options = read;
   options.prove = prove;
   options.workers = stream_options().workers;
+  this->source = source;
   checkpoint::ShardedState state = checkpoint::read_checkpoint(storage, source, options);
   for (const std::string& text : state.notices) notice("notice: " + text);
+  std::string foreign;
+  int64_t others = -1;
+  for (const checkpoint::SourceFile& file : state.files) {
+    if (!file.torch || file.torch->zip().torch_dialect) continue;
+    if (foreign.empty()) foreign = quote(file.relative);
+    ++others;
+  }
+  if (!foreign.empty()) {
+    notice("notice: torch did not write the archive " + foreign +
+           (others > 0 ? " nor " + std::to_string(others) + " others" : "") +
+           ": another zip program has made it anew; what it holds was checked all the same");
+  }
   return state;
 }
 

@@ -23,6 +23,7 @@ struct Session {
   int workers = 0;  // 0: as many as there are processors
   std::string max_memory;
   std::string log_file;
+  std::string source;  // the one that is, or was last, read
   std::string expect;  // iso1:…
   std::string only;    // regular expression on parameter names
   checkpoint::ReadOptions read;

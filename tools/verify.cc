@@ -114,6 +114,7 @@ bool is_expected(const std::string& expect, const Verification& v) {
 }
 
 void run_verify(Session* session, const std::string& source) {
+  session->source = source;
   reshard::VerifyOptions options{.read = session->read, .stream = session->stream_options()};
   const Verification v = reshard::verify(session->storage, source, options);
   if (session->json) {

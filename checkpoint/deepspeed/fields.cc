@@ -80,7 +80,10 @@ Shape Fields::shape(NodeId node, const std::string& what) const {
   }
   Shape result;
   for (NodeId item : list(node, what)) result.push_back(integer(item, what));
-  numel(result);  // refuses negative and overflowing sizes
+  if (!checked_numel(result)) {
+    fail("A tensor's shape is negative or too large.", what, "sizes whose product is at most 2^58",
+         to_string(result));
+  }
   return result;
 }
 

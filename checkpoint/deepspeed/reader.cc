@@ -39,6 +39,11 @@ struct Inventory {
                         .next = next});
 }
 
+constexpr const char* kCovered = "ZeRO stages 0 to 3, BF16_Optimizer, Ulysses";
+constexpr const char* kElsewhere =
+    "rename a file that only its name makes so, or convert the checkpoint with DeepSpeed "
+    "(ds_to_universal.py); docs/SUPPORT.md lists what is covered";
+
 Inventory take_inventory(Storage& storage, const std::string& folder) {
   Inventory inventory;
   using Kind = FileName::Kind;
@@ -47,20 +52,20 @@ Inventory take_inventory(Storage& storage, const std::string& folder) {
     const std::string path = join(folder, entry.name);
     if (entry.name == "offloaded_tensors") {
       refuse(ErrorCode::kUnsupported, "Optimizer state offloaded to NVMe is not supported.", path,
-             "", "", "save without NVMe offload");
+             "no offloaded_tensors folder", "one", "save without NVMe offload");
     }
     if (name.kind == Kind::kLayer)
-      refuse(ErrorCode::kUnsupported, "Pipeline checkpoints are not supported yet.", path, "", "",
-             "");
+      refuse(ErrorCode::kUnsupported, "Pipeline checkpoints are not supported yet.", path, kCovered,
+             entry.name, kElsewhere);
     if (name.kind == Kind::kExpert || name.kind == Kind::kExpertOptim) {
       refuse(ErrorCode::kUnsupported,
-             "Mixture-of-experts checkpoints (native MoE, AutoEP) are not supported yet.", path, "",
-             "", "");
+             "Mixture-of-experts checkpoints (native MoE, AutoEP) are not supported yet.", path,
+             kCovered, entry.name, kElsewhere);
     }
     if (name.kind != Kind::kOther && name.kind != Kind::kModel && name.mp != 0) {
       refuse(ErrorCode::kUnsupported,
              "Tensor-parallel checkpoints (several mp ranks) are not supported yet.", path,
-             "mp_rank_00 only", entry.name, "");
+             "mp_rank_00 only", entry.name, kElsewhere);
     }
     std::map<int, std::string>* where = name.kind == Kind::kModel         ? &inventory.model
                                         : name.kind == Kind::kModelOfRank ? &inventory.model_of_rank
@@ -82,7 +87,7 @@ Inventory take_inventory(Storage& storage, const std::string& folder) {
   if (inventory.model.size() > 1) {
     refuse(ErrorCode::kUnsupported,
            "Tensor-parallel checkpoints (several mp ranks) are not supported yet.", folder,
-           "mp_rank_00 only", std::to_string(inventory.model.size()) + " model files", "");
+           "mp_rank_00 only", std::to_string(inventory.model.size()) + " model files", kElsewhere);
   }
   return inventory;
 }
@@ -334,8 +339,22 @@ std::string scalar_text(const ShardedState& state, NodeRef ref) {
   return buffer;
 }
 
+void require_source(Storage& storage, const std::string& path, const std::string& tag) {
+  // Opening says best what a path is that is neither: nothing, a pipe, a circle of links.
+  if (!storage.is_directory(path)) {
+    if (!storage.is_file(path)) storage.open_read(path);
+    return;
+  }
+  const std::string latest = join(path, "latest");
+  if (!tag.empty() || storage.is_file(latest)) return;
+  for (const DirectoryEntry& entry : storage.list(path)) {
+    if (entry.name == "latest") storage.open_read(latest);
+  }
+}
+
 ShardedState read_checkpoint(Storage& storage, const std::string& path,
                              const ReadOptions& options) {
+  require_source(storage, path, options.tag);
   const SourcePlace place = resolve_source(storage, path, options.tag);
   ShardedState state;
   state.folder = place.folder;

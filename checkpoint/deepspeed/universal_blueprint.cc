@@ -171,7 +171,9 @@ class UniversalWriter {
           ErrorInfo{.code = ErrorCode::kUnsupported,
                     .what = clash ? "Two parameter names would need one path as file and as folder."
                                   : "A parameter name cannot be a path: " + why + ".",
+                    .file = state_.folder,
                     .entry = quote(path),
+                    .expected = "names that make paths of their own under zero/",
                     .next = "rename the parameter in the model"});
     }
   }

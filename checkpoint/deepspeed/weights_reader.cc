@@ -25,7 +25,9 @@ void add_weight(ShardedState* state, Leaf leaf) {
     throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
                           .what = "A tensor stands in two files.",
                           .file = state->folder,
-                          .entry = quote(leaf.name)});
+                          .entry = quote(leaf.name),
+                          .expected = "each tensor once",
+                          .next = "remove the file that belongs to another model or save"});
   }
   state->module_order.push_back(leaf.name);
   ParameterState parameter{.name = leaf.name,

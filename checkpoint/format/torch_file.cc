@@ -82,6 +82,8 @@ TorchFile::TorchFile(Storage& storage, const std::string& path, PickleShelf* she
       throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
                             .what = "This is a legacy torch stream, not a zip archive.",
                             .file = path,
+                            .expected = "a zip archive, which begins with PK",
+                            .found = "a pickle",
                             .next = "save it again with checkpoint_serialization true, or load and "
                                     "torch.save it once"});
     }
@@ -118,12 +120,14 @@ void TorchFile::read_pickle_record(PickleShelf* shelf) {
   for (const ZipRecord& record : zip_.records) {
     if (record.name != zip_.prefix + "/data.pkl") continue;
     if (record.size_bytes > PickleLimits{}.stream_bytes) {
-      throw Error(ErrorInfo{.code = ErrorCode::kLimit,
-                            .what = "A limit against resource bombs was reached: pickle size.",
-                            .file = path_,
-                            .entry = quote(record.name),
-                            .expected = "at most 268435456 bytes",
-                            .found = std::to_string(record.size_bytes) + " bytes"});
+      throw Error(
+          ErrorInfo{.code = ErrorCode::kLimit,
+                    .what = "A limit against resource bombs was reached: pickle size.",
+                    .file = path_,
+                    .entry = quote(record.name),
+                    .expected = "at most " + std::to_string(PickleLimits{}.stream_bytes) + " bytes",
+                    .found = std::to_string(record.size_bytes) + " bytes",
+                    .next = "do not trust this file; real checkpoints stay far below"});
     }
     std::string bytes = read_record(record);
     const bool shared = shelf != nullptr && bytes.size() <= kShelfBytes;
@@ -290,7 +294,8 @@ std::optional<TensorView> TorchFile::tensor(NodeId node) const {
                           .what = "A tensor has a form that is not supported.",
                           .file = path_,
                           .entry = quote(function),
-                          .expected = "dense tensors (sparse and quantised ones are refused)"});
+                          .expected = "dense tensors (sparse and quantised ones are refused)",
+                          .next = "save it as a dense tensor (to_dense(), dequantize())"});
   }
   return std::nullopt;
 }
@@ -340,15 +345,20 @@ TensorView TorchFile::view_from(const std::vector<NodeId>& args) const {
   if (view.shape.size() != view.stride.size() || view.shape.size() > 64 || view.offset < 0) {
     bad("its shape, stride and offset do not fit");
   }
-  if (numel(view.shape) == 0) return view;
-  if (numel(view.shape) > storage_numel) {
+  const std::optional<int64_t> count = checked_numel(view.shape);
+  if (!count) {
+    corrupt("A tensor's shape is negative or too large.", "data/" + entry.key,
+            "sizes whose product is at most 2^58", to_string(view.shape));
+  }
+  if (*count == 0) return view;
+  if (*count > storage_numel) {
     // An expanded view (stride 0) can claim terabytes of a few bytes.
     throw Error(ErrorInfo{.code = ErrorCode::kLimit,
                           .what = "A tensor has more elements than its storage.",
                           .file = path_,
                           .entry = "data/" + entry.key,
                           .expected = "at most " + std::to_string(storage_numel) + " elements",
-                          .found = std::to_string(numel(view.shape)),
+                          .found = std::to_string(*count),
                           .next = "clone expanded tensors before saving them"});
   }
   int64_t last = view.offset;
