@@ -128,6 +128,7 @@ StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwr
   const std::string staging_path = join(parent_path_, hidden_name(parts.name));
   try {
     make_parents();
+    note_hidden_folder(staging_path);
     storage_.make_directory(staging_path);
     staging_path_ = staging_path;
     if (is_taken) probe_exchange();
@@ -218,6 +219,7 @@ void StagedFolder::publish() {
     storage_.sync_everything(staging_path_);
     sync_folders();
     throw_if_cancelled();
+    note_hidden_folder("");  // from here on the name may stand for the folder that is replaced
     show(replaces);
   } catch (const Error& error) {
     fail_again(error, "nothing was published; what stood under the final name is untouched");
@@ -246,7 +248,9 @@ void StagedFolder::replace_old() {
   try {
     if (!storage_.rename_if_absent(staging_path_, trash)) return;
     left_behind_ = trash;
+    note_hidden_folder(trash);
     storage_.remove_tree(trash);
+    note_hidden_folder("");
     left_behind_.clear();
   } catch (const Error&) {
     // left_behind() names what is still there.
@@ -257,7 +261,9 @@ void StagedFolder::replace_old() {
 // first, where no other program can still put anything, and moved back if it is not empty.
 void StagedFolder::remove_staging() noexcept {
   try {
+    note_hidden_folder(staging_path_);
     if (!staging_path_.empty()) storage_.remove_tree(staging_path_);
+    note_hidden_folder("");
     for (; !made_parents_.empty(); made_parents_.pop_back()) {
       const std::string& made = made_parents_.back();
       if (!storage_.list(made).empty()) return;

@@ -54,6 +54,7 @@ class Publication : public testing::TestWithParam<bool> {
     root_ = pattern;
     storage_ = std::make_unique<PosixStorage>();
   }
+  static std::string noted() { return {hidden_folder().text, hidden_folder().length.load()}; }
   void TearDown() override {
     cancel_signal() = 0;
     if (GetParam()) fs::remove_all(root_);
@@ -234,6 +235,21 @@ TEST_P(Publication, ManyThreadsNeverShareAHiddenName) {
   }
   for (std::thread& thread : threads) thread.join();
   EXPECT_EQ(names(), "");
+}
+
+TEST_P(Publication, TheHiddenFolderIsNotedWhileItIsThere) {
+  EXPECT_EQ(noted(), "");
+  {
+    StagedFolder staged(*storage_, at("whole"), false);
+    EXPECT_EQ(noted(), quote(staged.path()));
+    staged.publish();
+    EXPECT_EQ(noted(), "");
+  }
+  {
+    StagedFolder staged(*storage_, at("dropped"), false);
+    EXPECT_EQ(noted(), quote(staged.path()));
+  }
+  EXPECT_EQ(noted(), "");
 }
 
 INSTANTIATE_TEST_SUITE_P(, Publication, testing::Bool(), [](const auto& each) {

@@ -2,6 +2,7 @@
 #include "tools/conversion.h"
 
 #include "checkpoint/deepspeed/source.h"
+#include "checkpoint/publication.h"
 #include "core/error.h"
 #include "tools/version.h"
 
@@ -115,6 +116,12 @@ void finish_conversion(Session* session, const checkpoint::ShardedState& state,
   const reshard::ReshardPlan plan = reshard::make_plan(state, std::move(files));
   if (flags.dry_run) return print_plan(session, plan, options->target);
   check_space(session, plan, options->target);
+  const std::string parent = checkpoint::parent_folder(options->target);
+  for (const std::string& leftover : checkpoint::leftovers(session->storage, parent)) {
+    session->notice(
+        "notice: beside the target lies " + quote(leftover) +
+        ", which an interrupted command has left (then delete it), or one still at work");
+  }
   const reshard::ConvertResult result = reshard::convert(session->storage, state, plan, *options);
   if (session->json) {
     session->print_json({{"kind", "conversion"},

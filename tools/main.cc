@@ -1,8 +1,10 @@
 // isoshard: the command line. One verb a file; this one has the list, the exit status and signals.
 #include <sys/resource.h>
+#include <unistd.h>
 
 #include <csignal>
 #include <iostream>
+#include <string_view>
 #include <vector>
 
 #include "checkpoint/cancel.h"
@@ -15,9 +17,33 @@ namespace {
 
 using isoshard::tools::Session;
 
+// Only calls that a signal handler may make.
+void say_at_once(const char* text, size_t length) {
+  while (length > 0) {
+    const ssize_t count = ::write(STDERR_FILENO, text, length);
+    if (count <= 0) return;
+    text += count;
+    length -= static_cast<size_t>(count);
+  }
+}
+
+// A second signal ends at once, as the user then wants: nothing is cleaned up, so that what stays
+// behind is named.
 void on_signal(int number) {
-  // A second signal ends at once, as the user then wants.
-  if (isoshard::checkpoint::cancel_signal().exchange(number) != 0) std::_Exit(128 + number);
+  if (isoshard::checkpoint::cancel_signal().exchange(number) == 0) return;
+  const auto say = [](std::string_view text) { say_at_once(text.data(), text.size()); };
+  const isoshard::checkpoint::HiddenFolder& left = isoshard::checkpoint::hidden_folder();
+  const size_t length = left.length;
+  say("\nisoshard: Ended at once by a second signal.\n");
+  if (length > 0) {
+    say("  file:     ");
+    say_at_once(left.text, length);
+    say("\n  found:    a hidden folder that was not removed; nothing in it is needed\n");
+  }
+  say("  safe now: the source was only read; a target is there whole or not at all\n  next:     ");
+  if (length > 0) say("delete that folder, then ");
+  say("give the same command again\n");
+  std::_Exit(128 + number);
 }
 
 void catch_signals() {
@@ -50,6 +76,18 @@ void report(const Session& session, const isoshard::Error& error) {
   }
   std::cerr << "isoshard: " << error.what() << "\n";
   session.log(error.what());
+}
+
+isoshard::Error memory_exhausted(const std::string& source) {
+  rlimit limit{};
+  const bool limited = getrlimit(RLIMIT_AS, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY;
+  return isoshard::Error(isoshard::ErrorInfo{
+      .code = isoshard::ErrorCode::kLimit,
+      .what = "Memory is exhausted.",
+      .file = source,
+      .found = limited ? "a limit of " + std::to_string(limit.rlim_cur) + " bytes (ulimit -v)"
+                       : "no limit is set: the machine has no more",
+      .next = "give --workers 1, raise the limit, or use a machine with more memory"});
 }
 
 const char* kHelp = R"(isoshard: the same state, whatever the shards
@@ -132,8 +170,7 @@ int main(int argc, char** argv) {
               << "\n";
     return isoshard::tools::kOurBug;
   } catch (const std::bad_alloc&) {
-    std::cerr << "isoshard: memory is exhausted\n  safe now: the source was only read; nothing was "
-                 "published\n";
+    report(session, memory_exhausted(session.source));
     return isoshard::tools::kCouldNot;
   } catch (const std::exception& failure) {
     std::cerr << "isoshard: this is our own bug, please report this line:\n  unexpected: "
