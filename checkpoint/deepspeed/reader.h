@@ -20,8 +20,8 @@ struct ReadOptions {
   bool prove = true;  // stage 0: read payloads to prove an inferred mapping (inspect does not)
 };
 
-// Throws the Error that says what stands at SOURCE where that is neither file nor folder, and at its
-// `latest` where that is no file and no tag is named.
+// Throws the Error that says what stands at SOURCE where that is neither file nor folder, and at
+// its `latest` where that is no file and no tag is named.
 void require_source(Storage& storage, const std::string& path, const std::string& tag);
 
 ShardedState read_checkpoint(Storage& storage, const std::string& path, const ReadOptions& options);

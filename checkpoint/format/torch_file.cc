@@ -300,6 +300,25 @@ std::optional<TensorView> TorchFile::tensor(NodeId node) const {
   return std::nullopt;
 }
 
+// A tuple of integers, or torch.Size of one.
+Shape TorchFile::sizes_of(NodeId node) const {
+  const Pickle& pickle = document_->pickle;
+  if (pickle.kind(node) == Kind::kObject) {
+    const std::vector<NodeId>& inner = pickle.items(pickle.parts(node).args);
+    if (inner.size() != 1) corrupt("A tensor is malformed: its size is not a tuple.", "data.pkl");
+    node = inner[0];
+  }
+  if (pickle.kind(node) != Kind::kTuple)
+    corrupt("A tensor is malformed: its size is not a tuple.", "data.pkl");
+  Shape list;
+  for (NodeId item : pickle.items(node)) {
+    if (pickle.kind(item) != Kind::kInt)
+      corrupt("A tensor is malformed: a size is not an integer.", "data.pkl");
+    list.push_back(pickle.integer_value(item));
+  }
+  return list;
+}
+
 TensorView TorchFile::view_from(const std::vector<NodeId>& args) const {
   const Pickle& pickle = document_->pickle;
   const auto bad = [&](const char* why) {
@@ -315,22 +334,8 @@ TensorView TorchFile::view_from(const std::vector<NodeId>& args) const {
   view.dtype = entry.dtype;
   view.offset = pickle.integer_value(args[1]);
   int64_t storage_numel = entry.numel;
-  const auto sizes = [&](NodeId node) {
-    Shape list;
-    if (pickle.kind(node) == Kind::kObject) {  // torch.Size
-      const std::vector<NodeId>& inner = pickle.items(pickle.parts(node).args);
-      if (inner.size() != 1) bad("its size is not a tuple");
-      node = inner[0];
-    }
-    if (pickle.kind(node) != Kind::kTuple) bad("its size is not a tuple");
-    for (NodeId item : pickle.items(node)) {
-      if (pickle.kind(item) != Kind::kInt) bad("a size is not an integer");
-      list.push_back(pickle.integer_value(item));
-    }
-    return list;
-  };
-  view.shape = sizes(args[2]);
-  view.stride = sizes(args[3]);
+  view.shape = sizes_of(args[2]);
+  view.stride = sizes_of(args[3]);
   if (args.size() > 4 && pickle.kind(args[4]) == Kind::kBool) {
     view.requires_grad = pickle.integer_value(args[4]) != 0;
   }

@@ -91,6 +91,7 @@ class TorchFile {
   void check_small_records();
   void read_storages(TorchDocument* document) const;
   void find_records();
+  Shape sizes_of(NodeId node) const;
   TensorView view_from(const std::vector<NodeId>& args) const;
   [[noreturn]] void corrupt(const std::string& what, const std::string& entry,
                             const std::string& expected = "", const std::string& found = "") const;
