@@ -23,16 +23,8 @@ import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from crash_case import (  # noqa: E402
-    CONFIG,
-    ERRORS,
-    FIGURES,
-    Crash,
-    fingerprint,
-    run,
-    sections,
-    spread,
-)
+from crash_case import ERRORS, FIGURES, Crash, fingerprint, run, sections, spread  # noqa: E402
+from program_case import CONFIG, run_tests  # noqa: E402
 
 
 @unittest.skipUnless(shutil.which("strace"), "strace is not installed")
@@ -204,12 +196,7 @@ class Clock(Crash):
         rolls = random.Random(20260822)
         for turn in range(rounds):
             job.clear()
-            process = subprocess.Popen(
-                [CONFIG.program, *map(str, job.command)],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            process = self.started(job)
             time.sleep(rolls.uniform(0, lasts))
             sent = time.monotonic()
             process.send_signal(number)
@@ -243,20 +230,54 @@ class Clock(Crash):
             shutil.rmtree(job.source.parent)
             job.clear()
 
+    def started(self, job):
+        return subprocess.Popen(
+            [CONFIG.program, *map(str, job.command)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def test_ended_by_a_second_signal(self):
+        """At once, and what is left behind is named; the next run says so again."""
+        job = self.large_job()
+        began = time.monotonic()
+        self.assertEqual(run(job.command).returncode, 0)
+        lasts, rolls, left = time.monotonic() - began, random.Random(20261121), 0
+        for turn in range(60):
+            job.clear()
+            process = self.started(job)
+            time.sleep(rolls.uniform(0, lasts))
+            for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+                process.send_signal(number)  # both wait, so that one handler follows the other
+            _, errors = process.communicate(timeout=60)
+            if process.returncode == 0 or process.returncode < 0:  # over, or before main()
+                self.assertEqual(job.hidden(), [])
+                continue
+            self.assertIn(process.returncode, (128 + signal.SIGTERM, 128 + signal.SIGINT), errors)
+            hidden = [path for path in job.hidden() if Path(path).parent == job.parent()]
+            self.assertIn("second signal", errors)
+            for path in hidden:
+                self.assertIn(f'file:     "{path}"', errors)
+                self.assertIn("delete that folder", errors)
+            FIGURES["interrupted"] += 1
+            self.check(job)
+            if not hidden or job.output.exists():
+                continue
+            result = run([each for each in job.command if each != "--quiet"])
+            self.assertEqual(result.returncode, 0, result.stderr)
+            self.assertIn(Path(hidden[0]).name, result.stderr)
+            left += 1
+            if left == 3:
+                return
+        self.assertTrue(left, "no folder was ever left behind: another moment was met")
+
     def test_two_at_once(self):
         """Two commands with one target: one wins, the other says that the target exists."""
         job = self.reshard_job()
         for _ in range(5):
             job.clear()
-            both = [
-                subprocess.Popen(
-                    [CONFIG.program, *map(str, job.command)],
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for _ in range(2)
-            ]
+            both = [self.started(job) for _ in range(2)]
             outcomes = [
                 (process.communicate(timeout=60)[1], process.returncode) for process in both
             ]
@@ -276,12 +297,7 @@ class Clock(Crash):
         for _ in range(5):
             job.clear()
             job.source.write_bytes(whole)
-            process = subprocess.Popen(
-                [CONFIG.program, *map(str, job.command)],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
+            process = self.started(job)
             time.sleep(rolls.uniform(0.005, 0.06))
             os.truncate(job.source, rolls.randrange(len(whole)))
             _, errors = process.communicate(timeout=60)
@@ -440,20 +456,11 @@ class Disks(Crash):
 
 
 def main():
-    if len(sys.argv) < 3:
-        print(__doc__)
-        return 2
-    CONFIG.program, CONFIG.traces = os.path.abspath(sys.argv[1]), Path(sys.argv[2]).resolve()
-    if (CONFIG.traces / "deepspeed").is_dir():
-        CONFIG.traces = CONFIG.traces / "deepspeed"
-    began = time.monotonic()
-    outcome = unittest.main(argv=[sys.argv[0], *sys.argv[3:]], exit=False).result
-    for test, reason in outcome.skipped:
-        print(f"skipped: {test.id()}: {reason}")
+    outcome, seconds = run_tests(__doc__)
     print(
         "crash.py: "
         + ", ".join(f"{count} {what}" for what, count in FIGURES.items())
-        + f", {len(outcome.skipped)} skipped, {time.monotonic() - began:.0f} s"
+        + f", {len(outcome.skipped)} skipped, {seconds:.0f} s"
     )
     return 0 if outcome.wasSuccessful() and sum(FIGURES.values()) else 1
 

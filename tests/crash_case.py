@@ -5,30 +5,15 @@ Python's standard library only. Not verified here: anything.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import struct
 import subprocess
-import tempfile
-import unittest
 from pathlib import Path
 
 import hostile as h
+from program_case import ASKED, CONFIG, ProgramCase
 
-
-class Config:
-    program = "isoshard"
-    traces = Path("traces/deepspeed")
-
-
-CONFIG = Config()
-MEMORY = (
-    "/dev/shm"
-    if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 300 << 20
-    else None
-)
-ASKED = os.environ.get("ISOSHARD_CASES", "60")
 MOST = 10**9 if ASKED == "all" else max(10, min(int(ASKED), 60))
 FIGURES = {
     "killed": 0,
@@ -108,17 +93,11 @@ class Job:
         ]
 
 
-class Crash(unittest.TestCase):
-    def setUp(self):
-        self.place = Path(tempfile.mkdtemp(prefix="isoshard-crash-", dir=MEMORY))
-        self.addCleanup(shutil.rmtree, self.place, ignore_errors=True)
-
+class Crash(ProgramCase):
     def recording(self, name="z1_bf16_dp2"):
-        source = CONFIG.traces / name / "ckpt"
-        if not source.is_dir():
-            self.skipTest(f"no recording {source}")
+        """A copy of it."""
         target = self.place / "in" / name
-        shutil.copytree(source, target)
+        shutil.copytree(self.recorded(name), target)
         return target
 
     def reshard_job(self, *more):

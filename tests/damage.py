@@ -14,8 +14,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
-import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -23,6 +21,7 @@ import hostile as h  # noqa: E402
 from damage_case import CONFIG, FIGURES, UNHELPFUL, Case, Outcome, place_special  # noqa: E402
 from damage_files import Safetensors, Weights  # noqa: E402, F401
 from damage_zero import Names, Zero  # noqa: E402, F401
+from program_case import run_tests  # noqa: E402
 
 
 class Folders(Case):
@@ -112,7 +111,7 @@ class Folders(Case):
                 self.refused("digest", source)
 
     def test_two_runs_mixed(self):
-        source, tag = self.copy("z1_bf16_dp2")
+        expected = self.digest(self.recorded())
         for other in (
             "z1_fp16_dp2",
             "z1_fp32_dp3",
@@ -120,27 +119,35 @@ class Folders(Case):
             "z1_adagrad_dp2",
             "z1_bf16opt_dp2",
         ):
-            folder = self.recording(other)
+            folder = self.recorded(other)
             theirs = folder / (folder / "latest").read_text().strip()
             for path in sorted(theirs.glob("*.pt")):
                 with self.subTest(other=other, file=path.name):
-                    source, tag = self.copy("z1_bf16_dp2")
-                    if (tag / path.name).exists() and (
-                        tag / path.name
-                    ).read_bytes() == path.read_bytes():
+                    source, tag = self.copy()
+                    old = (tag / path.name).read_bytes() if (tag / path.name).exists() else b""
+                    if old == path.read_bytes():
                         continue
                     shutil.copy(path, tag / path.name)
                     if (
                         "model_states" in path.name
                         and Outcome(["digest", source], self.place).status == 0
                     ):
-                        # The copy in the model's dtype is not digested; verify compares it.
-                        self.not_verified(source)
-                        continue
-                    self.refused("digest", source)
+                        self.model_of_another_run(source, expected)
+                    else:
+                        self.refused("digest", source)
+
+    def model_of_another_run(self, source, expected):
+        """The copies in the model's dtype are not digested; verify compares them with the masters.
+        Where these fit too, nothing in the files tells two runs of one step apart (contracts §5)."""
+        result = Outcome(["verify", source], self.place)
+        if result.status == 0:
+            self.assertIn("two runs at the same step cannot be told apart", result.out)
+            self.assertEqual(self.digest(source), expected)
+        else:
+            self.not_verified(source)
 
     def test_two_steps_mixed_in_the_optimizer(self):
-        folder = h.ZeroFolder(self.recording())
+        folder = h.ZeroFolder(self.recorded())
         for inside, (_, records) in folder.files.items():
             if "pp_rank_1" in inside:
                 self.assertEqual(records["data/0"], struct.pack("<f", 3))
@@ -150,7 +157,7 @@ class Folders(Case):
     def test_two_steps_mixed_in_model_files(self):
         """Stage 3: each rank's model file knows the step."""
         key = h.text("global_steps")
-        folder = h.ZeroFolder(self.recording("z3_bf16_dp2_frozen"))
+        folder = h.ZeroFolder(self.recorded("z3_bf16_dp2_frozen"))
         for inside, (_, records) in folder.files.items():
             if "pp_rank_1_mp_rank_00_model" in inside:
                 data = records["data.pkl"]
@@ -176,7 +183,7 @@ class Folders(Case):
 
     def world(self, key, size):
         shutil.rmtree(self.place / "source", ignore_errors=True)
-        folder = h.ZeroFolder(self.recording())
+        folder = h.ZeroFolder(self.recorded())
         for inside, (_, records) in folder.files.items():
             data = records["data.pkl"]
             if key in data:
@@ -207,7 +214,7 @@ class Pointers(Case):
         )
 
     def test_hostile_latest(self):
-        shutil.copytree(self.recording(), self.place / "elsewhere")
+        shutil.copytree(self.recorded(), self.place / "elsewhere")
         outside = str(self.place / "elsewhere" / "global_step3").encode()
         for content in (
             b"../..",
@@ -302,7 +309,7 @@ class Published(Case):
     def test_any_changed_file_is_seen(self):
         if not CONFIG.has_verify:
             self.skipTest("this program has no verb `verify`")
-        source = self.recording()
+        source = self.recorded()
         for arguments in (
             ["--to", "universal"],
             ["--to", "fp32"],
@@ -376,19 +383,15 @@ class Targets(Case):
         self.refused("convert", source, self.place / "file" / "target", "--to", "universal")
 
 
-def main():
-    if len(sys.argv) < 3:
-        print(__doc__)
-        return 2
-    CONFIG.program, CONFIG.traces = os.path.abspath(sys.argv[1]), Path(sys.argv[2]).resolve()
-    if (CONFIG.traces / "deepspeed").is_dir():
-        CONFIG.traces = CONFIG.traces / "deepspeed"
+def find_verify():
     CONFIG.has_verify = (
         b"not expected"
         not in subprocess.run([CONFIG.program, "verify", "/nowhere"], capture_output=True).stderr
     )
-    began = time.monotonic()
-    outcome = unittest.main(argv=[sys.argv[0], *sys.argv[3:]], exit=False).result
+
+
+def main():
+    outcome, seconds = run_tests(__doc__, find_verify)
     for text in sorted(set(UNHELPFUL))[: int(os.environ.get("ISOSHARD_SHOW", "0"))]:
         print("unhelpful:", text)
     print(
@@ -399,7 +402,7 @@ def main():
         f"damage.py: {FIGURES['refused']} cases refused, "
         f"{FIGURES['refused by verify']} by verify, {FIGURES['fine']} fine, "
         f"slowest refusal {FIGURES['seconds']:.2f} s, largest {FIGURES['kilobytes'] // 1024} MiB, "
-        f"{len(outcome.skipped)} skipped, {time.monotonic() - began:.0f} s"
+        f"{len(outcome.skipped)} skipped, {seconds:.0f} s"
     )
     return 0 if outcome.wasSuccessful() and FIGURES["refused"] else 1
 

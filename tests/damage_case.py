@@ -10,26 +10,13 @@ import shutil
 import socket
 import subprocess
 import tempfile
-import unittest
-from pathlib import Path
 
+from program_case import CONFIG, ProgramCase
 
-class Config:
-    program = "isoshard"
-    traces = Path("traces/deepspeed")
-    has_verify = False
-
-
-CONFIG = Config()
 SANITIZED = "san" in os.environ.get(
     "ISOSHARD_FLAVOUR", ""
 )  # ISOSHARD_FLAVOUR=san: no limits, slower
 SECONDS, KILOBYTES = (60.0, 8 << 20) if SANITIZED else (1.0, 256 << 10)  # of one refused case
-MEMORY = (
-    "/dev/shm"
-    if os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 300 << 20
-    else None
-)
 FIGURES = {"refused": 0, "refused by verify": 0, "fine": 0, "seconds": 0.0, "kilobytes": 0}
 UNHELPFUL = []  # messages without a part that contracts §6 asks for
 
@@ -69,12 +56,9 @@ class Outcome:
         )
 
 
-class Case(unittest.TestCase):
-    maxDiff = None
-
+class Case(ProgramCase):
     def setUp(self):
-        self.place = Path(tempfile.mkdtemp(prefix="isoshard-damage-", dir=MEMORY))
-        self.addCleanup(shutil.rmtree, self.place, ignore_errors=True)
+        super().setUp()
         self.canary = self.place / "canary"
 
     def snapshot(self):
@@ -139,17 +123,11 @@ class Case(unittest.TestCase):
         result = self.done("digest", source, "--json", "--quiet", *arguments)
         return json.loads(result.out)["sections"]
 
-    def recording(self, name="z1_bf16_dp2", inside="ckpt"):
-        source = CONFIG.traces / name / inside
-        if not source.is_dir():
-            self.skipTest(f"no recording {source}")
-        return source
-
     def copy(self, name="z1_bf16_dp2", inside="ckpt"):
         """A copy of a recording, and its tag folder."""
         target = self.place / "source"
         shutil.rmtree(target, ignore_errors=True)
-        shutil.copytree(self.recording(name, inside), target)
+        shutil.copytree(self.recorded(name, inside), target)
         return target, target / (target / "latest").read_text().strip()
 
 
