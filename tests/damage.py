@@ -138,7 +138,7 @@ class Folders(Case):
 
     def model_of_another_run(self, source, expected):
         """The copies in the model's dtype are not digested; verify compares them with the masters.
-        Where these fit too, nothing in the files tells two runs of one step apart (contracts §5)."""
+        Where these fit too, nothing tells two runs of one step apart (contracts §5)."""
         result = Outcome(["verify", source], self.place)
         if result.status == 0:
             self.assertIn("two runs at the same step cannot be told apart", result.out)

@@ -135,7 +135,10 @@ TEST_F(TorchFileTest, AViewHasItsShapeStrideOffsetAndPlace) {
 TEST_F(TorchFileTest, TheLastElementOfAViewLiesInsideTheStorage) {
   EXPECT_TRUE(view({0, {24}, {1}}).has_value());
   EXPECT_TRUE(view({20, {2, 2}, {2, 1}}).has_value());
-  EXPECT_EQ(code_of([&] { view({23, {5, 5}, {0, 0}}); }), ErrorCode::kLimit)
+  EXPECT_EQ(code_of([&] {
+              view({23, {5, 5}, {0, 0}});
+            }),
+            ErrorCode::kLimit)
       << "more elements than the storage has";
   for (const Maker::View& bad : {Maker::View{0, {25}, {1}},
                                  {1, {24}, {1}},
