@@ -11,7 +11,8 @@ that had to be ended. Kinds, and what `argument` is:
     rank    one rank of the real engine: load, look, save again, step, save.
             {case, load, truth, out, look, steps, as_it_is}; `case` as in traces/README.md, `load` a
             save folder or null, `look` "all" or "param". OUT then holds live/rankN.pt (the state
-            after the load), again/ (saved at once) and step/ (saved after `steps` further steps).
+            after the load; after the steps where nothing was loaded), again/ (saved at once) and
+            step/ (saved after `steps` further steps).
             With `truth`, a recorded rankN.pt, the state is set from it before the steps; with
             `as_it_is`, two faults of DeepSpeed after a load are left as they are
     judge   are these values the ones that the recording calls true? {kind, found, recording, case};
@@ -47,6 +48,7 @@ def make_engine(case):
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = record_traces.client_optimizer(case, trainable)
     config = record_traces.deepspeed_config(case, optimizer is not None)
+    config.setdefault("gradient_clipping", 1.0)  # 0.19's default; the older one is not to clip
     return deepspeed.initialize(model=model, config=config, optimizer=optimizer, mpu=mpu,
                                 model_parameters=trainable if optimizer is None else None)[0]
 
@@ -125,10 +127,18 @@ def wait_for_gathers():
     torch.distributed.all_gather_into_tensor = gather_and_wait
 
 
+def look(engine, job, stepped):
+    import torch
+    live = whole_weights(engine) if job["look"] == "param" else \
+        record_traces.truth_of(engine, stepped)
+    os.makedirs(os.path.join(job["out"], "live"), exist_ok=True)
+    rank = torch.distributed.get_rank()
+    torch.save(live, os.path.join(job["out"], "live", f"rank{rank}.pt"))
+
+
 def load_and_look(engine, job):
     """Loads, writes live/rankN.pt, and returns the client state of the folder."""
     import deepspeed
-    import torch
     case, excludes = job["case"], bool(job["case"].get("exclude_frozen"))
     with gather_mode():
         path, found = engine.load_checkpoint(job["load"], load_module_strict=not excludes)
@@ -141,11 +151,7 @@ def load_and_look(engine, job):
     link_moments = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if stepped and link_moments and not job.get("as_it_is"):
         link_moments()  # or the accessors fail until the next step, which does this (erratum 42)
-    live = whole_weights(engine) if job["look"] == "param" else \
-        record_traces.truth_of(engine, stepped)
-    os.makedirs(os.path.join(job["out"], "live"), exist_ok=True)
-    rank = torch.distributed.get_rank()
-    torch.save(live, os.path.join(job["out"], "live", f"rank{rank}.pt"))
+    look(engine, job, stepped)
     return {key: found[key] for key in record_traces.CLIENT_STATE}
 
 
@@ -174,6 +180,8 @@ def run_rank(job):
     if job["steps"] or not job["load"]:
         train(engine, case, job["steps"], rank)
         save("step")
+        if not job["load"]:
+            look(engine, job, job["steps"] > 0)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

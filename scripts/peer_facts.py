@@ -8,9 +8,10 @@ import os
 
 import peer_plan
 from peer_report import first_words
-from peer_tools import (RECORDINGS, REFERENCE, SAVED_AGAIN, look_of, recorded, settings,
-                        target_case, writer_of)
+from peer_tools import (RECORDINGS, REFERENCE, SAVED_AGAIN, look_of, settings, target_case,
+                        writer_of)
 
+KINDS = {"ds_to_universal": "universal", "zero_to_fp32": "fp32"}
 ANOTHER_STAGE = {0: 2, 1: 3, 2: 3, 3: 1}
 
 
@@ -43,6 +44,14 @@ def control(peer, source):
         yield ("state", *equal_as_right(peer.same_state(*(os.path.join(o, "step") for o in outs))))
 
 
+def refused_too(words, what, attempt):
+    """Is what DeepSpeed made itself refused in the same words?"""
+    good, text = attempt()
+    if not good and first_words(text) == words:
+        return "refused too", f"{what} as well: {words}"
+    return "refused", words
+
+
 def universal(peer, source, to, change=(), recorded=None):
     name, ckpt = "-".join(("universal", source, to, *change)), \
         os.path.join(RECORDINGS, source, "ckpt")
@@ -55,7 +64,10 @@ def universal(peer, source, to, change=(), recorded=None):
     # Before 0.19, an accessor returned a moment after a universal load.
     look = look_of(case) if peer.version >= "0.19" else "param"
     good, text = peer.engine(case, ours, out, look)
-    yield "load", *(("right", "") if good else ("refused", first_words(text)))
+    theirs = os.path.join(RECORDINGS, source, "universal")
+    yield "load", *(("right", "") if good else
+                    refused_too(first_words(text), "DeepSpeed's own universal form",
+                                lambda: peer.engine(case, theirs, peer.folder(name, "own"))))
     if good:
         yield ("live state", *peer.judge("live", os.path.join(out, "live"), source))
         again = os.path.join(out, "again")
@@ -91,6 +103,14 @@ def resaved(peer, source, to):
         yield "saved again", "right" if good else "wrong", "" if good else first_words(text)
     else:
         yield "saved again", "refused", first_words(text)
+
+
+def newer(peer, source):
+    """What the reference version saved, loaded as it is."""
+    good, text = peer.engine(settings(source), os.path.join(RECORDINGS, source, "ckpt"),
+                             peer.folder("loader", source, "newer"), steps=0)
+    yield f"load of what {REFERENCE} saved", "right" if good else "refused", \
+        "" if good else first_words(text)
 
 
 def accessors(peer, source):
@@ -132,16 +152,40 @@ def compare_with_theirs(peer, source, theirs, case, name):
     yield ("same step as theirs", *equal_as_right(outcome))
 
 
-def converters(peer, ours, name, source):
+def own_run(peer, case, out):
+    """A run of the case's own, laid out as a recording: ckpt, and truth from the live engine."""
+    saved = peer.engine(case, None, out, look_of(case), case.get("steps", 3))
+    for name, part in (("ckpt", "step"), ("truth", "live")):
+        os.symlink(part, os.path.join(out, name))
+    return saved
+
+
+def own_folder(peer, case, name, use):
+    """What `use` does with a save folder of the same shape that DeepSpeed wrote itself."""
+    own = peer.folder(name, "own")
+    saved, text = own_run(peer, case, own)
+    return use(os.path.join(own, "step")) if saved else (saved, text)
+
+
+def wrong_too(peer, case, name, tool, said):
+    """Is this tool of DeepSpeed's as wrong on a save folder that DeepSpeed wrote itself?"""
+    own, out = peer.folder(name, "own"), peer.folder(name, tool, "own")
+    if own_run(peer, case, own)[0] and peer.tool(tool, os.path.join(own, "step"), out)[0]:
+        if peer.judge(KINDS[tool], out, case["name"], own) == ("wrong", said):
+            return "theirs wrong", f"on its own save folder of this shape as well: {said}"
+    return "WRONG", said
+
+
+def converters(peer, ours, name, source, case):
     """DeepSpeed's own converters on our folder, against ours and against the truth."""
-    case = settings(source)
-    for tool in ("ds_to_universal", "zero_to_fp32"):
+    for tool in KINDS:
         outs = [peer.folder(name, tool, side) for side in ("theirs", "ours")]
-        kind = "fp32" if tool == "zero_to_fp32" else "universal"
+        kind = KINDS[tool]
         good, text = peer.tool(tool, ours, outs[0])
         if not good:
-            too = " too" if recorded(source, f"deepspeed_{kind}_fails_with") else ""
-            yield tool, "refused" + too, first_words(text)
+            yield tool, *refused_too(
+                first_words(text), "its own save folder of this shape",
+                lambda: own_folder(peer, case, name, lambda own: peer.tool(tool, own, outs[0])))
             continue
         judged = peer.judge(kind, outs[0], source)
         like = () if peer.version == REFERENCE else ("--like", peer.version)
@@ -151,17 +195,9 @@ def converters(peer, ours, name, source):
             mine = peer.judge(kind, outs[1], source)
             decided = mine[0] == "right" and (judged[0] == "lacks" or case.get("steps") == 0)
             judged = ("departs" if decided else "WRONG"), f"{judged[1]}; {outcome[1]}"
-        yield tool, judged[0].replace("wrong", "WRONG"), judged[1]
-
-
-def refused_too(peer, case, name, words):
-    """What DeepSpeed does with a save folder of the same shape that it wrote itself."""
-    own = peer.folder(name, "own")
-    saved, _ = peer.engine(case, None, own, steps=case.get("steps", 3))
-    good, text = peer.engine(case, os.path.join(own, "step"), peer.folder(name, "ownload"))
-    if saved and not good and first_words(text) == words:
-        return "refused too", f"its own save folder of this shape as well: {words}"
-    return "refused", words
+        elif judged[0] == "wrong" and peer.judge(kind, outs[1], source)[0] in ("right", "lacks"):
+            judged = wrong_too(peer, case, name, tool, judged[1])
+        yield tool, judged[0], judged[1]
 
 
 def plain_load(peer, source, to, name, steps):
@@ -174,7 +210,10 @@ def plain_load(peer, source, to, name, steps):
     if not good:
         return
     good, text = peer.engine(case, ours, out, look_of(case), steps)
-    yield "load", *(("right", "") if good else refused_too(peer, case, name, first_words(text)))
+    yield "load", *(("right", "") if good else refused_too(
+        first_words(text), "its own save folder of this shape",
+        lambda: own_folder(peer, case, name, lambda own: peer.engine(
+            case, own, peer.folder(name, "ownload")))))
     if good:
         yield ("live state", *peer.judge("live", os.path.join(out, "live"), source))
         again = os.path.join(out, "again")
@@ -192,7 +231,7 @@ def reshard(peer, source, to, theirs):
     if results.get("load") == "right" and theirs:
         yield from compare_with_theirs(peer, source, theirs, case, name)
     if results["reshard"] == "right" and case["stage"]:
-        yield from converters(peer, peer.path(name, "ours"), name, source)
+        yield from converters(peer, peer.path(name, "ours"), name, source, case)
 
 
 def loaded(peer, source, to):
@@ -207,7 +246,7 @@ def matrix(peer, source):
     case, ckpt = settings(source), os.path.join(RECORDINGS, source, "ckpt")
     universals = {}
     for side, convert in (("DeepSpeed", peer.tool), ("isoshard", peer.ours)):
-        for tool, kind in (("ds_to_universal", "universal"), ("zero_to_fp32", "fp32")):
+        for tool, kind in KINDS.items():
             out = peer.folder("matrix", source, side, tool)
             good, text = convert(tool, ckpt, out)
             if good and kind == "universal":
@@ -234,12 +273,12 @@ def matrix(peer, source):
 def reading(peer, source):
     """What this version saves, through its converters and through ours."""
     case, out = settings(source), peer.folder("reading", source)
-    good, text = peer.engine(case, None, out, steps=case.get("steps", 3))
+    good, text = own_run(peer, case, out)
     yield "save", *(("right", "") if good else ("refused", first_words(text)))
     if not good:
         return
     ckpt = os.path.join(out, "step")
-    for tool in ("ds_to_universal", "zero_to_fp32"):
+    for tool in KINDS:
         outs = [peer.folder("reading", source, tool, side) for side in ("theirs", "ours")]
         good, text = peer.tool(tool, ckpt, outs[0])
         done, said = peer.ours(tool, ckpt, outs[1], "--like", peer.version)
@@ -248,4 +287,9 @@ def reading(peer, source):
         elif not good:
             yield tool, "none", "theirs: " + first_words(text)
         else:
-            yield (tool, *equal_as_right(peer.compare(*outs)))
+            result = equal_as_right(peer.compare(*outs))
+            if result[0] == "WRONG":
+                his, mine = (peer.judge(KINDS[tool], folder, source, out) for folder in outs)
+                if his[0] == "wrong" and mine[0] in ("right", "lacks"):
+                    result = "theirs wrong", f"{his[1]}; {result[1]}"
+            yield tool, *result

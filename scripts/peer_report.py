@@ -25,6 +25,7 @@ by torch itself, whole states by `isoshard digest`.
 | **wrong** | ended well, and values differ from the truth: wrong and silent |
 | unjudged | the recording holds no truth to judge by |
 | refused too | DeepSpeed refuses just so what it wrote itself in that shape |
+| theirs wrong | ours is right; DeepSpeed's tool is as wrong on what DeepSpeed wrote itself |
 | departs | right; DeepSpeed's output differs by a departure decided in `deepspeed_errata.md` |
 | none | there is nothing of DeepSpeed's to compare with |
 
@@ -146,8 +147,8 @@ def table(rows, first):
 
 def summary(facts):
     out = [
-        "| DeepSpeed | group | cases | right | lacks | refused | wrong | unjudged or none |",
-        "|---" * 8 + "|",
+        "| DeepSpeed | group | cases | right | lacks | its too | refused | wrong | not judged |",
+        "|---" * 9 + "|",
     ]
     for version in sorted({f["version"] for f in facts}, reverse=True):
         for group, (title, *_) in GROUPS.items():
@@ -160,7 +161,8 @@ def summary(facts):
                 for kinds in (
                     ("right", "departs"),
                     ("lacks",),
-                    ("refused", "refused too"),
+                    ("refused too", "theirs wrong"),
+                    ("refused",),
                     ("wrong",),
                     ("unjudged", "none"),
                 )
@@ -201,7 +203,8 @@ def report(facts, missing):
         HEAD,
         "## In numbers\n",
         whole_or_not(facts, missing),
-        "Each number counts facts; a case has several.\n",
+        "Each number counts facts; a case has several. *Its too*: `refused too` and `theirs "
+        "wrong`. *Not judged*: `unjudged` and `none`.\n",
         summary(facts) + "\n",
     ]
     for group, (title, says, first) in GROUPS.items():

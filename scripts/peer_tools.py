@@ -189,10 +189,10 @@ class Peer:
         bad = [s for s in sections if expected.get(s) != found.get(s)]
         return ("different", "digest of " + ", ".join(bad)) if bad else ("equal", "")
 
-    def judge(self, kind, found, source):
+    def judge(self, kind, found, source, recording=None):
         """Against what the recording calls true; torch reads both."""
         job = {"kind": kind, "found": found, "case": settings(source),
-               "recording": os.path.join(RECORDINGS, source)}
+               "recording": recording or os.path.join(RECORDINGS, source)}
         good, text = self.ask("judge", [job], [os.path.join(self.work, "judge.log")])
         if not good:
             return "unjudged", first_words(text)
