@@ -103,8 +103,12 @@ class Peer:
         states = json.loads(reply)
         failed = [n for n, state in enumerate(states) if state] or \
             [n for n, state in enumerate(states) if state is None] or [0]
-        with open(logs[failed[0]], errors="replace") as log:
-            text = log.read()
+        texts = []
+        for number in failed:
+            with open(logs[number], errors="replace") as log:
+                texts.append(log.read())
+        # A rank whose neighbour failed says only that the connection is closed.
+        text = next((t for t in texts if "gloo" not in first_words(t)), texts[0])
         hung = None in states and not any(states)
         return set(states) == {0}, text + ("\nTimeoutError: it hung" if hung else "")
 
