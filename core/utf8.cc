@@ -40,6 +40,10 @@ std::string why_unsafe_name(const std::string& name) {
   if (name.size() > 4096) return "the name is longer than 4,096 bytes";
   if (name.front() == '/') return "the name is an absolute path";
   for (size_t at = 0; at < name.size();) {
+    if (name[at] >= 0x20 && name[at] < 0x7F) {  // most names have nothing else
+      ++at;
+      continue;
+    }
     const CodePoint point = decode_utf8(name, at);
     if (!point.valid) return "the name is not valid UTF-8";
     if (point.value < 0x20 || point.value == 0x7F || (point.value >= 0x80 && point.value < 0xA0)) {

@@ -28,8 +28,7 @@ uint32_t crc_of(const std::string& text) {
 // Torch writes a hash of the names and a hash of the CRCs; readers do not check them.
 std::string serialization_id(const checkpoint::ZipLayout& zip, const std::vector<uint32_t>& crcs) {
   checkpoint::RawCrcs names, sums;
-  for (int i = 0; i + 1 < zip.count(); ++i)
-    names.update(std::as_bytes(std::span(zip.record(i).name)));
+  for (int i = 0; i + 1 < zip.count(); ++i) names.update(std::as_bytes(std::span(zip.path(i))));
   sums.update(std::as_bytes(std::span(crcs.data(), crcs.size() - 1)));
   char buffer[41];
   std::snprintf(buffer, sizeof buffer, "%020llu%020llu",

@@ -176,7 +176,7 @@ std::vector<bool> payload_bytes(const std::string& bytes) {
   const std::unique_ptr<ReadableFile> source = storage.open_read("/probe");
   const checkpoint::ZipIndex index = checkpoint::read_zip_index(*source);
   for (const checkpoint::ZipRecord& record : index.records) {
-    if (record.name.rfind(index.prefix + "/data/", 0) != 0) continue;
+    if (record.name.rfind("data/", 0) != 0) continue;
     std::fill_n(payload.begin() + record.data_offset, record.size_bytes, true);
   }
   return payload;
@@ -266,7 +266,7 @@ TEST(Damage, WhatIsSilentIsCounted) {
   const checkpoint::ZipIndex index = checkpoint::read_zip_index(*storage.open_read("/probe"));
   const auto record = std::find_if(index.records.begin(), index.records.end(),
                                    [&](const checkpoint::ZipRecord& each) {
-                                     return each.name.rfind(index.prefix + "/data/", 0) == 0;
+                                     return each.name.rfind("data/", 0) == 0;
                                    });
   ASSERT_NE(record, index.records.end());
   const auto crc_bytes = [](uint32_t crc) {

@@ -66,7 +66,8 @@ checkpoint::ShardedState Session::open(const std::string& source, bool prove) {
 reshard::StreamOptions Session::stream_options() const {
   reshard::StreamOptions options;
   const int processors = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  options.workers = workers > 0 ? workers : std::min(processors, 16);
+  // Two a processor: while one waits for the disk another works (docs/PERFORMANCE.md).
+  options.workers = workers > 0 ? workers : std::min(2 * processors, 32);
   if (!max_memory.empty()) {
     // A worker holds one chunk of 1 MiB and at most twice that for a cast.
     const int64_t each = 4 << 20, fixed = 32 << 20;
@@ -117,7 +118,7 @@ void add_common_flags(CLI::App* verb, Session* session) {
   verb->add_flag("--json", session->json, "One JSON object a line on stdout");
   verb->add_flag("--quiet", session->quiet, "Say nothing that was not asked for");
   verb->add_flag("--no-progress", session->no_progress, "No progress line");
-  verb->add_option("--workers", session->workers, "Threads (default: the processors)")
+  verb->add_option("--workers", session->workers, "Threads (default: two a processor)")
       ->check(CLI::Range(1, 256));
   verb->add_option("--max-memory", session->max_memory, "Upper bound for buffers, such as 256MB");
   verb->add_option("--log-file", session->log_file, "Also write messages to this file");

@@ -20,7 +20,7 @@ struct Session {
   bool json = false;
   bool quiet = false;
   bool no_progress = false;
-  int workers = 0;  // 0: as many as there are processors
+  int workers = 0;  // 0: twice as many as there are processors
   std::string max_memory;
   std::string log_file;
   std::string source;  // the one that is, or was last, read

@@ -118,7 +118,7 @@ std::string TorchFile::read_record(const ZipRecord& record) const {
 
 void TorchFile::read_pickle_record(PickleShelf* shelf) {
   for (const ZipRecord& record : zip_.records) {
-    if (record.name != zip_.prefix + "/data.pkl") continue;
+    if (record.name != "data.pkl") continue;
     if (record.size_bytes > PickleLimits{}.stream_bytes) {
       throw Error(
           ErrorInfo{.code = ErrorCode::kLimit,
@@ -158,9 +158,8 @@ void TorchFile::read_pickle_record(PickleShelf* shelf) {
 }
 
 void TorchFile::check_small_records() {
-  const std::string root = zip_.prefix + "/";
   for (const ZipRecord& record : zip_.records) {
-    const std::string name = record.name.substr(root.size());
+    const std::string& name = record.name;
     if (name == "data.pkl" || name.rfind("data/", 0) == 0) continue;
     if (record.size_bytes > 4096) {
       corrupt("A record that must be small is large.", quote(record.name), "at most 4096 bytes",
@@ -222,9 +221,8 @@ void TorchFile::read_storages(TorchDocument* document) const {
 void TorchFile::find_records() {
   std::unordered_map<std::string_view, int> by_key;
   by_key.reserve(zip_.records.size());
-  const size_t root = zip_.prefix.size() + 1;
   for (size_t i = 0; i < zip_.records.size(); ++i) {
-    const std::string_view name = std::string_view(zip_.records[i].name).substr(root);
+    const std::string_view name = zip_.records[i].name;
     if (name.starts_with("data/")) by_key.emplace(name.substr(5), static_cast<int>(i));
   }
   records_.reserve(document_->storages.size());

@@ -17,7 +17,7 @@
 namespace isoshard::checkpoint {
 
 struct ZipRecord {
-  std::string name;           // with its prefix, "archive/data/0"
+  std::string name;           // below the archive's folder: "data/0", short enough for no memory
   int64_t header_offset = 0;  // bytes from the start of the file
   int64_t data_offset = 0;
   int64_t size_bytes = 0;
@@ -36,10 +36,12 @@ ZipIndex read_zip_index(const ReadableFile& file);
 // Computes where everything stands before any payload byte is known.
 class ZipLayout {
  public:
-  // Returns the record's number. Records keep the order of the calls.
-  int add(const std::string& name, int64_t size_bytes);
+  // `path` with the archive's folder, "archive/data/0". Returns the record's number. Records keep
+  // the order of the calls.
+  int add(const std::string& path, int64_t size_bytes);
 
   const ZipRecord& record(int number) const { return records_[static_cast<size_t>(number)]; }
+  const std::string& path(int number) const { return paths_[static_cast<size_t>(number)]; }
   int count() const { return static_cast<int>(records_.size()); }
 
   // The bytes from header_offset to data_offset.
@@ -52,6 +54,7 @@ class ZipLayout {
 
  private:
   std::vector<ZipRecord> records_;
+  std::vector<std::string> paths_;  // by record
   int64_t cursor_ = 0;
 };
 

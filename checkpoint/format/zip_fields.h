@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 
 #include "core/check.h"
 
@@ -21,7 +22,7 @@ constexpr uint16_t kFillExtra = 0x4246;  // "FB"
 constexpr int64_t kAlignment = 64;
 constexpr int64_t kMax32 = 0xFFFFFFFFll;  // sizes and offsets from here on need zip64
 
-inline uint64_t load(const std::string& bytes, size_t at, size_t count) {
+inline uint64_t load(std::string_view bytes, size_t at, size_t count) {
   CHECK(at + count <= bytes.size(), "zip field beyond its record");
   uint64_t value = 0;
   for (size_t i = 0; i < count; ++i) {
@@ -73,6 +74,13 @@ inline std::string fill_extra(int64_t offset_before) {
   append(&extra, kFillExtra, 2);
   append(&extra, static_cast<uint64_t>(fill), 2);
   return extra + std::string(static_cast<size_t>(fill), 'Z');
+}
+
+inline bool is_fill_extra(std::string_view extra, int64_t offset_before) {
+  const int64_t start = offset_before + 4;
+  const auto fill = static_cast<size_t>((kAlignment - start % kAlignment) % kAlignment);
+  return extra.size() == 4 + fill && load(extra, 0, 2) == kFillExtra && load(extra, 2, 2) == fill &&
+         extra.find_first_not_of('Z', 4) == std::string_view::npos;
 }
 
 }  // namespace isoshard::checkpoint::zip

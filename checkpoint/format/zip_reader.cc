@@ -60,8 +60,8 @@ class Reader {
     corrupt(std::string("A zip header field is wrong: ") + field + ".", entry,
             std::to_string(expected), std::to_string(found));
   }
-  // `ahead`: so many bytes are fetched with them, for the reads that come next.
-  std::string bytes_at(int64_t offset, int64_t count, int64_t ahead = 0) {
+  // Valid until the next call. `ahead`: so many bytes are fetched with them, for those to come.
+  std::string_view bytes_at(int64_t offset, int64_t count, int64_t ahead = 0) {
     if (offset < 0 || count < 0 || offset > size_ - count) {
       corrupt("A zip record points outside the file.", "",
               "within " + std::to_string(size_) + " bytes",
@@ -73,7 +73,8 @@ class Reader {
       window_offset_ = offset;
       file_.read_at(offset, std::as_writable_bytes(std::span(window_)));
     }
-    return window_.substr(static_cast<size_t>(offset - window_offset_), static_cast<size_t>(count));
+    return std::string_view(window_).substr(static_cast<size_t>(offset - window_offset_),
+                                            static_cast<size_t>(count));
   }
   // Small records are fetched many at a time; of large ones only what stands between two payloads.
   int64_t ahead_of(size_t number) const {
@@ -83,11 +84,14 @@ class Reader {
 
   End read_end();
   void read_directory(const End& end);
-  void read_central(const std::string& directory, size_t* cursor);
+  void read_central(std::string_view directory, size_t* cursor);
+  std::string split_name(std::string_view path);
   void check_tiling(const End& end);
   int64_t check_local(size_t number);
-  void check_extra(const ZipRecord& record, const std::string& extra, bool* zip64) const;
-  void check_names();
+  bool is_path(std::string_view path, const std::string& name) const;
+  void check_extra(const ZipRecord& record, std::string_view extra, bool* zip64) const;
+  void check_names() const;
+  void refuse_unsafe(const std::string& name, std::string_view path) const;
 
   const ReadableFile& file_;
   int64_t size_;
@@ -102,7 +106,7 @@ End Reader::read_end() {
     corrupt("The file is too short to be a torch checkpoint.", "", "at least 22 bytes",
             std::to_string(size_) + " bytes", ErrorCode::kIncomplete);
   }
-  const std::string tail = bytes_at(size_ - kEndBytes, kEndBytes);
+  const std::string tail(bytes_at(size_ - kEndBytes, kEndBytes));
   if (load(tail, 0, 4) != kEndSignature) {
     corrupt(
         "The file does not end as a zip archive does: it was cut short, extended or overwritten.",
@@ -115,14 +119,15 @@ End Reader::read_end() {
           static_cast<int64_t>(load(tail, 10, 2)), false};
   int64_t directory_end = size_ - kEndBytes;
   const bool room = size_ >= kEndBytes + kLocatorBytes + kEnd64Bytes;
-  const std::string locator = room ? bytes_at(directory_end - kLocatorBytes, kLocatorBytes) : "";
+  const std::string locator(room ? bytes_at(directory_end - kLocatorBytes, kLocatorBytes)
+                                 : std::string_view());
   if (room && load(locator, 0, 4) == kLocatorSignature) {
     end.zip64 = true;
     directory_end -= kLocatorBytes + kEnd64Bytes;
     equal(load(locator, 4, 4), 0, "disk number", "zip64 locator");
     equal(load(locator, 8, 8), static_cast<uint64_t>(directory_end), "offset", "zip64 locator");
     equal(load(locator, 16, 4), 1, "number of disks", "zip64 locator");
-    const std::string end64 = bytes_at(directory_end, kEnd64Bytes);
+    const std::string end64(bytes_at(directory_end, kEnd64Bytes));
     equal(load(end64, 0, 4), kEnd64Signature, "signature", "zip64 end record");
     equal(load(end64, 4, 8), kEnd64Bytes - 12, "size", "zip64 end record");
     equal(load(end64, 12, 2), 0x031E, "version made by", "zip64 end record");
@@ -164,13 +169,15 @@ void Reader::read_directory(const End& end) {
             "at most " + std::to_string(kDirectoryLimit), std::to_string(end.directory_bytes),
             ErrorCode::kLimit);
   }
-  const std::string directory = bytes_at(end.directory_offset, end.directory_bytes);
+  const std::string_view directory = bytes_at(end.directory_offset, end.directory_bytes);
+  index_.records.reserve(static_cast<size_t>(end.records));
+  centrals_.reserve(static_cast<size_t>(end.records));
   size_t cursor = 0;
   for (int64_t i = 0; i < end.records; ++i) read_central(directory, &cursor);
   if (cursor != directory.size()) corrupt("The zip directory holds bytes beyond its last record.");
 }
 
-void Reader::read_central(const std::string& directory, size_t* cursor) {
+void Reader::read_central(std::string_view directory, size_t* cursor) {
   const size_t at = *cursor;
   const auto entry = [&] { return "directory record " + std::to_string(index_.records.size()); };
   const auto same = [&](uint64_t found, uint64_t expected, const char* field) {
@@ -199,8 +206,8 @@ void Reader::read_central(const std::string& directory, size_t* cursor) {
   room(central.name_bytes + extra_bytes);
   ZipRecord record;
   record.crc32 = static_cast<uint32_t>(load(directory, at + 16, 4));
-  record.name = directory.substr(*cursor, central.name_bytes);
-  const std::string extra = directory.substr(*cursor + central.name_bytes, extra_bytes);
+  record.name = split_name(directory.substr(*cursor, central.name_bytes));
+  const std::string_view extra = directory.substr(*cursor + central.name_bytes, extra_bytes);
   *cursor += central.name_bytes + extra_bytes;
   // Sizes and offset: the 32-bit fields, or the zip64 field for those that are all ones.
   uint64_t packed = load(directory, at + 20, 4), size = load(directory, at + 24, 4);
@@ -253,30 +260,30 @@ int64_t Reader::check_local(size_t number) {
   const auto same = [&](uint64_t found, uint64_t expected, const char* field) {
     if (found != expected) equal(found, expected, field, quote(record->name));
   };
-  const std::string header =
-      bytes_at(record->header_offset, kLocalBytes + central.name_bytes, ahead_of(number));
-  same(load(header, 0, 4), kLocalSignature, "signature");
-  same(load(header, 6, 2), central.flags, "flags");
-  same(load(header, 8, 6), central.fixed, "method, time and date");
-  same(load(header, 26, 2), central.name_bytes, "name length");
-  if (header.substr(kLocalBytes) != record->name) {
-    corrupt("A record's name differs between its header and the directory.", quote(record->name));
-  }
-  const auto extra_bytes = static_cast<int64_t>(load(header, 28, 2));
-  record->data_offset = record->header_offset + kLocalBytes + central.name_bytes + extra_bytes;
   const bool deferred = (central.flags & 0x8) != 0;
-  bool zip64 = false;
-  check_extra(*record, bytes_at(record->data_offset - extra_bytes, extra_bytes), &zip64);
-  if (index_.torch_dialect) same(load(header, 4, 2), 0, "version needed");
   const auto size = static_cast<uint64_t>(record->size_bytes);
   const uint64_t size32 = std::min<uint64_t>(size, kMax32);
+  const std::string_view header =
+      bytes_at(record->header_offset, kLocalBytes + central.name_bytes, ahead_of(number));
+  same(load(header, 0, 4), kLocalSignature, "signature");
+  if (index_.torch_dialect) same(load(header, 4, 2), 0, "version needed");
+  same(load(header, 6, 2), central.flags, "flags");
+  same(load(header, 8, 6), central.fixed, "method, time and date");
   same(load(header, 14, 4), deferred ? 0 : record->crc32, "CRC");
   same(load(header, 18, 4), deferred ? 0 : size32, "compressed size");
   same(load(header, 22, 4), deferred ? 0 : size32, "size");
-  int64_t end = record->data_offset + record->size_bytes;
+  same(load(header, 26, 2), central.name_bytes, "name length");
+  const auto extra_bytes = static_cast<int64_t>(load(header, 28, 2));
+  if (!is_path(header.substr(kLocalBytes), record->name)) {
+    corrupt("A record's name differs between its header and the directory.", quote(record->name));
+  }
+  record->data_offset = record->header_offset + kLocalBytes + central.name_bytes + extra_bytes;
+  bool zip64 = false;
+  check_extra(*record, bytes_at(record->data_offset - extra_bytes, extra_bytes), &zip64);
+  const int64_t end = record->data_offset + record->size_bytes;
   if (!deferred) return end;
   const size_t width = zip64 ? 8 : 4;
-  const std::string descriptor =
+  const std::string_view descriptor =
       bytes_at(end, static_cast<int64_t>(8 + 2 * width), ahead_of(number + 1));
   same(load(descriptor, 0, 4), kDescriptorSignature, "descriptor signature");
   same(load(descriptor, 4, 4), record->crc32, "CRC in the descriptor");
@@ -285,11 +292,17 @@ int64_t Reader::check_local(size_t number) {
   return end + static_cast<int64_t>(descriptor.size());
 }
 
-void Reader::check_extra(const ZipRecord& record, const std::string& extra, bool* zip64) const {
+bool Reader::is_path(std::string_view path, const std::string& name) const {
+  const size_t folder = index_.prefix.size();
+  return path.size() == folder + 1 + name.size() && path.starts_with(index_.prefix) &&
+         path[folder] == '/' && path.substr(folder + 1) == name;
+}
+
+void Reader::check_extra(const ZipRecord& record, std::string_view extra, bool* zip64) const {
   const std::string wide = local_zip64(record.size_bytes, record.header_offset);
   *zip64 = !wide.empty();
-  const int64_t before = record.data_offset - static_cast<int64_t>(extra.size());
-  if (extra == wide + fill_extra(before + static_cast<int64_t>(wide.size()))) return;
+  const int64_t before = record.data_offset - static_cast<int64_t>(extra.size() - wide.size());
+  if (extra.starts_with(wide) && is_fill_extra(extra.substr(wide.size()), before)) return;
   if (!index_.torch_dialect &&
       (extra.empty() || (extra.size() >= 4 && load(extra, 0, 2) == kFillExtra)))
     return;
@@ -297,28 +310,40 @@ void Reader::check_extra(const ZipRecord& record, const std::string& extra, bool
           quote(record.name));
 }
 
-void Reader::check_names() {
+void Reader::refuse_unsafe(const std::string& name, std::string_view path) const {
+  std::string why = why_unsafe_name(name);
+  if (name.find('\\') != std::string::npos) why = "the name has a backslash";
+  if (why.empty()) return;
+  corrupt("A zip record has an unsafe name: " + why + ".", quote(std::string(path)), "", "",
+          ErrorCode::kHostile);
+}
+
+// The name below the archive's folder, which is the same for all records.
+std::string Reader::split_name(std::string_view path) {
+  const size_t slash = path.find('/');
+  const std::string_view folder = path.substr(0, slash);
+  if (index_.records.empty() || folder != index_.prefix) {
+    refuse_unsafe(std::string(path), path);
+    if (slash == std::string_view::npos)
+      corrupt("A zip record lies outside the archive's folder.", quote(std::string(path)));
+    if (!index_.records.empty()) {
+      corrupt("A zip record lies in another folder than the first.", quote(std::string(path)),
+              index_.prefix, std::string(folder));
+    }
+    index_.prefix = folder;
+  }
+  std::string name(slash == std::string_view::npos ? path : path.substr(slash + 1));
+  refuse_unsafe(name, path);
+  return name;
+}
+
+void Reader::check_names() const {
   std::unordered_set<std::string_view> seen;
   seen.reserve(index_.records.size());
   for (const ZipRecord& record : index_.records) {
-    const std::string why = why_unsafe_name(record.name);
-    if (!why.empty() || record.name.find('\\') != std::string::npos) {
-      corrupt("A zip record has an unsafe name: " + why + ".", quote(record.name), "", "",
-              ErrorCode::kHostile);
-    }
-    if (!seen.insert(record.name).second) {
+    if (!seen.insert(record.name).second)
       corrupt("Two zip records have the same name.", quote(record.name), "", "",
               ErrorCode::kHostile);
-    }
-    const size_t slash = record.name.find('/');
-    const std::string prefix = record.name.substr(0, slash);
-    if (slash == std::string::npos)
-      corrupt("A zip record lies outside the archive's folder.", quote(record.name));
-    if (index_.prefix.empty()) index_.prefix = prefix;
-    if (prefix != index_.prefix) {
-      corrupt("A zip record lies in another folder than the first.", quote(record.name),
-              index_.prefix, prefix);
-    }
   }
 }
 

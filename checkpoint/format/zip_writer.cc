@@ -8,9 +8,10 @@ namespace isoshard::checkpoint {
 
 using namespace zip;
 
-int ZipLayout::add(const std::string& name, int64_t size_bytes) {
+int ZipLayout::add(const std::string& path, int64_t size_bytes) {
   ZipRecord record;
-  record.name = name;
+  record.name = path.substr(path.find('/') + 1);
+  paths_.push_back(path);
   record.header_offset = cursor_;
   record.size_bytes = size_bytes;
   records_.push_back(record);
@@ -24,7 +25,7 @@ int ZipLayout::add(const std::string& name, int64_t size_bytes) {
 std::string ZipLayout::header(int number) const {
   const ZipRecord& r = record(number);
   const std::string zip64 = local_zip64(r.size_bytes, r.header_offset);
-  const int64_t before = r.header_offset + kLocalBytes + static_cast<int64_t>(r.name.size()) +
+  const int64_t before = r.header_offset + kLocalBytes + static_cast<int64_t>(path(number).size()) +
                          static_cast<int64_t>(zip64.size());
   const std::string extra = zip64 + fill_extra(before);
   std::string bytes;
@@ -34,9 +35,9 @@ std::string ZipLayout::header(int number) const {
   append(&bytes, 0, 2);   // stored
   append(&bytes, 0, 4);   // time and date
   append(&bytes, 0, 12);  // CRC and sizes stand in the descriptor
-  append(&bytes, r.name.size(), 2);
+  append(&bytes, path(number).size(), 2);
   append(&bytes, extra.size(), 2);
-  return bytes + r.name + extra;
+  return bytes + path(number) + extra;
 }
 
 std::string ZipLayout::descriptor(int number, uint32_t crc32) const {
@@ -64,11 +65,11 @@ std::string ZipLayout::directory(const std::vector<uint32_t>& crcs) const {
     append(&bytes, crcs[i], 4);
     append(&bytes, static_cast<uint64_t>(std::min(r.size_bytes, kMax32)), 4);
     append(&bytes, static_cast<uint64_t>(std::min(r.size_bytes, kMax32)), 4);
-    append(&bytes, r.name.size(), 2);
+    append(&bytes, paths_[i].size(), 2);
     append(&bytes, extra.size(), 2);
     append(&bytes, 0, 10);  // comment, disk, attributes
     append(&bytes, static_cast<uint64_t>(std::min(r.header_offset, kMax32)), 4);
-    bytes += r.name + extra;
+    bytes += paths_[i] + extra;
   }
   const uint64_t size = bytes.size(), records = records_.size();
   const auto offset = static_cast<uint64_t>(cursor_);
