@@ -50,10 +50,12 @@ struct FileBlueprint {
   std::vector<StorageFill> storages;
 };
 
-// All files of a target, and what they hold that no source file held ("what: rule").
+// All files of a target, what they hold that no source file held ("what: rule"), and what of the
+// source the target's format has no place for.
 struct TargetFiles {
   std::vector<FileBlueprint> files;
   std::vector<std::string> synthesised;
+  std::vector<std::string> skipped;
 };
 
 }  // namespace isoshard::checkpoint

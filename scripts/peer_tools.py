@@ -6,6 +6,7 @@ is asked over a pipe; our program and compare_torch.py are run as they are.
 import glob
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -108,7 +109,8 @@ class Peer:
             with open(logs[number], errors="replace") as log:
                 texts.append(log.read())
         # A rank whose neighbour failed says only that the connection is closed.
-        text = next((t for t in texts if "gloo" not in first_words(t)), texts[0])
+        lost = re.compile(r"gloo|\[pair\.cc|Connection (reset|closed)")
+        text = next((t for t in texts if not lost.search(first_words(t))), texts[0])
         hung = None in states and not any(states)
         return set(states) == {0}, text + ("\nTimeoutError: it hung" if hung else "")
 

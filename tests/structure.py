@@ -7,6 +7,7 @@ tensors of the same rank and requires_grad. Not compared: values, shapes and the
 parameters, which belong to the run; ds_config, which carries the source's settings.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -109,7 +110,36 @@ def files_of(folder):
     return [os.path.join(tag, names[0]) for names in (model, optim) if names]
 
 
+def keys_of(files):
+    """Names of dictionary keys anywhere in the optimizer state of a save folder."""
+    found = set()
+
+    def collect(item):
+        for value in item.values() if isinstance(item, dict) else item:
+            if isinstance(value, (dict, list, tuple)):
+                collect(value)
+        if isinstance(item, dict):
+            found.update(key for key in item if isinstance(key, str))
+
+    for path in files:
+        document = compare_torch.load(path)
+        collect([document.get("optimizer_state_dict"), document.get("optimizer")])
+    return found
+
+
+def check_skipped(case, source_files, ours):
+    """certificate.json names what the source has and the target's stage has no place for."""
+    lost = (keys_of(source_files) - keys_of(files_of(ours))) & {"clip_grad", "overflow"}
+    tag = open(os.path.join(ours, "latest")).read()
+    with open(os.path.join(ours, tag, "certificate.json")) as file:
+        told = {line.split(":")[0] for line in json.load(file)["skipped"]}
+    if told != lost:
+        sys.exit(f"FAILED: {case}: the certificate says skipped {told}, lost are {lost}")
+    return len(lost)
+
+
 def main():
+    skipped = 0
     for source, stage, real in PAIRS:
         with tempfile.TemporaryDirectory() as work:
             ours = os.path.join(work, "out")
@@ -130,6 +160,11 @@ def main():
             expected_files, found_files = files_of(
                 os.path.join(TRACES, "deepspeed", real, "ckpt")
             ), files_of(ours)
+            skipped += check_skipped(
+                f"{source} to stage {stage}",
+                files_of(os.path.join(TRACES, "deepspeed", source, "ckpt")),
+                ours,
+            )
             if len(expected_files) != len(found_files):
                 sys.exit(f"FAILED: {source} to stage {stage}: {found_files}, as {expected_files}")
             for a, b in zip(expected_files, found_files):
@@ -140,6 +175,8 @@ def main():
                         f"{first_difference(expected, found)}"
                     )
         print(f"{source} to stage {stage}: structured as {real}")
+    if skipped == 0:
+        sys.exit("FAILED: no stage change lost a key, so that the check of 'skipped' saw nothing")
 
 
 main()

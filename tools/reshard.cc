@@ -86,6 +86,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
                                    {"ds_version", state.version}};
   for (const std::string& text : files.synthesised)
     options.certificate["synthesised"].push_back(text);
+  for (const std::string& text : files.skipped) options.certificate["skipped"].push_back(text);
   for (const std::string& text : flags.allow_dropped)
     options.certificate["dropped"].push_back(text + ", allowed by --allow-dropped");
   session->say(to_string(state.topology) + " stage " + std::to_string(state.stage) + "  →  " +

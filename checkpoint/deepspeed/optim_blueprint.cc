@@ -89,6 +89,8 @@ class OptimWriter {
   }
 
   NodeId stage0() {
+    skip("clip_grad");
+    skip("overflow");
     const NodeId plain =
         builder_.dict({{"state", states_by_parameter()}, {"param_groups", param_groups()}});
     const bool masters = std::any_of(
@@ -141,6 +143,7 @@ class OptimWriter {
   }
 
   NodeId stage3() {
+    skip("clip_grad");
     std::vector<std::pair<std::string, NodeId>> entries = {{"zero_stage", stage_enum()}};
     add_scaler(&entries);
     entries.emplace_back("partition_count", pickle_.integer(target_.ranks));
@@ -387,6 +390,12 @@ class OptimWriter {
     }
     parts.state = builder_.dict(std::move(fields));
     return pickle_.object(std::move(parts));
+  }
+
+  void skip(const char* key) {
+    if (source_value(key) == kNoNode) return;
+    target_.skipped.insert(std::string(key) + ": stage " + std::to_string(target_.stage) +
+                           " has no place for it");
   }
 
   NodeId clip_grad() {

@@ -122,7 +122,8 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
                        .ranks = topology.zero_ranks(),
                        .prefix = "",
                        .buffers = {},
-                       .synthesised = {}};
+                       .synthesised = {},
+                       .skipped = {}};
   const Fields model(state.document(target.model_file()));
   const NodeId config = model.maybe(model.root(), "ds_config");
   const bool bf16 = config_text(model, config, "bf16", "enabled") == "True" ||
@@ -241,6 +242,7 @@ TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topolo
   for (int rank = 0; rank < (stage == 0 ? 0 : target.ranks); ++rank)
     result.files.push_back(optim_blueprint(&target, rank));
   result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
+  result.skipped.assign(target.skipped.begin(), target.skipped.end());
   return result;
 }
 

@@ -37,6 +37,7 @@ struct ReshardTarget {
   std::string prefix;             // "bf16_" or ""
   std::vector<TargetBuffer> buffers;
   std::set<std::string> synthesised;  // what is written without a source, for the certificate
+  std::set<std::string> skipped;      // what the target's stage has no place for, likewise
 
   const ParameterState& parameter(int number) const {
     return state.parameters[static_cast<size_t>(number)];
