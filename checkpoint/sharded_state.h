@@ -119,7 +119,6 @@ struct ShardedState {
   std::vector<int> own_client_state;      // model files whose client state differs from rank 0's
   std::vector<std::string> skipped;       // what a conversion leaves behind, and why
   std::vector<std::string> notices;       // odd, but harmless
-  std::vector<std::string> suspicions;    // odd, and to be looked at
   std::vector<std::string> not_verified;  // what cannot be known from the files
   std::vector<std::string> inferred;      // "what: evidence"
 

@@ -104,6 +104,40 @@ TEST(Half, WhatIsBeyondTheRangeIsInfinityOrZeroOfTheSameSign) {
   EXPECT_EQ(half_from_float(-std::numeric_limits<float>::denorm_min()), 0x8000);
 }
 
+// Bits at every 1021st step through all floats, and around each boundary between two forms.
+std::vector<uint32_t> many_floats() {
+  std::vector<uint32_t> bits;
+  for (uint64_t at = 0; at <= 0xFFFFFFFFu; at += 1021) bits.push_back(static_cast<uint32_t>(at));
+  for (const uint32_t edge : {0u, 0x33000000u, 0x387FC000u, 0x38800000u, 0x477FE000u, 0x477FF000u,
+                              0x47800000u, 0x7F7F8000u, 0x7F800000u, 0x7FC00000u}) {
+    for (uint32_t step = 0; step < 9000; ++step) {
+      for (const uint32_t sign : {0u, 0x80000000u}) bits.push_back((edge + step - 4500) ^ sign);
+    }
+  }
+  return bits;
+}
+
+TEST(Cast, WholeBuffersNarrowLikeOneElement) {
+  const std::vector<uint32_t> wide = many_floats();
+  const auto bfloat16 = cast_all<uint16_t>(DType::kFloat32, wide, DType::kBFloat16);
+  const auto half = cast_all<uint16_t>(DType::kFloat32, wide, DType::kFloat16);
+  for (size_t i = 0; i < wide.size(); ++i) {
+    ASSERT_EQ(bfloat16[i], bfloat16_from_float(from_bits(wide[i]))) << std::hex << wide[i];
+    ASSERT_EQ(half[i], half_from_float(from_bits(wide[i]))) << std::hex << wide[i];
+  }
+}
+
+TEST(Cast, WholeBuffersWidenLikeOneElement) {
+  std::vector<uint16_t> narrow(0x10000);
+  for (size_t i = 0; i < narrow.size(); ++i) narrow[i] = static_cast<uint16_t>(i);
+  const auto bfloat16 = cast_all<uint32_t>(DType::kBFloat16, narrow, DType::kFloat32);
+  const auto half = cast_all<uint32_t>(DType::kFloat16, narrow, DType::kFloat32);
+  for (size_t i = 0; i < narrow.size(); ++i) {
+    ASSERT_EQ(bfloat16[i], bits_of(float_from_bfloat16(narrow[i]))) << i;
+    ASSERT_EQ(half[i], bits_of(float_from_half(narrow[i]))) << i;
+  }
+}
+
 TEST(Cast, IntegersBecomeTheNearestFloatTiesToEven) {
   const std::vector<int64_t> integers = {0,
                                          1,

@@ -13,6 +13,7 @@
 #include "core/check.h"
 #include "core/error.h"
 #include "core/polynomial.h"
+#include "reshard/agreement.h"
 
 namespace isoshard::reshard {
 
@@ -149,7 +150,11 @@ class Conversion {
     StreamOptions stream = options_.stream;
     stream.digest = digested_leaves(state_);
     stream.sync_files = plan_.targets.size() <= 64;
+    Agreement agreement(state_);
+    const bool look = options_.doubt != ConvertOptions::Doubt::kDoNotLook;
+    if (look) agreement.ask(&stream);
     result_.stream = execute(storage_, state_, plan_, staged_.path(), stream);
+    if (look) doubt(agreement.judge(stream, result_.stream));
     result_.source = make_digest(state_, result_.stream.leaves);
     if (options_.verify != VerifyMode::kStream)
       reread();
@@ -165,6 +170,28 @@ class Conversion {
  private:
   void phase(const std::string& text) const {
     if (options_.phase) options_.phase(text);
+  }
+
+  void doubt(const std::vector<std::string>& findings) {
+    if (findings.empty()) return;
+    std::string text;
+    for (const std::string& finding : findings) {
+      for (const char c : (text.empty() ? "" : "\n") + finding) {
+        text += c;
+        if (c == '\n') text += "  ";
+      }
+    }
+    if (options_.doubt == ConvertOptions::Doubt::kGoOn) {
+      phase("Going on (--force) from a source that is SUSPECT: " + text);
+      result_.forced = findings;
+      return;
+    }
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kMismatch,
+        .what = "The source does not agree with itself. " + text,
+        .file = state_.folder,
+        .safe = "nothing was published; the source was only read",
+        .next = "isoshard verify says all that is known; --force goes on from the masters"});
   }
 
   // The folder is there by now; a failure here must say so.
@@ -248,6 +275,7 @@ class Conversion {
         certificate["target"]["digests"][section.section] =
             section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
     }
+    if (!result_.forced.empty()) certificate["forced"] = result_.forced;
     for (const char* list : {"lossy", "inferred", "synthesised", "dropped", "skipped"}) {
       if (!certificate.contains(list)) certificate[list] = json::array();
     }

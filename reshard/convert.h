@@ -16,7 +16,8 @@ enum class VerifyMode { kStream, kReread, kDisk };
 struct ConvertOptions {
   std::string target;  // the folder that appears
   bool overwrite = false;
-  bool sha256 = false;  // hash files with SHA-256 too (reads them once more)
+  // What to do with a source that does not agree with itself, which verify calls SUSPECT.
+  enum class Doubt { kRefuse, kGoOn, kDoNotLook } doubt = Doubt::kRefuse;
   VerifyMode verify = VerifyMode::kReread;
   StreamOptions stream;
   std::string latest_path;  // pointer file to replace last; empty: none
@@ -30,6 +31,7 @@ struct ConvertResult {
   Digest source;  // of what was read
   Digest target;  // of what was written, read back (reread, disk)
   StreamResult stream;
+  std::vector<std::string> forced;  // what made the source suspect, where Doubt::kGoOn was asked
   nlohmann::json certificate;
 };
 

@@ -3,43 +3,15 @@
 
 #include <gtest/gtest.h>
 
-#include <cstring>
 #include <limits>
 
-#include "checkpoint/memory_storage.h"
 #include "core/cast.h"
+#include "reshard/copies_case.h"
 
 namespace isoshard::reshard {
 namespace {
 
-using checkpoint::Leaf;
 using checkpoint::ShardedState;
-
-// One file that holds masters and then their bfloat16 copies; the masters lie in two pieces.
-ShardedState state_of(const std::vector<float>& masters, const std::vector<uint16_t>& copies) {
-  checkpoint::MemoryStorage storage;
-  const auto count = static_cast<int64_t>(masters.size());
-  const auto file = storage.create("/file");
-  file->write_at(0, std::as_bytes(std::span(masters)));
-  file->write_at(4 * count, std::as_bytes(std::span(copies)));
-  file->close();
-  ShardedState state;
-  state.files.push_back({"/file", "file", nullptr, storage.open_read("/file")});
-  checkpoint::ParameterState parameter{.name = "w", .shape = {count}, .states = {}, .scalars = {}};
-  const int64_t cut = count / 2;
-  parameter.weight =
-      state.add_leaf({.name = "w",
-                      .state = "fp32",
-                      .shape = {count},
-                      .fragments = {{0, cut, 0, 0}, {cut, count - cut, 0, 4 * cut}}});
-  parameter.model_copy = state.add_leaf({.name = "w",
-                                         .state = "param",
-                                         .dtype = DType::kBFloat16,
-                                         .shape = {count},
-                                         .fragments = {{0, count, 0, 4 * count}}});
-  state.parameters.push_back(parameter);
-  return state;
-}
 
 CopyReport compare(const ShardedState& state) {
   std::vector<std::string> orphans;

@@ -9,6 +9,7 @@
 #include <exception>
 #include <thread>
 #include <tuple>
+#include <unordered_map>
 
 #include "checkpoint/cancel.h"
 #include "core/cast.h"
@@ -98,6 +99,15 @@ struct Chunk {
 struct Buffers {
   std::vector<std::byte> source = std::vector<std::byte>(kChunkBytes);
   std::vector<std::byte> cast;
+  std::vector<std::byte> check;  // of StreamOptions::casts
+};
+
+// A leaf whose CRC after a cast is wanted.
+struct CastSum {
+  const Leaf* leaf;
+  DType dtype;
+  CrcSum ecma, jones;
+  std::atomic<bool> whole{true};
 };
 
 bool all_zero(std::span<const std::byte> bytes) {
@@ -115,7 +125,15 @@ class Executor {
         pool_(storage, plan, folder, options),
         leaf_ecma_(state.leaves.size()),
         leaf_jones_(state.leaves.size()),
-        jobs_(state.files.size()) {}
+        cast_sums_(options.casts.size()),
+        jobs_(state.files.size()) {
+    for (size_t i = 0; i < cast_sums_.size(); ++i) {
+      const LeafCast& wanted = options.casts[i];
+      cast_sums_[i].leaf = &state.leaf(wanted.leaf);
+      cast_sums_[i].dtype = wanted.dtype;
+      cast_of_leaf_[wanted.leaf] = &cast_sums_[i];
+    }
+  }
 
   StreamResult run() {
     prepare();
@@ -131,6 +149,11 @@ class Executor {
       const auto i = static_cast<size_t>(number);
       result.leaves[i] = {true, leaf_ecma_[i].finish(crc64_ecma_polynomial(), bytes),
                           leaf_jones_[i].finish(crc64_jones_polynomial(), bytes)};
+    }
+    for (const CastSum& sum : cast_sums_) {
+      const int64_t bytes = sum.leaf->size_elements() * item_size_bytes(sum.dtype);
+      result.casts.push_back({sum.whole, sum.ecma.finish(crc64_ecma_polynomial(), bytes),
+                              sum.jones.finish(crc64_jones_polynomial(), bytes)});
     }
     result.files = pool_.hashes();
     result.bytes_read = bytes_read_;
@@ -148,6 +171,8 @@ class Executor {
   void work(bool from_front, std::exception_ptr* failure, size_t* failed_at);
   void process(const Chunk& chunk, Buffers* buffers);
   void process_piece(const Chunk& chunk, int64_t from, int64_t to, bool hole, Buffers* buffers);
+  void add_cast(CastSum* sum, int64_t begin_byte, std::span<const std::byte> bytes,
+                Buffers* buffers) const;
   void check_records() const;
 
   const ShardedState& state_;
@@ -155,6 +180,8 @@ class Executor {
   const StreamOptions& options_;
   TargetPool pool_;
   std::vector<CrcSum> leaf_ecma_, leaf_jones_;
+  std::vector<CastSum> cast_sums_;
+  std::unordered_map<int64_t, CastSum*> cast_of_leaf_;
   std::vector<SourceJob> jobs_;
   std::vector<std::unique_ptr<CrcSum>> record_sums_;
   std::vector<Chunk> chunks_;
@@ -348,6 +375,10 @@ void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool 
     const int64_t after = state_.leaves[leaf].size_bytes() - span.leaf_offset - (to - span.offset);
     leaf_ecma_[leaf].add(crc64_ecma_polynomial(), crcs.ecma, after);
     leaf_jones_[leaf].add(crc64_jones_polynomial(), crcs.jones, after);
+    if (zero || cast_of_leaf_.empty()) return;  // zeros stay zeros
+    const auto wanted = cast_of_leaf_.find(span.leaf);
+    if (wanted != cast_of_leaf_.end())
+      add_cast(wanted->second, span.leaf_offset + (from - span.offset), bytes, buffers);
   });
   job.transfers.overlapping(from, to, [&](const Transfer& t) {
     TargetPool::Piece piece{t.target_file, t.storage, 0, 0, crcs, zero, bytes};
@@ -372,6 +403,24 @@ void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool 
     pool_.write(piece);
     pool_.done(t.target_file, to - from);
   });
+}
+
+// `begin_byte` is where the bytes stand in the leaf.
+void Executor::add_cast(CastSum* sum, int64_t begin_byte, std::span<const std::byte> bytes,
+                        Buffers* buffers) const {
+  const int64_t item = item_size_bytes(sum->leaf->dtype), target_item = item_size_bytes(sum->dtype);
+  const auto size = static_cast<int64_t>(bytes.size());
+  if (begin_byte % item != 0 || size % item != 0) {  // not met in what torch writes
+    sum->whole = false;
+    return;
+  }
+  buffers->check.resize(static_cast<size_t>(size / item * target_item));
+  cast(sum->leaf->dtype, bytes, sum->dtype, buffers->check);
+  RawCrcs crcs;
+  crcs.update(buffers->check);
+  const int64_t after = (sum->leaf->size_elements() - (begin_byte + size) / item) * target_item;
+  sum->ecma.add(crc64_ecma_polynomial(), crcs.ecma, after);
+  sum->jones.add(crc64_jones_polynomial(), crcs.jones, after);
 }
 
 void Executor::check_records() const {

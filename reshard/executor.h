@@ -25,16 +25,25 @@ struct FileHash {
   uint64_t jones = 0;
 };
 
+struct LeafCast {
+  int leaf = -1;
+  DType dtype = DType::kFloat32;
+};
+
 struct StreamOptions {
   int workers = 2;
   int open_files = 256;     // most target files open at a time
   bool sync_files = false;  // sync each file as it is finished
   std::vector<int> digest;  // leaves whose CRC is taken on the way
+  // Leaves in `digest`, each once at most, whose CRC after a cast is taken too.
+  std::vector<LeafCast> casts;
   std::function<void(int64_t done, int64_t total)> progress;  // called a few times a second
 };
 
 struct StreamResult {
   std::vector<LeafCrc> leaves;  // by leaf number; of the source's bytes
+  // By number in options.casts; not known where a leaf's elements do not lie in one piece.
+  std::vector<LeafCrc> casts;
   std::vector<FileHash> files;  // by target file; of the bytes handed to write
   int64_t bytes_read = 0;
   int64_t bytes_written = 0;

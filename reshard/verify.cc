@@ -8,7 +8,9 @@
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "core/error.h"
+#include "reshard/agreement.h"
 #include "reshard/manifest_check.h"
+#include "reshard/report_text.h"
 #include "reshard/weights_inventory.h"
 
 namespace isoshard::reshard {
@@ -36,32 +38,6 @@ std::optional<Verdict> verdict_of(ErrorCode code) {
     default:
       return std::nullopt;
   }
-}
-
-// "first, and the details of a few, each on its own line".
-std::string with_details(std::string text, const std::vector<std::string>& details) {
-  constexpr size_t kShown = 5;
-  for (size_t i = 0; i < details.size() && i < kShown; ++i) text += "\n" + details[i];
-  if (details.size() > kShown) {
-    text += "\n… and " + std::to_string(details.size() - kShown) + " more";
-  }
-  return text;
-}
-
-std::string count_of(size_t count, const std::string& noun) {
-  return std::to_string(count) + " " + noun + (count == 1 ? "" : "s");
-}
-
-std::string describe_difference(const CopyDifference& d) {
-  const char* side = d.pair.kind == CopyPair::Kind::kMaster ? ": master " : ": original ";
-  const std::string rounded = d.expected == d.original ? "" : " rounds to " + d.expected;
-  return quote(d.pair.name) + d.index + side + d.original + rounded + ", the copy holds " +
-         d.found + "; " + std::to_string(d.differing) + " of " +
-         count_of(static_cast<size_t>(d.total), "element") + " differ";
-}
-
-bool is_universal(Flavour flavour) {
-  return flavour == Flavour::kUniversal12 || flavour == Flavour::kUniversal3;
 }
 
 class Verifier {
@@ -114,7 +90,6 @@ class Verifier {
   void compare_certificate();
   void compare_sections(const json& digests);
   void compare_copies();
-  void tell_masters(const std::vector<std::string>& details);
   void look_for_oddities();
   void look_at_weights();
   void say_what_is_not_verified();
@@ -335,49 +310,15 @@ void Verifier::compare_sections(const json& digests) {
 void Verifier::compare_copies() {
   std::vector<std::string> orphans;
   const std::vector<CopyPair> pairs = copy_pairs(*state_, &orphans);
-  if (!orphans.empty()) {
-    find(Verdict::kSuspect, with_details("Tied names whose target is not there.", orphans));
-  }
   result_.copies = reshard::compare_copies(*state_, pairs, options_.stream.workers);
-  std::vector<std::string> details[3];
-  for (const CopyDifference& d : result_.copies.differences) {
-    details[static_cast<int>(d.pair.kind)].push_back(describe_difference(d));
-  }
-  if (!details[0].empty()) tell_masters(details[0]);
-  if (!details[1].empty()) {
-    find(Verdict::kSuspect,
-         with_details("What zero/<name>/fp32.pt says differs from the model's own tensor, in " +
-                          std::to_string(details[1].size()) + " of " +
-                          std::to_string(result_.copies.pairs[1]) + ".",
-                      details[1]));
-  }
-  if (!details[2].empty()) {
-    find(Verdict::kSuspect, with_details("Tied names hold different values.", details[2]));
-  }
+  for (const std::string& text : tell_differences(*state_, result_.copies, orphans))
+    find(Verdict::kSuspect, text);
   for (const std::string& reason : result_.copies.uncompared) {
     result_.not_verified.push_back("a copy: " + reason);
   }
 }
 
-void Verifier::tell_masters(const std::vector<std::string>& details) {
-  const std::string cause =
-      is_universal(state_->flavour)
-          ? (state_->round_robin
-                 ? "The source was trained with round_robin_gradients, under which DeepSpeed's own "
-                   "converter swaps parameters; convert it again with isoshard."
-                 : "The conversion may have mixed up parameters; convert the source again.")
-          : "A script may have loaded weights without their masters; training would go on from the "
-            "masters.";
-  find(Verdict::kSuspect,
-       with_details("fp32 master does not round to the model's own copy in " +
-                        std::to_string(details.size()) + " of " +
-                        count_of(static_cast<size_t>(result_.copies.pairs[0]), "parameter") +
-                        ".\n" + cause,
-                    details));
-}
-
 void Verifier::look_for_oddities() {
-  for (const std::string& text : state_->suspicions) find(Verdict::kSuspect, text);
   std::vector<std::string> foreign;
   for (const checkpoint::SourceFile& file : state_->files) {
     if (file.torch && !file.torch->zip().torch_dialect) foreign.push_back(quote(file.relative));

@@ -137,7 +137,8 @@ class Folders(Case):
                         self.refused("digest", source)
 
     def model_of_another_run(self, source, expected):
-        """The copies in the model's dtype are not digested; verify compares them with the masters.
+        """The copies in the model's dtype are not digested; verify and convert compare them with
+        the masters.
         Where these fit too, nothing tells two runs of one step apart (contracts §5)."""
         result = Outcome(["verify", source], self.place)
         if result.status == 0:
@@ -145,6 +146,10 @@ class Folders(Case):
             self.assertEqual(self.digest(source), expected)
         else:
             self.not_verified(source)
+            target = self.place / "out"
+            words = ("master", "--force")
+            self.refused("convert", source, target, "--to", "universal", words=words)
+            self.refused("reshard", source, target, "--to", "dp=3", words=words)
 
     def test_two_steps_mixed_in_the_optimizer(self):
         folder = h.ZeroFolder(self.recorded())

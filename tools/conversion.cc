@@ -2,6 +2,7 @@
 #include "tools/conversion.h"
 
 #include "checkpoint/deepspeed/source.h"
+#include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "core/error.h"
 #include "tools/version.h"
@@ -58,6 +59,8 @@ void add_conversion_flags(CLI::App* verb, ConversionFlags* flags) {
   verb->add_flag("--overwrite", flags->overwrite, "Exchange an existing target whole");
   verb->add_flag("--no-latest", flags->no_latest, "Leave the pointer file beside the target alone");
   verb->add_flag("--dry-run", flags->dry_run, "Print the plan and do nothing");
+  verb->add_flag("--force", flags->force,
+                 "Go on from a source that does not agree with itself (verify: SUSPECT)");
   verb->add_option("--verify", flags->verify,
                    "stream: digest what is written; reread: read it back; disk: from the disk")
       ->check(CLI::IsMember({"stream", "reread", "disk"}))
@@ -75,6 +78,20 @@ void refuse_overlap(Session* session, const std::string& source, const std::stri
                         .found = quote(target),
                         .safe = "nothing was written",
                         .next = "name another target"});
+}
+
+void refuse_unfinished(Session* session, const std::string& folder, bool force) {
+  const auto has = [&](const char* name) {
+    return session->storage.is_file(checkpoint::join(folder, name));
+  };
+  if (force || !has("certificate.json") || has(checkpoint::kManifestName)) return;
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kIncomplete,
+      .what = "The source was written by isoshard and has no MANIFEST.json, which is written last: "
+              "the command that wrote it did not finish, or the copy of the folder did not.",
+      .file = folder,
+      .safe = "nothing was written",
+      .next = "make or copy it again; --force takes it as it is"});
 }
 
 nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string&) {
@@ -103,6 +120,8 @@ reshard::ConvertOptions conversion_options(Session* session, const ConversionFla
   options.verify = flags.verify == "stream" ? reshard::VerifyMode::kStream
                    : flags.verify == "disk" ? reshard::VerifyMode::kDisk
                                             : reshard::VerifyMode::kReread;
+  options.doubt =
+      flags.force ? reshard::ConvertOptions::Doubt::kGoOn : reshard::ConvertOptions::Doubt::kRefuse;
   options.stream = session->stream_options();
   options.phase = [session, number = 0](const std::string& text) mutable {
     session->say("*** " + std::to_string(++number) + ". " + text);

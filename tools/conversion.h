@@ -13,6 +13,7 @@ struct ConversionFlags {
   bool overwrite = false;
   bool no_latest = false;
   bool dry_run = false;
+  bool force = false;
   std::string verify = "reread";
 };
 
@@ -29,6 +30,9 @@ void add_conversion_flags(CLI::App* verb, ConversionFlags* flags);
 
 // TARGET equal to, inside or around SOURCE is refused.
 void refuse_overlap(Session* session, const std::string& source, const std::string& target);
+
+// A folder of ours without its manifest is INCOMPLETE: refused unless `force`.
+void refuse_unfinished(Session* session, const std::string& folder, bool force);
 
 // The certificate's source part.
 nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string& source);

@@ -27,12 +27,14 @@ bool older(const std::string& version, const std::string& than) {
 void run_convert(Session* session, const ConvertFlags& flags) {
   refuse_overlap(session, flags.source, flags.target);
   ShardedState state = session->open(flags.source);
+  refuse_unfinished(session, state.folder, flags.common.force);
   nlohmann::json certificate = source_certificate(state, flags.source);
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
   std::vector<checkpoint::FileBlueprint> files;
   if (flags.to == "universal") {
     if (flags.as_deepspeed) {
       state = checkpoint::as_deepspeed_believes(state);
+      options.doubt = reshard::ConvertOptions::Doubt::kDoNotLook;
       certificate["lossy"] = {
           "round-robin partitions read as DeepSpeed reads them (--as-deepspeed): parameters are "
           "swapped"};

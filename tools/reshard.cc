@@ -57,6 +57,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
       flags.to.empty() ? spec_from_config(session, flags) : parse_target(flags.to);
   refuse_overlap(session, flags.source, flags.target);
   const checkpoint::ShardedState state = session->open(flags.source);
+  refuse_unfinished(session, state.folder, flags.common.force);
   const Topology topology = resolve(spec, state.topology);
   const int stage = spec.stage >= 0 ? spec.stage : state.stage;
   const std::string tag = flags.tag_out.empty() ? state.tag : flags.tag_out;
