@@ -89,7 +89,7 @@ ShardedState Workshop::weights(const ShardedState& state, const std::string& fol
     const bool truncate = mutant_ == Mutant::kTruncatedWeights && parameter.group >= 0;
     if (truncate && parameter.model_copy >= 0) parameter.weight = parameter.model_copy;
   }
-  return write(source, checkpoint::weights_blueprints(source, options), folder);
+  return write(source, checkpoint::weights_blueprints(source, options).files, folder);
 }
 
 ShardedState Workshop::read(const std::string& folder, uint64_t shuffle) {

@@ -90,7 +90,7 @@ json compare_weights(const ShardedState& source, const Digest& source_digest,
   }
   json result = {{"weights", cast_any ? "cast" : "equal"},
                  {"buffers", cast_buffer ? "cast" : "equal"}};
-  for (const auto& [name, line] : lines) result["skipped"].push_back(name);
+  for (const auto& [name, line] : lines) result["missing"].push_back(name);
   if (source.buffers.empty()) result.erase("buffers");
   std::map<std::string, std::string> aliases;
   for (const checkpoint::Alias& alias : target.aliases) aliases[alias.name] = alias.target;
@@ -229,6 +229,21 @@ class Conversion {
     result_.target = make_digest(target, read.leaves);
     for (const FileHash& file : result_.stream.files) check_file(file, whole, read);
     sections_ = compare_sections(state_, result_.source, target, result_.target, options_.dropped);
+    check_missing();
+  }
+
+  // A tensor may be missing only where the plan said so.
+  void check_missing() {
+    const json said = options_.certificate.value("skipped", json::array());
+    for (const json& name : sections_.value("missing", json::array())) {
+      const std::string mark = quote(name.get<std::string>()) + ":";
+      const bool known = std::ranges::any_of(
+          said, [&](const json& text) { return text.get<std::string>().starts_with(mark); });
+      if (!known)
+        refuse_mismatch("A tensor of the source is missing from the output.", mark, "present",
+                        "absent");
+    }
+    sections_.erase("missing");
   }
 
   void check_file(const FileHash& file, const std::map<std::string, int>& whole,

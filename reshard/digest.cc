@@ -117,7 +117,9 @@ class Builder {
   }
   void add_hyper(Digest* digest) {
     SectionDigest result{.section = "hyper", .hex = "", .absent = ""};
-    if (state_.flavour == Flavour::kWeights) {
+    if (state_.partial) {
+      result.absent = "some names only were asked for";
+    } else if (state_.flavour == Flavour::kWeights) {
       result.absent = "this format holds weights only";
     } else {
       result.hex = checkpoint::sha256_hex(checkpoint::hyper_json(state_).dump() + "\n");
@@ -133,8 +135,9 @@ class Builder {
     absent("steps", weights          ? "this format holds weights only"
                     : state_.stepped ? "the optimizer counts no steps"
                                      : "the optimizer never stepped");
-    absent("buffers",
-           weights ? "this format does not tell buffers from weights" : "the model has none");
+    absent("buffers", weights          ? "this format does not tell buffers from weights"
+                      : state_.partial ? "none was asked for"
+                                       : "the model has none");
   }
 
   const ShardedState& state_;

@@ -355,7 +355,7 @@ TEST_F(Verify, MissingPartsOfWeightsAreIncomplete) {
   options.target = "/out";
   options.certificate = {{"program", "isoshard test"}};
   convert(storage_, state,
-          make_plan(state, checkpoint::weights_blueprints(state, {.max_shard_bytes = 1000})),
+          make_plan(state, checkpoint::weights_blueprints(state, {.max_shard_bytes = 1000}).files),
           options);
   EXPECT_EQ(verdict_on(storage_, "/out").verdict, Verdict::kVerified);
   storage_.remove_file("/out/MANIFEST.json");
@@ -375,7 +375,7 @@ TEST_F(Verify, WeightsOfOursHaveTheSourcesWeightsAndBuffers) {
   options.target = "/out";
   options.certificate = {{"program", "isoshard test"}, {"buffers", {"count", "running"}}};
   const ConvertResult result = convert(
-      storage_, state, make_plan(state, checkpoint::weights_blueprints(state, {})), options);
+      storage_, state, make_plan(state, checkpoint::weights_blueprints(state, {}).files), options);
   const Verification v = verdict_on(storage_, "/out");
   EXPECT_EQ(v.verdict, Verdict::kVerified) << findings_of(v);
   ASSERT_TRUE(v.digest);

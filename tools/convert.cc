@@ -1,6 +1,7 @@
 // isoshard convert: ZeRO → universal or fp32, proven equal before it is published.
 #include "reshard/convert.h"
 
+#include "checkpoint/deepspeed/name_filter.h"
 #include "checkpoint/deepspeed/source.h"
 #include "checkpoint/deepspeed/universal_blueprint.h"
 #include "checkpoint/deepspeed/weights_blueprint.h"
@@ -22,13 +23,28 @@ bool older(const std::string& version, const std::string& than) {
   return number(version) < number(than);
 }
 
+void refuse_partial(const ConvertFlags& flags) {
+  if (flags.to == "fp32") return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "A universal checkpoint of some parameters cannot be trained on: "
+                                "--only goes with --to fp32.",
+                        .next = "leave --only out"});
+}
+
 }  // namespace
 
 void run_convert(Session* session, const ConvertFlags& flags) {
   refuse_overlap(session, flags.source, flags.target);
   ShardedState state = session->open(flags.source);
   refuse_unfinished(session, state.folder, flags.common.force);
+  std::vector<std::string> left_out;
+  if (!session->only.empty()) {
+    refuse_partial(flags);
+    state = checkpoint::select_names(std::move(state), session->only, &left_out);
+  }
   nlohmann::json certificate = source_certificate(state, flags.source);
+  for (const std::string& name : left_out)
+    certificate["skipped"].push_back(quote(name) + ": not asked for by --only");
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
   std::vector<checkpoint::FileBlueprint> files;
   if (flags.to == "universal") {
@@ -59,7 +75,9 @@ void run_convert(Session* session, const ConvertFlags& flags) {
         .buffers_in_fp32 = older(flags.like, "0.19.0"),
         .frozen_keep_dtype = older(flags.like, "0.19.0"),
         .ordered_dict = older(flags.like, "0.15.0")};
-    files = checkpoint::weights_blueprints(state, weights);
+    checkpoint::TargetFiles made = checkpoint::weights_blueprints(state, weights);
+    files = std::move(made.files);
+    for (const std::string& text : made.skipped) certificate["skipped"].push_back(text);
     certificate["target"]["format"] = "fp32 weights, " + flags.format;
     certificate["buffers"] = nlohmann::json::array();
     for (const checkpoint::BufferState& buffer : state.buffers) {
@@ -91,6 +109,7 @@ void add_convert(CLI::App* app, Session* session) {
                  "Round robin: swap parameters as DeepSpeed's converter does");
   add_conversion_flags(verb, &flags->common);
   add_source_flags(verb, session);
+  add_only_flag(verb, session);
   verb->callback([session, flags] { run_convert(session, *flags); });
 }
 

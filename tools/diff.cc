@@ -202,6 +202,7 @@ void add_diff(CLI::App* app, Session* session) {
   verb->add_option("--ulp", flags->ulp, "Take floating values this close for equal")
       ->check(CLI::Range(int64_t{0}, int64_t{1} << 62));
   add_source_flags(verb, session);
+  add_only_flag(verb, session);
   verb->callback([session, flags] { run_diff(session, *flags); });
 }
 

@@ -3,6 +3,7 @@
 
 #include <iostream>
 
+#include "checkpoint/deepspeed/name_filter.h"
 #include "core/error.h"
 #include "tools/session.h"
 
@@ -19,7 +20,10 @@ std::string strip(const std::string& text) {
 }
 
 void run_digest(Session* session, const DigestFlags& flags) {
-  const checkpoint::ShardedState state = session->open(flags.source);
+  checkpoint::ShardedState state = session->open(flags.source);
+  std::vector<std::string> left_out;
+  if (!session->only.empty())
+    state = checkpoint::select_names(std::move(state), session->only, &left_out);
   const reshard::Digest digest =
       reshard::compute_digest(session->storage, state, session->stream_options());
   int64_t tensors = 0, elements = 0;
@@ -71,6 +75,7 @@ void add_digest(CLI::App* app, Session* session) {
                    "Exit 1 unless the root or a section has this digest (iso1:…)");
   verb->add_flag("--leaves", flags->leaves, "Also print every leaf's canonical line");
   add_source_flags(verb, session);
+  add_only_flag(verb, session);
   verb->callback([session, flags] { run_digest(session, *flags); });
 }
 

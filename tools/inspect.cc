@@ -138,6 +138,7 @@ void add_inspect(CLI::App* app, Session* session) {
   verb->add_option("SOURCE", *source)->required();
   verb->add_flag("--parameters", *list, "List every parameter");
   add_source_flags(verb, session);
+  add_only_flag(verb, session);
   verb->callback([session, source, list] {
     const ShardedState state = session->open(*source, /*prove=*/false);
     const Totals totals = totals_of(state);

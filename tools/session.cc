@@ -133,7 +133,11 @@ void add_source_flags(CLI::App* verb, Session* session) {
                    "Stage 0: file with the parameter names in the optimizer's order");
   verb->add_flag("--allow-renamed", session->read.allow_renamed,
                  "Accept a file that was saved under another name");
-  verb->add_option("--only", session->only, "Regular expression: parameters to show");
+}
+
+void add_only_flag(CLI::App* verb, Session* session) {
+  verb->add_option("--only", session->only,
+                   "Regular expression (RE2), matched anywhere in names: these parameters alone");
 }
 
 }  // namespace isoshard::tools

@@ -42,6 +42,7 @@ struct Session {
 // Flags that every verb takes, and those of verbs that read a checkpoint.
 void add_common_flags(CLI::App* verb, Session* session);
 void add_source_flags(CLI::App* verb, Session* session);
+void add_only_flag(CLI::App* verb, Session* session);
 
 std::string human_bytes(int64_t bytes);  // "2.4 GB", decimal
 

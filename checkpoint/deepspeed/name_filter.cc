@@ -3,6 +3,8 @@
 
 #include <re2/re2.h>
 
+#include <set>
+
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
@@ -29,6 +31,55 @@ NameFilter::~NameFilter() = default;
 
 bool NameFilter::matches(const std::string& name) const {
   return compiled_ == nullptr || re2::RE2::PartialMatch(name, compiled_->expression);
+}
+
+ShardedState select_names(ShardedState state, const std::string& pattern,
+                          std::vector<std::string>* left_out) {
+  const NameFilter filter(pattern);
+  std::set<std::string> kept;
+  for (const Alias& alias : state.aliases) {
+    if (filter.matches(alias.name)) kept.insert(alias.target);
+  }
+  const auto is_kept = [&](const std::string& name) {
+    if (filter.matches(name) || kept.contains(name)) return true;
+    left_out->push_back(name);
+    return false;
+  };
+  std::vector<int> numbers;  // by old number; −1: left out
+  std::vector<ParameterState> parameters;
+  for (const ParameterState& parameter : state.parameters) {
+    const bool keep = is_kept(parameter.name);
+    numbers.push_back(keep ? static_cast<int>(parameters.size()) : -1);
+    if (keep) parameters.push_back(parameter);
+  }
+  std::erase_if(state.buffers, [&](const BufferState& buffer) { return !is_kept(buffer.name); });
+  if (parameters.empty() && state.buffers.empty()) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "No parameter or buffer has a name that --only matches.",
+                          .file = state.folder,
+                          .entry = quote(pattern),
+                          .safe = "nothing was written",
+                          .next = "isoshard inspect --parameters lists the names"});
+  }
+  for (GroupState& group : state.groups) {
+    for (std::vector<int>* list : {&group.parameters, &group.flat_order}) {
+      for (int& number : *list) number = numbers[static_cast<size_t>(number)];
+      std::erase(*list, -1);
+    }
+  }
+  state.set_parameters(std::move(parameters));
+  std::erase_if(state.aliases, [&](const Alias& alias) {
+    if (state.find_parameter(alias.target) != nullptr) return false;
+    left_out->push_back(alias.name);
+    return true;
+  });
+  std::set<std::string> names;
+  for (const ParameterState& parameter : state.parameters) names.insert(parameter.name);
+  for (const BufferState& buffer : state.buffers) names.insert(buffer.name);
+  std::erase_if(state.copies,
+                [&](const auto& pair) { return !names.contains(state.leaf(pair.second).name); });
+  state.partial = !left_out->empty();
+  return state;
 }
 
 }  // namespace isoshard::checkpoint

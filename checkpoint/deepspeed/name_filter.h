@@ -3,6 +3,9 @@
 
 #include <memory>
 #include <string>
+#include <vector>
+
+#include "checkpoint/sharded_state.h"
 
 namespace isoshard::checkpoint {
 
@@ -16,5 +19,11 @@ class NameFilter {
   struct Compiled;
   std::unique_ptr<Compiled> compiled_;
 };
+
+// The state less the parameters and buffers that do not match; tied names stay together, and one
+// that matches keeps them all. Group hyper-parameters stay. Names left out are added to `left_out`.
+// Throws Error(kUsage) if nothing matches.
+ShardedState select_names(ShardedState state, const std::string& pattern,
+                          std::vector<std::string>* left_out);
 
 }  // namespace isoshard::checkpoint

@@ -162,13 +162,17 @@ std::string shard_name(const std::string& stem, const std::string& extension, si
 
 }  // namespace
 
-std::vector<FileBlueprint> weights_blueprints(const ShardedState& state,
-                                              const WeightsOptions& options) {
+TargetFiles weights_blueprints(const ShardedState& state, const WeightsOptions& options) {
   const std::vector<std::vector<Entry>> shards =
       split(entries_of(state, options), options.max_shard_bytes);
   const std::string stem = options.safetensors ? "model" : "pytorch_model";
   const std::string extension = options.safetensors ? ".safetensors" : ".bin";
-  std::vector<FileBlueprint> files;
+  TargetFiles result;
+  std::vector<FileBlueprint>& files = result.files;
+  for (const ParameterState& parameter : state.parameters) {
+    if (parameter.group < 0 && options.exclude_frozen)
+      result.skipped.push_back(quote(parameter.name) + ": frozen, and excluded");
+  }
   nlohmann::json map = nlohmann::json::object();
   int64_t total = 0;
   for (size_t i = 0; i < shards.size(); ++i) {
@@ -187,7 +191,7 @@ std::vector<FileBlueprint> weights_blueprints(const ShardedState& state,
                      .head = index.dump(2) + "\n",
                      .storages = {}});
   }
-  return files;
+  return result;
 }
 
 int64_t parse_size(const std::string& text) {

@@ -20,8 +20,7 @@ struct WeightsOptions {
   bool ordered_dict = false;       // DeepSpeed 0.14.5
 };
 
-std::vector<FileBlueprint> weights_blueprints(const ShardedState& state,
-                                              const WeightsOptions& options);
+TargetFiles weights_blueprints(const ShardedState& state, const WeightsOptions& options);
 
 // "5GB" → 5,000,000,000; decimal units KB, MB, GB, TB, or plain bytes. Throws Error(kUsage).
 int64_t parse_size(const std::string& text);
