@@ -14,7 +14,7 @@ struct MemoryTree;
 
 // Thread-safe. Relative paths begin at "/"; "." and ".." are resolved by their letters. Files stay
 // readable and writable after their names are gone, and after the storage itself.
-class MemoryStorage final : public Storage {
+class MemoryStorage : public Storage {
  public:
   MemoryStorage();
   ~MemoryStorage() override;

@@ -131,7 +131,7 @@ StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwr
     note_hidden_folder(staging_path);
     storage_.make_directory(staging_path);
     staging_path_ = staging_path;
-    if (is_taken) probe_exchange();
+    is_taken ? probe_exchange() : probe_rename();
   } catch (...) {
     remove_staging();
     throw;
@@ -180,6 +180,30 @@ void StagedFolder::probe_exchange() {
   storage_.remove_tree(b);
 }
 
+void StagedFolder::probe_rename() {
+  const std::string a = join(staging_path_, "a"), b = join(staging_path_, "b");
+  storage_.make_directory(a);
+  try {
+    CHECK(storage_.rename_if_absent(a, b), "a new folder holds a name already");
+  } catch (const Error& error) {
+    if (error.info().code == ErrorCode::kInterrupted) throw;
+    storage_.remove_tree(staging_path_);
+    staging_path_.clear();  // nothing to remove until the final folder is ours
+    note_hidden_folder(final_path_);
+    storage_.make_directory(final_path_);
+    staging_path_ = final_path_;
+    in_place_ = true;
+    return;
+  }
+  storage_.remove_tree(b);
+}
+
+void StagedFolder::settle() {
+  if (!in_place_) return;
+  storage_.sync_everything(staging_path_);
+  sync_folders();
+}
+
 void StagedFolder::sync_folders() {
   std::vector<std::string> folders = {staging_path_};  // every folder before those inside it
   for (size_t at = 0; at < folders.size(); ++at) {
@@ -196,6 +220,7 @@ void StagedFolder::sync_folders() {
 }
 
 void StagedFolder::show(bool replaces) {
+  if (in_place_) return;
   bool is_free = true;
   try {
     if (replaces) {

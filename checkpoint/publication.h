@@ -4,6 +4,9 @@
 //   parent/.name.isoshard-<nonce>/   being written         -- rename -->   parent/name/
 //   parent/.trash-<nonce>/           the one it replaced, being removed
 //
+// Where folders cannot be renamed (mounts of object stores), everything is written under the final
+// name and the manifest, which is the commit marker, comes last: settle() stands before it.
+//
 // The hidden names never contain a name that DeepSpeed searches for (deepspeed/checkpoint/
 // reshape_utils.py, get_files walks through every folder), so an unfinished folder is never loaded.
 #pragma once
@@ -30,7 +33,11 @@ class StagedFolder {
   StagedFolder& operator=(const StagedFolder&) = delete;
 
   const std::string& path() const { return staging_path_; }  // where to write
+  bool in_place() const { return in_place_; }                // path() is the final path already
   const std::string& final_path() const { return final_path_; }
+
+  // In place: makes durable what was written so far. Otherwise publish() does it, once.
+  void settle();
 
   // Makes everything durable, then visible. Every file must be closed. The write errors that a file
   // system reports only to fsync of that very file are the writer's business: sync files first.
@@ -43,6 +50,7 @@ class StagedFolder {
  private:
   void make_parents();
   void probe_exchange();
+  void probe_rename();
   void sync_folders();
   void show(bool replaces);
   void replace_old();
@@ -54,6 +62,7 @@ class StagedFolder {
   std::string staging_path_;
   bool overwrite_;
   bool published_ = false;
+  bool in_place_ = false;
   std::vector<std::string> made_parents_;  // outermost first
   std::string left_behind_;
 };

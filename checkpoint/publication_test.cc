@@ -14,6 +14,7 @@
 
 #include "checkpoint/cancel.h"
 #include "checkpoint/memory_storage.h"
+#include "checkpoint/object_store_case.h"
 #include "checkpoint/posix_storage.h"
 #include "core/check.h"
 #include "core/error.h"
@@ -73,6 +74,31 @@ class Publication : public testing::TestWithParam<bool> {
   std::unique_ptr<Storage> storage_;
   std::string root_;
 };
+
+TEST(PublicationInPlace, WithoutRenameTheFinalNameIsThereFromTheBeginning) {
+  ObjectStore storage;
+  storage.make_directory("/root");
+  StagedFolder staged(storage, "/root/out", false);
+  EXPECT_TRUE(staged.in_place());
+  EXPECT_EQ(staged.path(), "/root/out");
+  write(storage, staged.path() + "/f", "text");
+  staged.settle();
+  staged.publish();
+  EXPECT_EQ(read_small_file(storage, "/root/out/f", 99), "text");
+  EXPECT_EQ(storage.list("/root").size(), 1u);
+  const ErrorInfo taken = error_of([&] { StagedFolder(storage, "/root/out", false); });
+  EXPECT_EQ(taken.code, ErrorCode::kExists);
+}
+
+TEST(PublicationInPlace, AFailureLeavesNothing) {
+  ObjectStore storage;
+  storage.make_directory("/root");
+  {
+    StagedFolder staged(storage, "/root/new/out", false);
+    write(storage, staged.path() + "/f", "text");
+  }
+  EXPECT_FALSE(storage.is_directory("/root/new/out"));
+}
 
 TEST_P(Publication, AFolderAppearsOnlyWhenItIsPublished) {
   StagedFolder staged(*storage_, at("global_step1/"), false);

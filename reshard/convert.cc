@@ -145,6 +145,7 @@ class Conversion {
         staged_(storage, options.target, options.overwrite) {}
 
   ConvertResult run() {
+    if (staged_.in_place()) begin_in_place();
     phase("Moving " + std::to_string(plan_.bytes_to_write()) + " bytes into " +
           std::to_string(plan_.targets.size()) + " files");
     StreamOptions stream = options_.stream;
@@ -274,6 +275,13 @@ class Conversion {
     }
   }
 
+  // A certificate without a manifest is what every reader takes for an unfinished folder of ours.
+  void begin_in_place() {
+    phase("Folders cannot be renamed here: files get their final names, MANIFEST.json comes last");
+    write_text("certificate.json", "{\"kind\": \"isoshard-certificate\", \"unfinished\": true}\n");
+    staged_.settle();
+  }
+
   void write_papers() {
     json certificate = options_.certificate;
     certificate["schema"] = 1;
@@ -302,7 +310,9 @@ class Conversion {
           {file.path, file.size_bytes,
            "crc64x2:" + checkpoint::hex16(file.ecma) + checkpoint::hex16(file.jones)});
     }
+    if (staged_.in_place()) storage_.remove_file(staged_.path() + "/certificate.json");
     write_text("certificate.json", text);
+    staged_.settle();
     manifest.files.push_back({"certificate.json", static_cast<int64_t>(text.size()),
                               "sha256:" + checkpoint::sha256_hex(text)});
     write_text(checkpoint::kManifestName, checkpoint::to_json(manifest));

@@ -16,6 +16,7 @@
 #include "checkpoint/format/zip.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/memory_storage.h"
+#include "checkpoint/object_store_case.h"
 #include "core/error.h"
 #include "core/random.h"
 #include "reshard/convert.h"
@@ -384,6 +385,28 @@ TEST_F(Verify, WeightsOfOursHaveTheSourcesWeightsAndBuffers) {
     ASSERT_NE(source, nullptr);
     EXPECT_EQ(find_section(*v.digest, section)->hex, source->hex) << section;
     EXPECT_EQ(find_section(result.target, section)->hex, source->hex) << section;
+  }
+}
+
+// Nothing is renamed there, so that the folder is seen while it grows.
+TEST(VerifyObjectStore, AFolderIsUnfinishedUntilItsManifestIsThere) {
+  for (const bool ends : {false, true}) {
+    checkpoint::ObjectStore storage;
+    load(storage, kTraces / "z1_bf16_dp2" / "ckpt", "/save");
+    storage.ends_at_manifest = ends;
+    const checkpoint::ShardedState state = checkpoint::read_checkpoint(storage, "/save", {});
+    ConvertOptions options;
+    options.target = "/out";
+    options.certificate = {{"program", "isoshard test"}};
+    const ReshardPlan plan = make_plan(state, checkpoint::weights_blueprints(state, {}).files);
+    if (ends) {
+      EXPECT_THROW(convert(storage, state, plan, options), Error);
+    } else {
+      convert(storage, state, plan, options);
+    }
+    EXPECT_TRUE(storage.is_file("/out/certificate.json"));
+    EXPECT_EQ(verdict_on(storage, "/out").verdict,
+              ends ? Verdict::kIncomplete : Verdict::kVerified);
   }
 }
 
