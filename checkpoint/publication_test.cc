@@ -44,7 +44,7 @@ void write(Storage& storage, const std::string& path, const std::string& text) {
 class Publication : public testing::TestWithParam<bool> {
  protected:
   void SetUp() override {
-    root_ = "/root";
+    root_ = "/top";
     if (!GetParam()) {
       storage_ = std::make_unique<MemoryStorage>();
       storage_->make_directory(root_);
@@ -77,27 +77,27 @@ class Publication : public testing::TestWithParam<bool> {
 
 TEST(PublicationInPlace, WithoutRenameTheFinalNameIsThereFromTheBeginning) {
   ObjectStore storage;
-  storage.make_directory("/root");
-  StagedFolder staged(storage, "/root/out", false);
+  storage.make_directory("/top");
+  StagedFolder staged(storage, "/top/out", false);
   EXPECT_TRUE(staged.in_place());
-  EXPECT_EQ(staged.path(), "/root/out");
+  EXPECT_EQ(staged.path(), "/top/out");
   write(storage, staged.path() + "/f", "text");
   staged.settle();
   staged.publish();
-  EXPECT_EQ(read_small_file(storage, "/root/out/f", 99), "text");
-  EXPECT_EQ(storage.list("/root").size(), 1u);
-  const ErrorInfo taken = error_of([&] { StagedFolder(storage, "/root/out", false); });
+  EXPECT_EQ(read_small_file(storage, "/top/out/f", 99), "text");
+  EXPECT_EQ(storage.list("/top").size(), 1u);
+  const ErrorInfo taken = error_of([&] { StagedFolder(storage, "/top/out", false); });
   EXPECT_EQ(taken.code, ErrorCode::kExists);
 }
 
 TEST(PublicationInPlace, AFailureLeavesNothing) {
   ObjectStore storage;
-  storage.make_directory("/root");
+  storage.make_directory("/top");
   {
-    StagedFolder staged(storage, "/root/new/out", false);
+    StagedFolder staged(storage, "/top/new/out", false);
     write(storage, staged.path() + "/f", "text");
   }
-  EXPECT_FALSE(storage.is_directory("/root/new/out"));
+  EXPECT_FALSE(storage.is_directory("/top/new/out"));
 }
 
 TEST_P(Publication, AFolderAppearsOnlyWhenItIsPublished) {

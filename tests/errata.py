@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""tests/errata.py PROGRAM TRACES: what isoshard does where docs/deepspeed_errata.md says that
+DeepSpeed's source does otherwise and no recorded checkpoint shows it. Tests are named by row.
+
+Recorded checkpoints with one edit each. Not verified here: what DeepSpeed does.
+"""
+
+import json
+import struct
+import subprocess
+import sys
+
+import hostile as h
+from program_case import CONFIG, ProgramCase, run_tests
+
+
+class Errata(ProgramCase):
+    def run_program(self, status, *arguments):
+        result = subprocess.run(
+            [CONFIG.program, *map(str, arguments)], capture_output=True, text=True, check=False
+        )
+        self.assertEqual(result.returncode, status, result)
+        return result
+
+    def edited(self, name, edit, only):
+        """A recorded checkpoint with one pickle changed in each file that has `only` in its path."""
+        folder = h.ZeroFolder(self.recorded(name))
+        hits = 0
+        for inside, (_, records) in folder.files.items():
+            if only in inside:
+                before, records["data.pkl"] = records["data.pkl"], edit(records["data.pkl"])
+                hits += before != records["data.pkl"]
+        self.assertGreater(hits, 0)
+        return folder.write(self.place / "source")
+
+    def tensors(self, folder):
+        with open(folder / "model.safetensors", "rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            data = file.read()
+        return {
+            name: data[slice(*entry["data_offsets"])]
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+
+    def test_row_3_frozen_parameters_of_stage_1(self):
+        source, stage1 = self.recorded("z3_bf16_dp2_frozen"), self.place / "stage1"
+        self.run_program(0, "reshard", source, stage1, "--to", "dp=2,stage=1")
+        self.run_program(0, "convert", source, self.place / "a", "--to", "fp32")
+        self.run_program(0, "convert", stage1, self.place / "b", "--to", "fp32")
+        expected = self.tensors(self.place / "a")
+        self.assertIn("blocks.0.norm.weight", expected)
+        self.assertEqual(self.tensors(self.place / "b"), expected)
+
+    def smaller_shape(self, data):
+        """The first torch.Size behind param_shapes loses an element of its last dimension."""
+        at = data.index(b"Size", data.index(b"param_shapes"))
+        while not (data[at : at + 1] == b"K" and data[at + 1] > 1):
+            at += 1
+        end = at
+        while data[end : end + 1] == b"K":
+            end += 2
+        return data[: end - 1] + bytes([data[end - 1] - 1]) + data[end:]
+
+    def test_row_10_shapes_that_are_too_small_at_stage_3(self):
+        source = self.edited("z3_fp32_dp2_subgroups", self.smaller_shape, "model_states")
+        refused = self.run_program(2, "digest", source).stderr
+        self.assertIn("A partition has the wrong length", refused)
+
+    def test_row_11_a_shortfall_below_twice_the_ranks(self):
+        source = self.edited("z1_bf16_dp2", self.smaller_shape, "model_states")
+        refused = self.run_program(2, "digest", source).stderr
+        self.assertIn("A partition has the wrong length", refused)
+
+    def test_row_20_elastic_checkpoints(self):
+        def edit(data):
+            key = h.text("base_optimizer_state")
+            at = data.index(key) + len(key)
+            at += 2 if data[at : at + 1] == b"q" else 5  # BINPUT or LONG_BINPUT
+            return data[:at] + b"]" + h.text("the state as it was") + data[at:]
+
+        refused = self.run_program(
+            2, "digest", self.edited("z1_bf16_dp2", edit, "optim_states")
+        ).stderr
+        self.assertIn("elastic_checkpoint", refused)
+
+    def test_row_25_a_slash_at_the_end_and_patterns_in_paths(self):
+        odd = self.place / "a [b]*?{c}"
+        odd.mkdir()
+        source = str(h.ZeroFolder(self.recorded()).write(odd / "save")) + "/"
+        target = str(odd / "out") + "/"
+        self.run_program(0, "convert", source, target, "--to", "universal")
+        self.assertEqual((odd / "latest_universal").read_text(), "out")
+        self.assertFalse((odd / "out" / "latest_universal").exists())
+        names = sorted(each.name for each in odd.iterdir())
+        self.assertEqual(names, ["latest_universal", "out", "save"])
+
+    def test_row_26_the_degree_that_nothing_records(self):
+        source = self.recorded("z2_bf16_dp4")
+        told = json.loads(
+            self.run_program(0, "inspect", source, "--sp", "2", "--json").stdout.splitlines()[0]
+        )
+        self.assertEqual(told["topology"], "dp2.sp2")
+        digests = [
+            self.run_program(0, "digest", source, *flags).stdout for flags in ([], ["--sp", "2"])
+        ]
+        self.assertEqual(digests[0], digests[1])
+
+
+if __name__ == "__main__":
+    outcome, _ = run_tests(__doc__)
+    sys.exit(0 if outcome.wasSuccessful() else 1)
