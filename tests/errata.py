@@ -23,7 +23,7 @@ class Errata(ProgramCase):
         return result
 
     def edited(self, name, edit, only):
-        """A recorded checkpoint with one pickle changed in each file that has `only` in its path."""
+        """A recorded checkpoint with the pickle of each file that has `only` in its path changed."""
         folder = h.ZeroFolder(self.recorded(name))
         hits = 0
         for inside, (_, records) in folder.files.items():
