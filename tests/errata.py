@@ -23,7 +23,7 @@ class Errata(ProgramCase):
         return result
 
     def edited(self, name, edit, only):
-        """A recorded checkpoint; the pickles of files that have `only` in their paths are changed."""
+        """A recorded checkpoint whose files with `only` in their paths have a changed pickle."""
         folder = h.ZeroFolder(self.recorded(name))
         hits = 0
         for inside, (_, records) in folder.files.items():
