@@ -60,6 +60,13 @@ LeafCrc cast_crc(const ShardedState& state, const Leaf& leaf, DType dtype) {
           crc64_jones_polynomial().finish(crcs.jones, bytes)};
 }
 
+constexpr const char* kWeightsOnly = "absent: this format holds weights only";
+
+// Present in the source, read or not.
+bool is_there(const SectionDigest& section) {
+  return section.absent.empty() || section.absent == kNotRead;
+}
+
 // Weights files: every tensor is the source's leaf of that name, as it is or cast.
 json compare_weights(const ShardedState& source, const Digest& source_digest,
                      const ShardedState& target, const Digest& target_digest) {
@@ -100,8 +107,8 @@ json compare_weights(const ShardedState& source, const Digest& source_digest,
                       quote(aliases[alias.name]));
   }
   for (const SectionDigest& section : source_digest.sections) {
-    if (!result.contains(section.section) && section.absent.empty())
-      result[section.section] = "absent: this format holds weights only";
+    if (!result.contains(section.section) && is_there(section))
+      result[section.section] = kWeightsOnly;
   }
   return result;
 }
@@ -149,7 +156,8 @@ class Conversion {
     phase("Moving " + std::to_string(plan_.bytes_to_write()) + " bytes into " +
           std::to_string(plan_.targets.size()) + " files");
     StreamOptions stream = options_.stream;
-    stream.digest = digested_leaves(state_);
+    stream.digest = digested_leaves(
+        state_, options_.weights_only ? Sections::kWeightsAndBuffers : Sections::kAll);
     stream.sync_files = plan_.targets.size() <= 64;
     Agreement agreement(state_);
     const bool look = options_.doubt != ConvertOptions::Doubt::kDoNotLook;
@@ -270,8 +278,10 @@ class Conversion {
   void trust_stream() {
     result_.target = result_.source;
     for (const SectionDigest& section : result_.source.sections) {
-      if (section.absent.empty())
-        sections_[section.section] = "planned: not read back (--verify=stream)";
+      const bool held =
+          !options_.weights_only || section.section == "weights" || section.section == "buffers";
+      if (!is_there(section)) continue;
+      sections_[section.section] = held ? "planned: not read back (--verify=stream)" : kWeightsOnly;
     }
   }
 

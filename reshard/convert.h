@@ -16,6 +16,7 @@ enum class VerifyMode { kStream, kReread, kDisk };
 struct ConvertOptions {
   std::string target;  // the folder that appears
   bool overwrite = false;
+  bool weights_only = false;  // the target holds weights and buffers: nothing else is read
   // What to do with a source that does not agree with itself, which verify calls SUSPECT.
   enum class Doubt { kRefuse, kGoOn, kDoNotLook } doubt = Doubt::kRefuse;
   VerifyMode verify = VerifyMode::kReread;

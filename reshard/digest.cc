@@ -5,6 +5,7 @@
 #include <cctype>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <tuple>
 
 #include "checkpoint/deepspeed/hyper.h"
@@ -90,7 +91,11 @@ class Builder {
     const checkpoint::Leaf& leaf = state_.leaf(number);
     LeafLine line{name, state, leaf.dtype, leaf.shape, crcs_[static_cast<size_t>(number)]};
     lines_[section].push_back({name, state, leaf_line(line), leaf.size_elements()});
-    leaves_.push_back(std::move(line));
+    if (line.crc.known) {
+      leaves_.push_back(std::move(line));
+    } else {
+      not_read_.insert(section);
+    }
   }
   void add_parameter(const ParameterState& parameter) {
     add("weights", parameter.name, "weight", parameter.weight);
@@ -104,8 +109,12 @@ class Builder {
            json_text(parameter.name) + "\t" + state_text(scalar.name) + "\t" + value + "\n", 1});
     }
   }
-  static SectionDigest close(const std::string& section, const std::vector<Line>& lines) {
+  SectionDigest close(const std::string& section, const std::vector<Line>& lines) const {
     SectionDigest result{.section = section, .hex = "", .absent = ""};
+    if (not_read_.contains(section)) {
+      result.absent = kNotRead;
+      return result;
+    }
     std::string text;
     for (const Line& line : lines) {
       text += line.text;
@@ -144,6 +153,7 @@ class Builder {
   const std::vector<LeafCrc>& crcs_;
   std::map<std::string, std::vector<Line>> lines_;
   std::vector<LeafLine> leaves_;
+  std::set<std::string> not_read_;  // sections
 };
 
 }  // namespace
@@ -154,11 +164,12 @@ std::string leaf_line(const LeafLine& leaf) {
          checkpoint::hex16(leaf.crc.jones) + "\n";
 }
 
-std::vector<int> digested_leaves(const ShardedState& state) {
+std::vector<int> digested_leaves(const ShardedState& state, Sections sections) {
   std::vector<int> result;
   for (const ParameterState& parameter : state.parameters) {
     result.push_back(parameter.weight);
-    result.insert(result.end(), parameter.states.begin(), parameter.states.end());
+    if (sections == Sections::kAll)
+      result.insert(result.end(), parameter.states.begin(), parameter.states.end());
   }
   for (const checkpoint::BufferState& buffer : state.buffers) result.push_back(buffer.leaf);
   return result;

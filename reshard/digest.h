@@ -32,9 +32,12 @@ struct Digest {
 };
 
 // Leaves whose CRCs a digest needs: weights, optimizer states, buffers; no copies.
-std::vector<int> digested_leaves(const checkpoint::ShardedState& state);
+enum class Sections { kAll, kWeightsAndBuffers };
+std::vector<int> digested_leaves(const checkpoint::ShardedState& state,
+                                 Sections sections = Sections::kAll);
 
-// From the CRCs of those leaves.
+// From the CRCs of those leaves. A section with a leaf whose CRC is not known is absent: kNotRead.
+constexpr const char* kNotRead = "not read";
 Digest make_digest(const checkpoint::ShardedState& state, const std::vector<LeafCrc>& crcs);
 
 // Reads the payloads and makes the digest.

@@ -152,9 +152,10 @@ void finish_conversion(Session* session, const checkpoint::ShardedState& state,
   }
   for (const auto& [section, verdict] : result.certificate["sections"].items()) {
     const reshard::SectionDigest* digest = find_section(result.source, section);
-    session->say("  " + section + std::string(section.size() < 12 ? 12 - section.size() : 1, ' ') +
-                 (verdict.is_string() ? verdict.get<std::string>() : verdict.dump()) +
-                 (digest ? "  iso1:" + digest->hex.substr(0, 16) + "…" : ""));
+    session->say(
+        "  " + section + std::string(section.size() < 12 ? 12 - section.size() : 1, ' ') +
+        (verdict.is_string() ? verdict.get<std::string>() : verdict.dump()) +
+        (digest && digest->absent.empty() ? "  iso1:" + digest->hex.substr(0, 16) + "…" : ""));
   }
   session->say("read " + human_bytes(result.stream.bytes_read) + ", wrote " +
                human_bytes(result.stream.bytes_written) + " in " +

@@ -79,6 +79,7 @@ void run_convert(Session* session, const ConvertFlags& flags) {
     files = std::move(made.files);
     for (const std::string& text : made.skipped) certificate["skipped"].push_back(text);
     certificate["target"]["format"] = "fp32 weights, " + flags.format;
+    options.weights_only = true;
     certificate["buffers"] = nlohmann::json::array();
     for (const checkpoint::BufferState& buffer : state.buffers) {
       certificate["buffers"].push_back(buffer.name);
