@@ -180,22 +180,52 @@ void StagedFolder::probe_exchange() {
   storage_.remove_tree(b);
 }
 
+// With something in it: some mounts (gcsfuse) rename empty folders only. Tried twice, so that one
+// passing failure does not decide.
 void StagedFolder::probe_rename() {
   const std::string a = join(staging_path_, "a"), b = join(staging_path_, "b");
-  storage_.make_directory(a);
-  try {
-    CHECK(storage_.rename_if_absent(a, b), "a new folder holds a name already");
-  } catch (const Error& error) {
-    if (error.info().code == ErrorCode::kInterrupted) throw;
-    storage_.remove_tree(staging_path_);
-    staging_path_.clear();  // nothing to remove until the final folder is ours
-    note_hidden_folder(final_path_);
-    storage_.make_directory(final_path_);
-    staging_path_ = final_path_;
-    in_place_ = true;
-    return;
+  storage_.make_directories(join(a, "c"));
+  storage_.create(join(join(a, "c"), "d"))->close();
+  for (int tries = 0;; ++tries) {
+    try {
+      CHECK(storage_.rename_if_absent(a, b), "a new folder holds a name already");
+      break;
+    } catch (const Error& error) {
+      const ErrorCode code = error.info().code;
+      if (code == ErrorCode::kInterrupted || code == ErrorCode::kNoSpace) throw;
+      if (tries > 0) return begin_in_place();
+    }
   }
   storage_.remove_tree(b);
+}
+
+void StagedFolder::begin_in_place() {
+  storage_.remove_tree(staging_path_);
+  staging_path_.clear();  // nothing to remove until the final folder is ours
+  note_hidden_folder("");
+  storage_.make_directory(final_path_);
+  const std::string mark = kStagingMark + nonce();
+  storage_.create(join(final_path_, mark))->close();
+  mark_ = mark;
+  staging_path_ = final_path_;
+  in_place_ = true;
+  note_hidden_folder(final_path_);
+}
+
+// The name is public: somebody may have put another folder there.
+bool StagedFolder::is_still_ours() const { return storage_.is_file(join(final_path_, mark_)); }
+
+void StagedFolder::end_in_place() {
+  if (!is_still_ours()) {
+    staging_path_.clear();  // theirs
+    throw Error(ErrorInfo{.code = ErrorCode::kExists,
+                          .what = "Another program has put its own folder under the target's name.",
+                          .file = final_path_,
+                          .expected = "the mark " + quote(mark_),
+                          .found = "none",
+                          .next = "find out who writes there, then give the command again"});
+  }
+  storage_.remove_file(join(final_path_, mark_));
 }
 
 void StagedFolder::settle() {
@@ -220,7 +250,7 @@ void StagedFolder::sync_folders() {
 }
 
 void StagedFolder::show(bool replaces) {
-  if (in_place_) return;
+  if (in_place_) return end_in_place();
   bool is_free = true;
   try {
     if (replaces) {
@@ -239,7 +269,7 @@ void StagedFolder::show(bool replaces) {
 void StagedFolder::publish() {
   CHECK(!published_, "published twice: " + final_path_);
   throw_if_cancelled();
-  const bool replaces = overwrite_ && storage_.is_directory(final_path_);
+  const bool replaces = !in_place_ && overwrite_ && storage_.is_directory(final_path_);
   try {
     storage_.sync_everything(staging_path_);
     sync_folders();
@@ -268,6 +298,7 @@ void StagedFolder::publish() {
 // The new folder is published whatever happens here, so a failure is told and not thrown: the exit
 // status must agree with what a reader finds.
 void StagedFolder::replace_old() {
+  CHECK(!in_place_, "nothing is replaced in place");
   const std::string trash = join(parent_path_, kTrashMark + nonce());
   left_behind_ = staging_path_;
   try {
@@ -282,11 +313,24 @@ void StagedFolder::replace_old() {
   }
 }
 
+// All but the mark, which must be the last to go. False when the folder is not ours any more.
+bool StagedFolder::clear_in_place() {
+  if (!is_still_ours()) return false;
+  for (const DirectoryEntry& entry : storage_.list(final_path_)) {
+    const std::string path = join(final_path_, entry.name);
+    if (entry.name == mark_) continue;
+    entry.kind == DirectoryEntry::Kind::kDirectory ? storage_.remove_tree(path)
+                                                   : storage_.remove_file(path);
+  }
+  return true;
+}
+
 // Storage cannot remove "only if empty" in one step. A parent is therefore moved to a hidden name
 // first, where no other program can still put anything, and moved back if it is not empty.
 void StagedFolder::remove_staging() noexcept {
   try {
     note_hidden_folder(staging_path_);
+    if (in_place_ && !staging_path_.empty() && !clear_in_place()) return;
     if (!staging_path_.empty()) storage_.remove_tree(staging_path_);
     note_hidden_folder("");
     for (; !made_parents_.empty(); made_parents_.pop_back()) {
@@ -303,6 +347,14 @@ void StagedFolder::remove_staging() noexcept {
   } catch (...) {
     // The failure that brought us here is the one to report; leftovers() finds what remains.
   }
+}
+
+bool is_unfinished(Storage& storage, const std::string& folder) {
+  const std::vector<DirectoryEntry> entries = storage.list(folder);
+  return std::ranges::any_of(entries, [](const DirectoryEntry& entry) {
+    return entry.name.size() == std::string(kStagingMark).size() + kNonceDigits &&
+           ends_in_nonce(entry.name, kStagingMark);
+  });
 }
 
 void replace_small_file(Storage& storage, const std::string& path, const std::string& text) {

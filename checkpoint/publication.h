@@ -5,7 +5,8 @@
 //   parent/.trash-<nonce>/           the one it replaced, being removed
 //
 // Where folders cannot be renamed (mounts of object stores), everything is written under the final
-// name and the manifest, which is the commit marker, comes last: settle() stands before it.
+// name, beside a mark `.isoshard-<nonce>`: a folder that holds one is unfinished. The manifest
+// comes when all else is durable, and the mark goes last.
 //
 // The hidden names never contain a name that DeepSpeed searches for (deepspeed/checkpoint/
 // reshape_utils.py, get_files walks through every folder), so an unfinished folder is never loaded.
@@ -36,7 +37,8 @@ class StagedFolder {
   bool in_place() const { return in_place_; }                // path() is the final path already
   const std::string& final_path() const { return final_path_; }
 
-  // In place: makes durable what was written so far. Otherwise publish() does it, once.
+  // In place: makes durable what was written so far, before the manifest. Otherwise publish() does
+  // it, once.
   void settle();
 
   // Makes everything durable, then visible. Every file must be closed. The write errors that a file
@@ -51,6 +53,10 @@ class StagedFolder {
   void make_parents();
   void probe_exchange();
   void probe_rename();
+  void begin_in_place();
+  void end_in_place();
+  bool is_still_ours() const;
+  bool clear_in_place();
   void sync_folders();
   void show(bool replaces);
   void replace_old();
@@ -63,9 +69,13 @@ class StagedFolder {
   bool overwrite_;
   bool published_ = false;
   bool in_place_ = false;
+  std::string mark_;                       // in place: the name of the mark
   std::vector<std::string> made_parents_;  // outermost first
   std::string left_behind_;
 };
+
+// Whether a folder holds the mark of a publication in place that has not come to its end.
+bool is_unfinished(Storage& storage, const std::string& folder);
 
 // Replaces `path`, or makes it, in one step: readers see the old text or the new, never a mixture.
 void replace_small_file(Storage& storage, const std::string& path, const std::string& text);

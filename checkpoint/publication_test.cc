@@ -90,6 +90,43 @@ TEST(PublicationInPlace, WithoutRenameTheFinalNameIsThereFromTheBeginning) {
   EXPECT_EQ(taken.code, ErrorCode::kExists);
 }
 
+// One passing failure must not decide, and --overwrite without a target replaces nothing.
+TEST(PublicationInPlace, OverwriteDoesNotRemoveItsOwnResult) {
+  for (const int refusals : {1, 2, 3, 1000}) {
+    for (const bool renames_empty : {false, true}) {
+      ObjectStore storage;
+      storage.make_directory("/top");
+      storage.refusals = refusals;
+      storage.renames_empty = renames_empty;
+      StagedFolder staged(storage, "/top/out", true);
+      EXPECT_EQ(staged.in_place(), refusals > 1) << refusals;
+      write(storage, staged.path() + "/f", "text");
+      staged.publish();
+      EXPECT_EQ(read_small_file(storage, "/top/out/f", 99), "text");
+      EXPECT_EQ(storage.list("/top").size(), 1u);
+      EXPECT_FALSE(is_unfinished(storage, "/top/out"));
+    }
+  }
+}
+
+TEST(PublicationInPlace, AnotherFolderUnderTheNameIsNotTouched) {
+  for (const bool publishes : {false, true}) {
+    ObjectStore storage;
+    storage.make_directory("/top");
+    {
+      StagedFolder staged(storage, "/top/out", false);
+      EXPECT_TRUE(is_unfinished(storage, "/top/out"));
+      storage.remove_tree("/top/out");
+      storage.make_directory("/top/out");
+      write(storage, "/top/out/theirs", "precious");
+      if (publishes) {
+        EXPECT_EQ(error_of([&] { staged.publish(); }).code, ErrorCode::kExists);
+      }
+    }
+    EXPECT_EQ(read_small_file(storage, "/top/out/theirs", 99), "precious");
+  }
+}
+
 TEST(PublicationInPlace, AFailureLeavesNothing) {
   ObjectStore storage;
   storage.make_directory("/top");

@@ -14,6 +14,7 @@
 #include "core/error.h"
 #include "core/polynomial.h"
 #include "reshard/agreement.h"
+#include "reshard/source_manifest.h"
 
 namespace isoshard::reshard {
 
@@ -152,7 +153,10 @@ class Conversion {
         staged_(storage, options.target, options.overwrite) {}
 
   ConvertResult run() {
-    if (staged_.in_place()) begin_in_place();
+    if (staged_.in_place()) {
+      phase(
+          "Folders cannot be renamed here: files get their final names, MANIFEST.json comes last");
+    }
     phase("Moving " + std::to_string(plan_.bytes_to_write()) + " bytes into " +
           std::to_string(plan_.targets.size()) + " files");
     StreamOptions stream = options_.stream;
@@ -160,10 +164,19 @@ class Conversion {
         state_, options_.weights_only ? Sections::kWeightsAndBuffers : Sections::kAll);
     stream.sync_files = plan_.targets.size() <= 64;
     Agreement agreement(state_);
+    SourceManifest manifest(storage_, state_);
     const bool look = options_.doubt != ConvertOptions::Doubt::kDoNotLook;
-    if (look) agreement.ask(&stream);
+    if (look) {
+      agreement.ask(&stream);
+      manifest.ask(!options_.weights_only, &stream);
+    }
     result_.stream = execute(storage_, state_, plan_, staged_.path(), stream);
-    if (look) doubt(agreement.judge(stream, result_.stream));
+    result_.forced = options_.forced;
+    if (look) {
+      doubt("The source is not as its MANIFEST.json says. ",
+            manifest.judge(stream, result_.stream));
+      doubt("The source does not agree with itself. ", agreement.judge(stream, result_.stream));
+    }
     result_.source = make_digest(state_, result_.stream.leaves);
     if (options_.verify != VerifyMode::kStream)
       reread();
@@ -181,7 +194,7 @@ class Conversion {
     if (options_.phase) options_.phase(text);
   }
 
-  void doubt(const std::vector<std::string>& findings) {
+  void doubt(const std::string& what, const std::vector<std::string>& findings) {
     if (findings.empty()) return;
     std::string text;
     for (const std::string& finding : findings) {
@@ -191,16 +204,17 @@ class Conversion {
       }
     }
     if (options_.doubt == ConvertOptions::Doubt::kGoOn) {
-      phase("Going on (--force) from a source that is SUSPECT: " + text);
-      result_.forced = findings;
+      phase("Going on (--force). " + what + text);
+      result_.forced.insert(result_.forced.end(), findings.begin(), findings.end());
       return;
     }
     throw Error(ErrorInfo{
         .code = ErrorCode::kMismatch,
-        .what = "The source does not agree with itself. " + text,
+        .what = what + text,
         .file = state_.folder,
         .safe = "nothing was published; the source was only read",
-        .next = "isoshard verify says all that is known; --force goes on from the masters"});
+        .next = "isoshard verify says all that is known; isoshard convert or reshard with --force "
+                "goes on from the masters"});
   }
 
   // The folder is there by now; a failure here must say so.
@@ -285,13 +299,6 @@ class Conversion {
     }
   }
 
-  // A certificate without a manifest is what every reader takes for an unfinished folder of ours.
-  void begin_in_place() {
-    phase("Folders cannot be renamed here: files get their final names, MANIFEST.json comes last");
-    write_text("certificate.json", "{\"kind\": \"isoshard-certificate\", \"unfinished\": true}\n");
-    staged_.settle();
-  }
-
   void write_papers() {
     json certificate = options_.certificate;
     certificate["schema"] = 1;
@@ -320,7 +327,6 @@ class Conversion {
           {file.path, file.size_bytes,
            "crc64x2:" + checkpoint::hex16(file.ecma) + checkpoint::hex16(file.jones)});
     }
-    if (staged_.in_place()) storage_.remove_file(staged_.path() + "/certificate.json");
     write_text("certificate.json", text);
     staged_.settle();
     manifest.files.push_back({"certificate.json", static_cast<int64_t>(text.size()),

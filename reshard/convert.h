@@ -19,6 +19,7 @@ struct ConvertOptions {
   bool weights_only = false;  // the target holds weights and buffers: nothing else is read
   // What to do with a source that does not agree with itself, which verify calls SUSPECT.
   enum class Doubt { kRefuse, kGoOn, kDoNotLook } doubt = Doubt::kRefuse;
+  std::vector<std::string> forced;  // doubts that the caller has gone on from already
   VerifyMode verify = VerifyMode::kReread;
   StreamOptions stream;
   std::string latest_path;  // pointer file to replace last; empty: none
@@ -32,7 +33,7 @@ struct ConvertResult {
   Digest source;  // of what was read
   Digest target;  // of what was written, read back (reread, disk)
   StreamResult stream;
-  std::vector<std::string> forced;  // what made the source suspect, where Doubt::kGoOn was asked
+  std::vector<std::string> forced;  // options.forced, and what else was found and gone on from
   nlohmann::json certificate;
 };
 

@@ -30,7 +30,7 @@ constexpr int64_t kChunkBytes = 1 << 20;
 constexpr int64_t kSlackBytes = 64;   // more than any element has
 constexpr int64_t kHoleBytes = 4096;  // shorter runs of zeros are written
 
-// Bytes of a source file that belong to a leaf.
+// Bytes of a source file that belong to a leaf. Behind the last leaf come the whole files.
 struct Span {
   int64_t offset, size, leaf, leaf_offset;
 };
@@ -123,8 +123,8 @@ class Executor {
         plan_(plan),
         options_(options),
         pool_(storage, plan, folder, options),
-        leaf_ecma_(state.leaves.size()),
-        leaf_jones_(state.leaves.size()),
+        leaf_ecma_(state.leaves.size() + options.whole_files.size()),
+        leaf_jones_(leaf_ecma_.size()),
         cast_sums_(options.casts.size()),
         jobs_(state.files.size()) {
     for (size_t i = 0; i < cast_sums_.size(); ++i) {
@@ -150,6 +150,12 @@ class Executor {
       result.leaves[i] = {true, leaf_ecma_[i].finish(crc64_ecma_polynomial(), bytes),
                           leaf_jones_[i].finish(crc64_jones_polynomial(), bytes)};
     }
+    for (size_t i = 0; i < options_.whole_files.size(); ++i) {
+      const size_t number = state_.leaves.size() + i;
+      const int64_t bytes = bytes_of(static_cast<int64_t>(number));
+      result.whole_files.push_back({true, leaf_ecma_[number].finish(crc64_ecma_polynomial(), bytes),
+                                    leaf_jones_[number].finish(crc64_jones_polynomial(), bytes)});
+    }
     for (const CastSum& sum : cast_sums_) {
       const int64_t bytes = sum.leaf->size_elements() * item_size_bytes(sum.dtype);
       result.casts.push_back({sum.whole, sum.ecma.finish(crc64_ecma_polynomial(), bytes),
@@ -163,6 +169,7 @@ class Executor {
 
  private:
   void prepare();
+  int64_t bytes_of(int64_t leaf) const;
   void add_touched_records(int file, Ranges* ranges);
   int64_t chunk_end(int file, int64_t at, int64_t end) const;
   void add_chunks(int file, const Ranges& ranges);
@@ -204,6 +211,10 @@ void Executor::prepare() {
           {f.offset_bytes, f.count * item, number, f.begin * item});
     }
   }
+  for (size_t i = 0; i < options_.whole_files.size(); ++i) {
+    const auto number = static_cast<int64_t>(state_.leaves.size() + i);
+    spans[static_cast<size_t>(options_.whole_files[i])].push_back({0, bytes_of(number), number, 0});
+  }
   for (size_t file = 0; file < jobs_.size(); ++file) {
     std::sort(spans[file].begin(), spans[file].end(), [](const Span& a, const Span& b) {
       return std::tie(a.offset, a.leaf, a.leaf_offset) < std::tie(b.offset, b.leaf, b.leaf_offset);
@@ -221,6 +232,14 @@ void Executor::prepare() {
     merge(&ranges);
     add_chunks(static_cast<int>(file), ranges);
   }
+}
+
+// Of a leaf, or of a whole file.
+int64_t Executor::bytes_of(int64_t leaf) const {
+  const auto number = static_cast<size_t>(leaf);
+  if (number < state_.leaves.size()) return state_.leaves[number].size_bytes();
+  const int file = options_.whole_files[number - state_.leaves.size()];
+  return state_.files[static_cast<size_t>(file)].bytes().size_bytes();
 }
 
 // Records that a range reaches into are read whole, so that their CRC can be checked.
@@ -372,7 +391,7 @@ void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool 
   }
   job.spans.overlapping(from, to, [&](const Span& span) {
     const auto leaf = static_cast<size_t>(span.leaf);
-    const int64_t after = state_.leaves[leaf].size_bytes() - span.leaf_offset - (to - span.offset);
+    const int64_t after = bytes_of(span.leaf) - span.leaf_offset - (to - span.offset);
     leaf_ecma_[leaf].add(crc64_ecma_polynomial(), crcs.ecma, after);
     leaf_jones_[leaf].add(crc64_jones_polynomial(), crcs.jones, after);
     if (zero || cast_of_leaf_.empty()) return;  // zeros stay zeros

@@ -37,6 +37,7 @@ struct StreamOptions {
   std::vector<int> digest;  // leaves whose CRC is taken on the way
   // Leaves in `digest`, each once at most, whose CRC after a cast is taken too.
   std::vector<LeafCast> casts;
+  std::vector<int> whole_files;  // source files that are read whole, for their CRC
   std::function<void(int64_t done, int64_t total)> progress;  // called a few times a second
 };
 
@@ -44,7 +45,8 @@ struct StreamResult {
   std::vector<LeafCrc> leaves;  // by leaf number; of the source's bytes
   // By number in options.casts; not known where a leaf's elements do not lie in one piece.
   std::vector<LeafCrc> casts;
-  std::vector<FileHash> files;  // by target file; of the bytes handed to write
+  std::vector<LeafCrc> whole_files;  // by number in options.whole_files
+  std::vector<FileHash> files;       // by target file; of the bytes handed to write
   int64_t bytes_read = 0;
   int64_t bytes_written = 0;
 };

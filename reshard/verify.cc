@@ -21,6 +21,8 @@ using checkpoint::ShardedState;
 using checkpoint::SourcePlace;
 using nlohmann::json;
 
+constexpr const char* kUnfinished =
+    "The folder holds the mark of a command of isoshard that did not finish.";
 constexpr int64_t kPaperBytes = int64_t{1} << 28;  // manifest and certificate
 
 // The verdict that an error means; nothing for errors that leave the question open.
@@ -121,6 +123,10 @@ bool Verifier::find_place() {
   try {
     place_ = checkpoint::resolve_source(storage_, source_, tag);
   } catch (const Error& error) {
+    if (storage_.is_directory(source_) && checkpoint::is_unfinished(storage_, source_)) {
+      find(Verdict::kIncomplete, kUnfinished);
+      return false;
+    }
     const bool pointer = storage_.is_file(checkpoint::join(source_, "latest")) ||
                          storage_.is_file(checkpoint::join(source_, "latest_universal"));
     if (!tag.empty() || (error.info().code == ErrorCode::kNotFound && !pointer)) throw;
@@ -152,7 +158,8 @@ void Verifier::read_manifest() {
   result_.manifest = "none: the folder was written by another program";
   if (single_file_) {
     result_.manifest = "not looked for: a single file was named";
-  } else if (in_folder(checkpoint::kManifestName)) {
+  } else if (in_folder(checkpoint::kManifestName) &&
+             !checkpoint::is_unfinished(storage_, place_.folder)) {
     try {
       manifest_ = checkpoint::parse_manifest(read_small_file(storage_, path, kPaperBytes), path);
       result_.manifest.clear();
@@ -160,6 +167,9 @@ void Verifier::read_manifest() {
       result_.manifest = "damaged";
       judge(error);
     }
+  } else if (checkpoint::is_unfinished(storage_, place_.folder)) {
+    result_.manifest = "missing";
+    find(Verdict::kIncomplete, kUnfinished);
   } else if (in_folder("certificate.json")) {
     result_.manifest = "missing";
     find(Verdict::kIncomplete,

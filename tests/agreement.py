@@ -7,9 +7,11 @@ is refused as unfinished.
 """
 
 import json
+import shutil
 import subprocess
 import sys
 
+import hostile as h
 from program_case import CONFIG, ProgramCase, run_tests
 
 
@@ -18,6 +20,10 @@ class Agreement(ProgramCase):
         return subprocess.run(
             [CONFIG.program, *map(str, arguments)], capture_output=True, text=True, check=False
         )
+
+    def certificate(self, folder):
+        with open(next(folder.rglob("certificate.json"))) as file:
+            return json.load(file)
 
     def test_deepspeeds_wrong_universal_form(self):
         source, out = self.recorded("z2_rr_dp3", "universal"), self.place / "out"
@@ -28,8 +34,7 @@ class Agreement(ProgramCase):
         self.assertEqual(list(self.place.iterdir()), [])
         forced = self.run_program("reshard", source, out, "--to", "dp=2", "--force")
         self.assertEqual(forced.returncode, 0, forced)
-        with open(next(out.glob("*/certificate.json"))) as file:
-            told = json.load(file)["forced"]
+        told = self.certificate(out)["forced"]
         self.assertEqual(len(told), 1)
         self.assertIn("in 12 of 13 parameters", told[0])
 
@@ -39,8 +44,7 @@ class Agreement(ProgramCase):
         self.assertEqual(made.returncode, 0, made)
         again = self.run_program("reshard", ours, self.place / "out", "--to", "dp=2")
         self.assertEqual(again.returncode, 0, again)
-        with open(next((self.place / "out").glob("*/certificate.json"))) as file:
-            self.assertNotIn("forced", json.load(file))
+        self.assertNotIn("forced", self.certificate(self.place / "out"))
 
     def test_a_folder_without_its_manifest(self):
         ours = self.place / "u" / "x"
@@ -52,6 +56,69 @@ class Agreement(ProgramCase):
         self.assertIn("MANIFEST.json", refused.stderr)
         forced = self.run_program("reshard", ours, self.place / "out", "--to", "dp=3", "--force")
         self.assertEqual(forced.returncode, 0, forced)
+        self.assertIn("no MANIFEST.json", self.certificate(self.place / "out")["forced"][0])
+
+    def test_a_folder_that_is_not_as_its_manifest_says(self):
+        ours = self.place / "u" / "x"
+        made = self.run_program("convert", self.recorded(), ours, "--to", "universal")
+        self.assertEqual(made.returncode, 0, made)
+        zero = ours / "zero"
+        shutil.copy(zero / "blocks.1.norm.bias" / "exp_avg.pt",
+                    zero / "blocks.0.norm.bias" / "exp_avg.pt")
+        refused = self.run_program("reshard", ours, self.place / "out", "--to", "dp=3")
+        self.assertEqual(refused.returncode, 2, refused)
+        self.assertIn("1 file changed since the folder was published", refused.stderr)
+        forced = self.run_program("reshard", ours, self.place / "out", "--to", "dp=3", "--force")
+        self.assertEqual(forced.returncode, 0, forced)
+        self.assertIn("1 file changed", self.certificate(self.place / "out")["forced"][0])
+
+    def test_weights_of_ours_that_were_damaged(self):
+        ours = self.place / "w"
+        made = self.run_program("convert", self.recorded(), ours, "--to", "fp32")
+        self.assertEqual(made.returncode, 0, made)
+        path = ours / "model.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-5] ^= 64
+        path.write_bytes(data)
+        refused = self.run_program("convert", ours, self.place / "out", "--to", "fp32")
+        self.assertEqual(refused.returncode, 2, refused)
+        self.assertIn("model.safetensors", refused.stderr)
+
+    def test_a_tied_name_whose_frozen_target_was_excluded(self):
+        """The save leaves out the first name of a tied frozen weight only (erratum 46)."""
+        running = b"h\x10"  # as the pickle names the string that it has met
+        for key in (h.text("tied.weight"), running):
+            with self.subTest(key=key):
+                self.tied_to_a_frozen_name(key, running)
+
+    def tied_to_a_frozen_name(self, key, running):
+        folder = h.ZeroFolder(self.recorded("z2_bf16_dp4_nofrozen"))
+        pair = key + h.text("blocks.0.norm.weight") + b"s"
+        for inside, (_, records) in folder.files.items():
+            if "model_states" not in inside:
+                continue
+            data = records["data.pkl"]
+            at = data.index(h.text("head.weight"), data.index(b"shared_params"))
+            data = data[:at] + pair + data[at:]
+            if key == running:  # no buffer any more: then it has bytes of its own
+                at = data.index(running, data.index(b"buffer_names"))
+                data = data[:at] + data[at + len(running) :]
+            records["data.pkl"] = data
+        source = folder.write(self.place / "source")
+        verdict = self.run_program("verify", source)
+        self.assertEqual(verdict.returncode, 0, verdict)
+        self.assertIn("frozen and was excluded from the save", verdict.stdout)
+        for number, to in enumerate((["convert", "fp32"], ["convert", "universal"],
+                                     ["reshard", "dp=2"], ["reshard", "dp=2,stage=3"])):
+            out = self.place / f"{len(key)}.{number}"
+            made = self.run_program(to[0], source, out, "--to", to[1])
+            self.assertEqual(made.returncode, 0, made)
+            again = self.run_program("digest", out)
+            if key == running:
+                kept = self.run_program("digest", out, "--only", "^running$").stdout.split()[0]
+                first = self.run_program("digest", source, "--only", "^running$").stdout.split()[0]
+                self.assertEqual(kept, first, to)
+            self.assertEqual(again.returncode, 0, again)
 
 
 if __name__ == "__main__":

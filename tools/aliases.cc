@@ -13,6 +13,9 @@ struct Ignored {
   bool keep_temp = false, no_strict = false, debug = false;
 };
 
+constexpr const char* kForceHelp =
+    "Not DeepSpeed's: go on from a source that does not agree with itself";
+
 struct UniversalAlias {
   ConvertFlags flags;
   Ignored ignored;
@@ -62,6 +65,7 @@ void add_deepspeed_aliases(CLI::App* app, Session* session) {
                  "Changes nothing here: no pattern lists are used");
   verb->add_flag("--inject_missing_state", universal->inject,
                  "Go on without universal_checkpoint_info, as DeepSpeed does only when asked");
+  verb->add_flag("--force", universal->flags.common.force, kForceHelp);
   add_common_flags(verb, session);
   verb->callback([session, universal] {
     universal->flags.to = "universal";
@@ -82,6 +86,7 @@ void add_deepspeed_aliases(CLI::App* app, Session* session) {
   fp32->add_flag("--exclude_frozen_parameters", weights->exclude_frozen,
                  "Leave frozen parameters out");
   fp32->add_flag("-d,--debug", ignored->debug, "Changes nothing here");
+  fp32->add_flag("--force", weights->common.force, kForceHelp);
   add_common_flags(fp32, session);
   fp32->callback([session, weights, safe, ignored] {
     weights->to = "fp32";

@@ -80,18 +80,32 @@ void refuse_overlap(Session* session, const std::string& source, const std::stri
                         .next = "name another target"});
 }
 
-void refuse_unfinished(Session* session, const std::string& folder, bool force) {
+checkpoint::ShardedState open_to_convert(Session* session, const std::string& source,
+                                         const ConversionFlags& flags) {
+  return session->open(source, !flags.force || session->read.param_order.empty());
+}
+
+void refuse_unfinished(Session* session, const std::string& folder, bool force,
+                       reshard::ConvertOptions* options) {
   const auto has = [&](const char* name) {
     return session->storage.is_file(checkpoint::join(folder, name));
   };
-  if (force || !has("certificate.json") || has(checkpoint::kManifestName)) return;
-  throw Error(ErrorInfo{
-      .code = ErrorCode::kIncomplete,
-      .what = "The source was written by isoshard and has no MANIFEST.json, which is written last: "
-              "the command that wrote it did not finish, or the copy of the folder did not.",
-      .file = folder,
-      .safe = "nothing was written",
-      .next = "make or copy it again; --force takes it as it is"});
+  const bool without = has("certificate.json") && !has(checkpoint::kManifestName);
+  if (!without && !checkpoint::is_unfinished(session->storage, folder)) return;
+  const std::string what =
+      without ? "The source was written by isoshard and has no MANIFEST.json, which is written "
+                "last: the command that wrote it did not finish, or the copy of the folder did not."
+              : "The source holds the mark of a command of isoshard that did not finish.";
+  if (force) {
+    session->notice("notice: going on (--force). " + what);
+    options->forced.push_back(what);
+    return;
+  }
+  throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                        .what = what,
+                        .file = folder,
+                        .safe = "nothing was written",
+                        .next = "make or copy it again; --force takes it as it is"});
 }
 
 nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string&) {

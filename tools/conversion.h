@@ -31,8 +31,15 @@ void add_conversion_flags(CLI::App* verb, ConversionFlags* flags);
 // TARGET equal to, inside or around SOURCE is refused.
 void refuse_overlap(Session* session, const std::string& source, const std::string& target);
 
-// A folder of ours without its manifest is INCOMPLETE: refused unless `force`.
-void refuse_unfinished(Session* session, const std::string& folder, bool force);
+// At stage 0 values prove the order of the optimizer's states; `force` does without only where
+// --param-order says it.
+checkpoint::ShardedState open_to_convert(Session* session, const std::string& source,
+                                         const ConversionFlags& flags);
+
+// A folder of ours that was not finished is INCOMPLETE: refused, or with `force` told in the
+// certificate.
+void refuse_unfinished(Session* session, const std::string& folder, bool force,
+                       reshard::ConvertOptions* options);
 
 // The certificate's source part.
 nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string& source);

@@ -35,8 +35,7 @@ void refuse_partial(const ConvertFlags& flags) {
 
 void run_convert(Session* session, const ConvertFlags& flags) {
   refuse_overlap(session, flags.source, flags.target);
-  ShardedState state = session->open(flags.source);
-  refuse_unfinished(session, state.folder, flags.common.force);
+  ShardedState state = open_to_convert(session, flags.source, flags.common);
   std::vector<std::string> left_out;
   if (!session->only.empty()) {
     refuse_partial(flags);
@@ -46,9 +45,13 @@ void run_convert(Session* session, const ConvertFlags& flags) {
   for (const std::string& name : left_out)
     certificate["skipped"].push_back(quote(name) + ": not asked for by --only");
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
+  refuse_unfinished(session, state.folder, flags.common.force, &options);
+  if (!session->only.empty()) certificate["source"]["only"] = session->only;
   std::vector<checkpoint::FileBlueprint> files;
   if (flags.to == "universal") {
-    if (flags.as_deepspeed) {
+    if (flags.as_deepspeed && !state.round_robin)
+      session->notice("notice: --as-deepspeed changes nothing: the source has no round robin");
+    if (flags.as_deepspeed && state.round_robin) {
       state = checkpoint::as_deepspeed_believes(state);
       options.doubt = reshard::ConvertOptions::Doubt::kDoNotLook;
       certificate["lossy"] = {

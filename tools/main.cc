@@ -38,9 +38,11 @@ void on_signal(int number) {
   if (length > 0) {
     say("  file:     ");
     say_at_once(left.text, length);
-    say("\n  found:    a hidden folder that was not removed; nothing in it is needed\n");
+    say("\n  found:    an unfinished folder that was not removed; nothing in it is needed\n");
   }
-  say("  safe now: the source was only read; a target is there whole or not at all\n  next:     ");
+  say("  safe now: the source was only read; ");
+  say(length > 0 ? "nothing was published" : "a target is there whole or not at all");
+  say("\n  next:     ");
   if (length > 0) say("delete that folder, then ");
   say("give the same command again\n");
   std::_Exit(128 + number);

@@ -56,8 +56,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   const TargetSpec spec =
       flags.to.empty() ? spec_from_config(session, flags) : parse_target(flags.to);
   refuse_overlap(session, flags.source, flags.target);
-  const checkpoint::ShardedState state = session->open(flags.source);
-  refuse_unfinished(session, state.folder, flags.common.force);
+  const checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
   const Topology topology = resolve(spec, state.topology);
   const int stage = spec.stage >= 0 ? spec.stage : state.stage;
   const std::string tag = flags.tag_out.empty() ? state.tag : flags.tag_out;
@@ -74,6 +73,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
       std::set<std::string>(flags.allow_dropped.begin(), flags.allow_dropped.end()));
   reshard::ConvertOptions options =
       conversion_options(session, flags.common, checkpoint::join(flags.target, tag));
+  refuse_unfinished(session, state.folder, flags.common.force, &options);
   if (!flags.common.no_latest) {
     options.latest_path = checkpoint::join(flags.target, "latest");
     options.latest_text = tag;

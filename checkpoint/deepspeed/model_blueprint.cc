@@ -60,16 +60,27 @@ class ModelWriter {
     for (const BufferState& buffer : state_.buffers)
       tensors_[buffer.name] = leaf_tensor(buffer.leaf);
     for (const Alias& alias : state_.aliases) {
-      CHECK(tensors_.count(alias.target) != 0, "an alias of a known parameter");
+      if (tensors_.count(alias.target) == 0) refuse_entry(alias.name, "a tensor, or a tied name");
       tensors_[alias.name] = alias_tensor(alias);
     }
     const std::vector<NodeId>& entries = document.pickle().entries(node);
     for (size_t i = 0; i + 1 < entries.size(); i += 2) {
       const auto found = tensors_.find(document.pickle().text(entries[i]));
-      CHECK(found != tensors_.end(), "a module entry without a tensor");
+      if (found == tensors_.end()) refuse_entry(document.pickle().text(entries[i]), "a tensor");
       builder_.replace(file_, entries[i + 1], found->second);
     }
     return builder_.copy(document, file_, node);
+  }
+
+  [[noreturn]] void refuse_entry(const std::string& name, const std::string& expected) const {
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kIncomplete,
+                  .what = "An entry of the module has no values in this checkpoint.",
+                  .file = state_.files[static_cast<size_t>(file_)].path,
+                  .entry = "module " + quote(name),
+                  .expected = expected,
+                  .found = "nothing; it may be tied to a frozen parameter that was excluded",
+                  .next = "save again without exclude_frozen_parameters"});
   }
 
   // Stages 1 and 2: the trained parameters are views of one padded storage a group.

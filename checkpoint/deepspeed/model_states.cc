@@ -1,6 +1,10 @@
 // See model_states.h.
 #include "checkpoint/deepspeed/model_states.h"
 
+#include <algorithm>
+#include <map>
+#include <set>
+
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
@@ -113,6 +117,46 @@ ModelStates read_model_states(const ShardedState& state, int file) {
   return model;
 }
 
+namespace {
+
+// Tied names whose target is a frozen parameter that exclude_frozen_parameters has left out: the
+// save removes the first name only (deepspeed/runtime/engine.py, module_state_dict). The first that
+// has bytes becomes a frozen parameter of its own, the others its aliases.
+class LostTargets {
+ public:
+  LostTargets(ShardedState* state, const ModelStates& model) : state_(*state) {
+    excluded_ = !model.has_frozen_shapes;  // None, or a stage that never writes them
+    for (const ParameterState& parameter : state->parameters) names_.insert(parameter.name);
+    for (const auto& [name, node] : model.module) names_.insert(name);
+  }
+
+  bool has(const std::string& target) const { return excluded_ && !names_.contains(target); }
+
+  // Whether the tied name is the one to keep; otherwise it is said where it went.
+  bool keeps(const std::string& name, const std::string& target, bool has_bytes) {
+    const auto [first, fresh] = kept_.emplace(target, has_bytes ? name : "");
+    if (fresh || first->second.empty()) {
+      state_.notices.push_back(quote(name) + " is tied to " + quote(target) +
+                               ", which is frozen and was excluded from the save" +
+                               (has_bytes ? ": it is kept under its own name" : ""));
+      if (!has_bytes)
+        state_.skipped.push_back(quote(name) + ": frozen, and excluded from the save");
+      if (has_bytes) first->second = name;
+      return has_bytes;
+    }
+    state_.aliases.push_back({name, first->second, -1});
+    return false;
+  }
+
+ private:
+  ShardedState& state_;
+  bool excluded_ = false;
+  std::set<std::string> names_;
+  std::map<std::string, std::string> kept_;  // lost target → the name that stands for it
+};
+
+}  // namespace
+
 void add_module_entries(ShardedState* state, const ModelStates& model) {
   const TorchFile& document = state->document(model.file);
   const Fields fields(document);
@@ -120,6 +164,7 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
   std::map<std::string, size_t> known;
   for (size_t i = 0; i < state->parameters.size(); ++i) known.emplace(state->parameters[i].name, i);
   std::map<std::string, Shape> frozen_shape(model.frozen_shapes.begin(), model.frozen_shapes.end());
+  LostTargets lost(state, model);
   for (const auto& [name, node] : model.module) {
     state->module_order.push_back(name);
     const TensorView view = fields.tensor(node, "module " + name);
@@ -142,8 +187,11 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
       if (parameter.model_copy < 0) parameter.model_copy = add("param");
     } else if (model.buffer_names.count(name)) {
       state->buffers.push_back({name, add("buffer")});
-    } else if (const auto alias = model.shared.find(name); alias != model.shared.end()) {
+    } else if (const auto alias = model.shared.find(name);
+               alias != model.shared.end() && !lost.has(alias->second)) {
       state->aliases.push_back({name, alias->second, stage3 ? -1 : add("param")});
+    } else if (alias != model.shared.end() && !lost.keeps(name, alias->second, !stage3)) {
+      continue;
     } else if (!stage3 || frozen_shape.count(name) == 0) {
       // Not owned by the optimizer: frozen, or without elements.
       if (stage3 && numel(view.shape) != 0) {
@@ -162,7 +210,10 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
   for (const auto& [alias, target] : model.shared) {
     bool present = false;
     for (const Alias& known_alias : state->aliases) present = present || known_alias.name == alias;
-    if (!present) state->aliases.push_back({alias, target, -1});
+    const bool in_module = std::ranges::any_of(
+        model.module, [&name = alias](const auto& entry) { return entry.first == name; });
+    if (present || (lost.has(target) && (in_module || !lost.keeps(alias, target, false)))) continue;
+    state->aliases.push_back({alias, target, -1});
   }
 }
 

@@ -139,7 +139,8 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
   std::sscanf(state.version.c_str(), "%d.%d.%d", &major, &minor, &patch);
   target.writes_alignment = major * 1'000'000 + minor * 1'000 + patch >= 19'008;
   target.frozen_excluded =
-      state.stage >= 2 && model.maybe(model.root(), "frozen_param_shapes") == kNoNode;
+      state.stage >= 2 && model.maybe(model.root(), "frozen_param_shapes") == kNoNode &&
+      std::ranges::all_of(state.parameters, [](const ParameterState& p) { return p.group >= 0; });
   const bool round_robin = stage >= 1 && stage <= 2 && !target.bf16_optimizer &&
                            zero_option(model, config, "round_robin_gradients", 0) != 0;
   const int64_t sub_group_size = zero_option(model, config, "sub_group_size", 1'000'000'000);

@@ -143,7 +143,7 @@ void Zero0Reader::refuse(ErrorCode code, const std::string& what, const std::str
                                     ? "`isoshard help` lists what this version reads"
                                     : "say the order with --param-order FILE: one parameter name a "
                                       "line in the order of the optimizer's state, a blank line "
-                                      "between groups"});
+                                      "between groups; with it --force goes on from the masters"});
 }
 
 int Zero0Reader::add_leaf(const std::string& name, const std::string& state,
