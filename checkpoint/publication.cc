@@ -122,6 +122,7 @@ StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwr
     fail_taken(final_path_, "A file stands where the folder is to be.", true);
   }
   const bool is_taken = storage_.is_directory(final_path_);
+  if (!is_taken) refuse_other(parts.name);
   if (is_taken && !overwrite_) {
     fail_taken(final_path_, "The target exists; it was not touched.", false);
   }
@@ -135,6 +136,20 @@ StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwr
   } catch (...) {
     remove_staging();
     throw;
+  }
+}
+
+// A name that is taken by neither file nor folder: a link that leads nowhere, a device.
+void StagedFolder::refuse_other(const std::string& name) const {
+  if (!storage_.is_directory(parent_path_)) return;
+  for (const DirectoryEntry& entry : storage_.list(parent_path_)) {
+    if (entry.name != name) continue;
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kExists,
+                  .what = "Something that is neither file nor folder has the target's name.",
+                  .file = final_path_,
+                  .found = "a link that leads nowhere, or a device",
+                  .next = "choose another target, or remove it"});
   }
 }
 

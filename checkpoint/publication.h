@@ -50,6 +50,7 @@ class StagedFolder {
   const std::string& left_behind() const { return left_behind_; }
 
  private:
+  void refuse_other(const std::string& name) const;
   void make_parents();
   void probe_exchange();
   void probe_rename();

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <charconv>
 #include <limits>
+#include <set>
 
 #include "core/error.h"
 
@@ -71,6 +72,7 @@ std::string to_string(const Topology& topology) {
 
 TargetSpec parse_target(const std::string& text) {
   TargetSpec spec;
+  std::set<std::string> seen;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
     const std::string part = text.substr(begin, end - begin);
@@ -82,6 +84,7 @@ TargetSpec parse_target(const std::string& text) {
     const auto [stop, failure] = std::from_chars(first, last, value);
     if (failure != std::errc() || stop != last) throw bad_target(text, part, "not a number.");
     const std::string key = part.substr(0, equals);
+    if (!seen.insert(key).second) throw bad_target(text, part, "the axis is said twice.");
     bool known = false;
     if (key == "stage") {
       if (value < 0 || value > 3) throw bad_target(text, part, "there is no such ZeRO stage.");

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstring>
 #include <exception>
+#include <optional>
 #include <thread>
 #include <tuple>
 #include <unordered_map>
@@ -15,6 +16,7 @@
 #include "core/cast.h"
 #include "core/check.h"
 #include "core/error.h"
+#include "core/threads.h"
 #include "reshard/crc_sum.h"
 #include "reshard/target_pool.h"
 
@@ -294,12 +296,13 @@ size_t Executor::take_chunk(bool from_front) {
 }
 
 void Executor::work(bool from_front, std::exception_ptr* failure, size_t* failed_at) {
-  Buffers buffers;
+  std::optional<Buffers> buffers;
   for (size_t i = take_chunk(from_front); i < chunks_.size() && !stop_;
        i = take_chunk(from_front)) {
     try {
       checkpoint::throw_if_cancelled();
-      process(chunks_[i], &buffers);
+      if (!buffers) buffers.emplace();
+      process(chunks_[i], &*buffers);
     } catch (...) {
       *failure = std::current_exception();
       *failed_at = i;
@@ -317,16 +320,20 @@ void Executor::work_through() {
   std::condition_variable ended;
   size_t running = workers;
   std::vector<std::thread> threads;
-  for (size_t i = 0; i < workers; ++i) {
-    threads.emplace_back([&, i] {
+  size_t started = 0;
+  for (; started < workers; ++started) {
+    const bool more = try_start(&threads, [&, i = started] {
       work(i % 2 == 0, &failures[i], &failed_at[i]);
       const std::lock_guard lock(mutex);
       --running;
       ended.notify_all();
     });
+    if (!more) break;
   }
+  if (started == 0) work(true, &failures[0], &failed_at[0]);
   {
     std::unique_lock lock(mutex);
+    running -= workers - started;
     while (running > 0) {
       ended.wait_for(lock, std::chrono::milliseconds(200));
       if (options_.progress) options_.progress(bytes_done_, bytes_total_);

@@ -8,6 +8,8 @@
 #include <thread>
 #include <vector>
 
+#include "core/threads.h"
+
 namespace isoshard::reshard {
 
 // Calls work(0) … work(count − 1), in order of their numbers but several at a time. After a failure
@@ -29,7 +31,9 @@ void parallel_for(size_t count, int workers, const Work& work) {
   };
   std::vector<std::thread> threads;
   const size_t helpers = std::min<size_t>(static_cast<size_t>(std::max(workers, 1)), count);
-  for (size_t i = 1; i < helpers; ++i) threads.emplace_back(run);
+  for (size_t i = 1; i < helpers; ++i) {
+    if (!try_start(&threads, run)) break;
+  }
   run();
   for (std::thread& thread : threads) thread.join();
   for (const std::exception_ptr& failure : failures) {

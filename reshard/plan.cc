@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "checkpoint/cancel.h"
 #include "core/cast.h"
 #include "core/check.h"
 
@@ -86,6 +87,7 @@ ReshardPlan make_plan(const checkpoint::ShardedState& state,
   ReshardPlan plan;
   plan.blueprints = std::move(blueprints);
   for (const checkpoint::FileBlueprint& blueprint : plan.blueprints) {
+    checkpoint::throw_if_cancelled();
     const int file = static_cast<int>(plan.targets.size());
     plan.targets.emplace_back(blueprint);
     for (size_t i = 0; i < blueprint.storages.size(); ++i) {

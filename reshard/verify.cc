@@ -90,6 +90,7 @@ class Verifier {
   FileCrcs file_crcs() const;
   void compare_manifest();
   void compare_certificate();
+  void tell_history(const json& certificate);
   void compare_sections(const json& digests);
   void compare_copies();
   void look_for_oddities();
@@ -277,6 +278,7 @@ void Verifier::compare_certificate() {
   if (!in_folder("certificate.json")) return;
   const json certificate =
       json::parse(read_small_file(storage_, path, kPaperBytes), nullptr, false);
+  if (certificate.is_object()) tell_history(certificate);
   const json::json_pointer at("/target/digests");
   if (certificate.is_object() && !certificate.contains(at)) {
     result_.certificate = "has no digests of this folder: it was written with --verify=stream";
@@ -287,6 +289,17 @@ void Verifier::compare_certificate() {
     return;
   }
   compare_sections(certificate[at]);
+}
+
+// What its makers knew and went on from: the folder is as it was made, not better.
+void Verifier::tell_history(const json& certificate) {
+  for (const char* list : {"forced", "lossy"}) {
+    for (const json& text : certificate.value(list, json::array())) {
+      if (text.is_string())
+        result_.notices.push_back("it was made with doubts, says certificate.json (" +
+                                  std::string(list) + "): " + text.get<std::string>());
+    }
+  }
 }
 
 void Verifier::compare_sections(const json& digests) {

@@ -60,11 +60,14 @@ void check_parts(const ShardedState& state, WeightsInventory* inventory) {
 // Which file holds each name; aliases lie where their targets do.
 std::map<std::string, std::string> files_by_tensor(const ShardedState& state) {
   std::map<std::string, std::string> files;
-  for (const checkpoint::ParameterState& parameter : state.parameters) {
-    const checkpoint::Leaf& leaf = state.leaf(parameter.weight);
+  const auto add = [&](const std::string& name, const checkpoint::Leaf& leaf) {
     const int file = leaf.fragments.empty() ? -1 : leaf.fragments.front().file;
-    files[parameter.name] = file < 0 ? "" : state.files[static_cast<size_t>(file)].relative;
-  }
+    files[name] = file < 0 ? "" : state.files[static_cast<size_t>(file)].relative;
+  };
+  for (const checkpoint::ParameterState& parameter : state.parameters)
+    add(parameter.name, state.leaf(parameter.weight));
+  for (const checkpoint::BufferState& buffer : state.buffers)  // as a certificate names them
+    add(buffer.name, state.leaf(buffer.leaf));
   for (const checkpoint::Alias& alias : state.aliases) files.emplace(alias.name, "");
   return files;
 }

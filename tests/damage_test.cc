@@ -264,10 +264,9 @@ TEST(Damage, WhatIsSilentIsCounted) {
   const std::unique_ptr<WritableFile> file = storage.create("/probe");
   file->write_at(0, std::as_bytes(std::span(bytes)));
   const checkpoint::ZipIndex index = checkpoint::read_zip_index(*storage.open_read("/probe"));
-  const auto record = std::find_if(index.records.begin(), index.records.end(),
-                                   [&](const checkpoint::ZipRecord& each) {
-                                     return each.name.rfind("data/", 0) == 0;
-                                   });
+  const auto record = std::find_if(
+      index.records.begin(), index.records.end(),
+      [&](const checkpoint::ZipRecord& each) { return each.name.rfind("data/", 0) == 0; });
   ASSERT_NE(record, index.records.end());
   const auto crc_bytes = [](uint32_t crc) {
     return std::string(reinterpret_cast<const char*>(&crc), 4);

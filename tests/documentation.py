@@ -34,7 +34,7 @@ def main():
         if line.startswith("$ build/release/isoshard"):
             command = shlex.split(line)[2:]
             run = subprocess.run([PROGRAM, *command], cwd=ROOT, capture_output=True, text=True)
-            output = run.stdout.splitlines()
+            output = (run.stdout + run.stderr).splitlines()
         elif line.startswith("```"):
             command = None
         elif command and line != "…":

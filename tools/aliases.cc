@@ -13,6 +13,7 @@ struct Ignored {
   bool keep_temp = false, no_strict = false, debug = false;
 };
 
+constexpr const char* kOverwriteHelp = "Not DeepSpeed's: exchange an existing target whole";
 constexpr const char* kForceHelp =
     "Not DeepSpeed's: go on from a source that does not agree with itself";
 
@@ -65,6 +66,7 @@ void add_deepspeed_aliases(CLI::App* app, Session* session) {
                  "Changes nothing here: no pattern lists are used");
   verb->add_flag("--inject_missing_state", universal->inject,
                  "Go on without universal_checkpoint_info, as DeepSpeed does only when asked");
+  verb->add_flag("--overwrite", universal->flags.common.overwrite, kOverwriteHelp);
   verb->add_flag("--force", universal->flags.common.force, kForceHelp);
   add_common_flags(verb, session);
   verb->callback([session, universal] {
@@ -86,6 +88,7 @@ void add_deepspeed_aliases(CLI::App* app, Session* session) {
   fp32->add_flag("--exclude_frozen_parameters", weights->exclude_frozen,
                  "Leave frozen parameters out");
   fp32->add_flag("-d,--debug", ignored->debug, "Changes nothing here");
+  fp32->add_flag("--overwrite", weights->common.overwrite, kOverwriteHelp);
   fp32->add_flag("--force", weights->common.force, kForceHelp);
   add_common_flags(fp32, session);
   fp32->callback([session, weights, safe, ignored] {

@@ -108,6 +108,13 @@ void add_convert(CLI::App* app, Session* session) {
   verb->add_flag("--exclude-frozen-parameters", flags->exclude_frozen,
                  "fp32: leave frozen parameters out");
   verb->add_option("--like", flags->like, "Output as this DeepSpeed version writes it")
+      ->check([](const std::string& text) {
+        int numbers[3] = {}, length = 0;
+        const int found =
+            std::sscanf(text.c_str(), "%d.%d.%d%n", &numbers[0], &numbers[1], &numbers[2], &length);
+        const bool good = found == 3 && static_cast<size_t>(length) == text.size();
+        return good ? "" : "--like must be a version such as 0.16.9, not '" + text + "'";
+      })
       ->capture_default_str();
   verb->add_flag("--as-deepspeed", flags->as_deepspeed,
                  "Round robin: swap parameters as DeepSpeed's converter does");

@@ -1,6 +1,7 @@
 // isoshard diff: the first difference, totals, and what the differing values are.
 #include "reshard/diff.h"
 
+#include <algorithm>
 #include <iostream>
 #include <map>
 
@@ -181,6 +182,9 @@ void run_diff(Session* session, const DiffFlags& flags) {
   const DiffReport report =
       reshard::diff(session->storage, a, b,
                     {.stream = session->stream_options(), .ulp = flags.ulp, .only = session->only});
+  const bool compared = std::ranges::any_of(
+      report.sections, [](const auto& s) { return s.section != "hyper" && s.names > 0; });
+  if (!session->only.empty() && !compared) refuse_unmatched(session->only);
   if (session->json)
     print_json_form(session, report);
   else

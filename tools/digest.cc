@@ -19,6 +19,13 @@ std::string strip(const std::string& text) {
   return text.rfind("iso1:", 0) == 0 ? text.substr(5) : text;
 }
 
+bool is_found(const reshard::Digest& digest, const std::string& expected) {
+  bool found = expected == digest.root;
+  for (const reshard::SectionDigest& s : digest.sections)
+    found = found || (s.absent.empty() && s.hex == expected);
+  return found;
+}
+
 void run_digest(Session* session, const DigestFlags& flags) {
   checkpoint::ShardedState state = session->open(flags.source);
   std::vector<std::string> left_out;
@@ -39,6 +46,8 @@ void run_digest(Session* session, const DigestFlags& flags) {
                                                                         {"elements", s.elements}}
                                                        : nlohmann::json{{"absent", s.absent}};
     }
+    if (!session->expect.empty()) object["expect"] = session->expect;
+    if (!session->expect.empty()) object["found"] = is_found(digest, strip(session->expect));
     session->print_json(object);
   } else {
     std::cout << "iso1:" << digest.root << "  root  " << tensors << "  " << elements << "\n";
@@ -55,10 +64,7 @@ void run_digest(Session* session, const DigestFlags& flags) {
   }
   if (session->expect.empty()) return;
   const std::string expected = strip(session->expect);
-  bool found = expected == digest.root;
-  for (const reshard::SectionDigest& s : digest.sections)
-    found = found || (s.absent.empty() && s.hex == expected);
-  if (!found) {
+  if (!is_found(digest, expected)) {
     session->notice("digest differs from --expect iso1:" + expected);
     session->status = kAnswerIsNo;
   }
@@ -71,8 +77,7 @@ void add_digest(CLI::App* app, Session* session) {
   CLI::App* verb = app->add_subcommand(
       "digest", "One value for one state, whatever its topology, format and files");
   verb->add_option("SOURCE", flags->source)->required();
-  verb->add_option("--expect", session->expect,
-                   "Exit 1 unless the root or a section has this digest (iso1:…)");
+  add_expect_flag(verb, session);
   verb->add_flag("--leaves", flags->leaves, "Also print every leaf's canonical line");
   add_source_flags(verb, session);
   add_only_flag(verb, session);

@@ -141,6 +141,10 @@ void add_inspect(CLI::App* app, Session* session) {
   add_only_flag(verb, session);
   verb->callback([session, source, list] {
     const ShardedState state = session->open(*source, /*prove=*/false);
+    const checkpoint::NameFilter filter(session->only);
+    const bool matched = std::ranges::any_of(
+        state.parameters, [&](const ParameterState& p) { return filter.matches(p.name); });
+    if (!session->only.empty() && !matched) refuse_unmatched(session->only);
     const Totals totals = totals_of(state);
     if (session->json)
       print_json_form(session, state, totals);

@@ -77,7 +77,11 @@ void report(const Session& session, const isoshard::Error& error) {
                         {"next", info.next}});
   }
   std::cerr << "isoshard: " << error.what() << "\n";
-  session.log(error.what());
+  try {
+    session.log(error.what());
+  } catch (const isoshard::Error&) {
+    // The log itself may be what failed.
+  }
 }
 
 isoshard::Error memory_exhausted(const std::string& source) {
@@ -118,7 +122,10 @@ int run(int argc, char** argv, Session* session) {
   bool help = false;
   app.add_flag("-h,--help", help, "This page");
   app.require_subcommand(0, 1);
-  app.add_subcommand("help", "This page")->callback([&] { help = true; });
+  std::string about;
+  CLI::App* page = app.add_subcommand("help", "This page");
+  page->add_option("VERB", about, "The page of one verb");
+  page->callback([&] { help = true; });
   isoshard::tools::add_verbs(&app, session);
   try {
     app.parse(argc, argv);
@@ -132,6 +139,11 @@ int run(int argc, char** argv, Session* session) {
     std::cerr << "isoshard: " << error.what()
               << "\n  next: isoshard help, or isoshard VERB --help\n";
     return isoshard::tools::kCouldNot;
+  }
+  for (CLI::App* verb : app.get_subcommands([](CLI::App*) { return true; })) {
+    if (!help || verb->get_name() != about) continue;
+    std::cout << verb->help();
+    return isoshard::tools::kDone;
   }
   if (help || app.get_subcommands().empty()) {
     std::cout << kHelp;
@@ -156,12 +168,23 @@ int main(int argc, char** argv) {
   // `plan VERB …` is `VERB … --dry-run`.
   std::vector<char*> arguments(argv, argv + argc);
   static char dry_run[] = "--dry-run";
-  if (argc > 2 && std::string(argv[1]) == "plan" && argv[2][0] != '-') {
+  static char help[] = "help";
+  const bool is_plan = argc > 1 && std::string(argv[1]) == "plan";
+  if (is_plan && (argc == 2 || argv[2][0] == '-')) {
+    arguments = {argv[0], help};
+  } else if (is_plan) {
     arguments.erase(arguments.begin() + 1);
     arguments.push_back(dry_run);
   }
   try {
-    return run(static_cast<int>(arguments.size()), arguments.data(), &session);
+    const int status = run(static_cast<int>(arguments.size()), arguments.data(), &session);
+    std::cout.flush();
+    if (std::cout) return status;
+    throw isoshard::Error(isoshard::ErrorInfo{
+        .code = isoshard::ErrorCode::kNoSpace,
+        .what = "The answer could not be written to the standard output.",
+        .safe = "the source was only read; a target that was asked for is published",
+        .next = "give it a place with room: a file on another disk, or a pipe that stays open"});
   } catch (const isoshard::Error& error) {
     report(session, error);
     const int signal = isoshard::checkpoint::cancel_signal();

@@ -19,6 +19,20 @@ struct ReshardFlags {
   ConversionFlags common;
 };
 
+[[noreturn]] void refuse_config(const std::string& file, const std::string& key, int least,
+                                int most, const nlohmann::json& found) {
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUsage,
+      .what = "The DeepSpeed config does not say what the target is to be.",
+      .file = file,
+      .entry = key,
+      .expected = key == "zero_optimization"
+                      ? "an object with stage"
+                      : "a number from " + std::to_string(least) + " to " + std::to_string(most),
+      .found = found.dump(),
+      .next = "write the number into a copy of the config, or say --to instead"});
+}
+
 // stage and sp from a DeepSpeed config file, dp from --world.
 TargetSpec spec_from_config(Session* session, const ReshardFlags& flags) {
   const nlohmann::json config = nlohmann::json::parse(
@@ -29,13 +43,21 @@ TargetSpec spec_from_config(Session* session, const ReshardFlags& flags) {
                           .file = flags.to_config});
   }
   TargetSpec spec;
+  const auto number = [&](const nlohmann::json& holder, const char* key, int otherwise, int least,
+                          int most) {
+    if (!holder.contains(key)) return otherwise;
+    const nlohmann::json& value = holder[key];
+    const bool fits = value.is_number_integer() && value >= least && value <= most;
+    if (!fits) refuse_config(flags.to_config, key, least, most, value);
+    return value.get<int>();
+  };
   const nlohmann::json zero = config.value("zero_optimization", nlohmann::json::object());
-  spec.stage = zero.is_object() && zero.contains("stage") && zero["stage"].is_number_integer()
-                   ? zero["stage"].get<int>()
-                   : 0;
-  const nlohmann::json sp = config.value("sequence_parallel_size", nlohmann::json(1));
-  spec.topology.sequence = sp.is_number_integer() ? sp.get<int>() : 1;
-  if (flags.world < 1 || spec.topology.sequence < 1 || flags.world % spec.topology.sequence != 0) {
+  if (!zero.is_object()) refuse_config(flags.to_config, "zero_optimization", 0, 3, zero);
+  spec.stage = number(zero, "stage", 0, 0, 3);
+  spec.topology.sequence = number(config, "sequence_parallel_size", 1, 1, 1'000'000);
+  const nlohmann::json tensor = config.value("tensor_parallel", nlohmann::json::object());
+  if (tensor.is_object()) number(tensor, "autotp_size", 1, 0, 1);
+  if (flags.world < 1 || flags.world % spec.topology.sequence != 0) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kUsage,
         .what = "--to-config needs --world N, a multiple of the config's sequence_parallel_size.",
@@ -53,6 +75,11 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
         .code = ErrorCode::kUsage,
         .what = "Say the target once: --to dp=4[,sp=,stage=], or --to-config FILE --world N."});
   }
+  if (flags.to_config.empty() && flags.world != 0) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "--world goes with --to-config; --to says each degree.",
+                          .next = "leave --world out"});
+  }
   const TargetSpec spec =
       flags.to.empty() ? spec_from_config(session, flags) : parse_target(flags.to);
   refuse_overlap(session, flags.source, flags.target);
@@ -61,10 +88,12 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   const int stage = spec.stage >= 0 ? spec.stage : state.stage;
   const std::string tag = flags.tag_out.empty() ? state.tag : flags.tag_out;
   if (const std::string why = why_unsafe_name(tag);
-      !why.empty() || tag.find('/') != std::string::npos) {
+      !why.empty() || tag.find('/') != std::string::npos || tag.front() == '.' ||
+      tag.starts_with("latest")) {
     throw Error(
         ErrorInfo{.code = ErrorCode::kUsage,
-                  .what = "The tag cannot be used: " + (why.empty() ? "it has a '/'" : why) + ".",
+                  .what = "The tag cannot be used: " +
+                          (why.empty() ? "it has a '/', or is a name of another use" : why) + ".",
                   .found = quote(tag),
                   .next = "name one with --tag-out"});
   }

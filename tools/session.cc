@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
+#include <fstream>
 #include <iostream>
 #include <memory>
 #include <thread>
@@ -17,6 +19,40 @@
 #include "core/error.h"
 
 namespace isoshard::tools {
+namespace {
+
+[[noreturn]] void refuse_log(const std::string& path, const std::string& found) {
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "The log file cannot be used.",
+                        .file = path,
+                        .expected = "a new file, or a log of isoshard, in a folder that is there",
+                        .found = found,
+                        .next = "name another with --log-file"});
+}
+
+// Appends to a log of ours alone: a mistaken name must not write into a checkpoint.
+std::shared_ptr<spdlog::logger> open_log(const std::string& path) {
+  const std::filesystem::path file(path);
+  const std::filesystem::path folder = file.has_parent_path() ? file.parent_path() : ".";
+  std::error_code ignored;
+  if (!std::filesystem::is_directory(folder, ignored)) refuse_log(path, "no such folder");
+  if (std::filesystem::exists(file, ignored)) {
+    if (!std::filesystem::is_regular_file(file, ignored)) refuse_log(path, "no regular file");
+    std::ifstream old(file);
+    std::string begin;
+    std::getline(old, begin);
+    if (!begin.empty() && begin.find("[isoshard]") == std::string::npos)
+      refuse_log(path, "a file that is no log of isoshard");
+  }
+  spdlog::set_error_handler([](const std::string& why) { refuse_log("--log-file", why); });
+  try {
+    return spdlog::basic_logger_mt("isoshard", path);
+  } catch (const spdlog::spdlog_ex& error) {
+    refuse_log(path, error.what());
+  }
+}
+
+}  // namespace
 
 void Session::print_json(nlohmann::json object) const {
   object["schema"] = 1;
@@ -26,7 +62,7 @@ void Session::print_json(nlohmann::json object) const {
 void Session::log(const std::string& line) const {
   if (log_file.empty()) return;
   std::shared_ptr<spdlog::logger> logger = spdlog::get("isoshard");
-  if (logger == nullptr) logger = spdlog::basic_logger_mt("isoshard", log_file);
+  if (logger == nullptr) logger = open_log(log_file);
   logger->info(line);
   logger->flush();
 }
@@ -133,6 +169,25 @@ void add_source_flags(CLI::App* verb, Session* session) {
                    "Stage 0: file with the parameter names in the optimizer's order");
   verb->add_flag("--allow-renamed", session->read.allow_renamed,
                  "Accept a file that was saved under another name");
+}
+
+void add_expect_flag(CLI::App* verb, Session* session) {
+  const auto is_digest = [](const std::string& text) {
+    const std::string hex = text.starts_with("iso1:") ? text.substr(5) : text;
+    const bool good =
+        hex.size() == 64 && hex.find_first_not_of("0123456789abcdef") == std::string::npos;
+    return good ? "" : "--expect must be iso1: and 64 hexadecimal digits, not '" + text + "'";
+  };
+  verb->add_option("--expect", session->expect,
+                   "Exit 1 unless the root or a section has this digest (iso1:…)")
+      ->check(is_digest);
+}
+
+void refuse_unmatched(const std::string& pattern) {
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "No parameter or buffer has a name that --only matches.",
+                        .entry = quote(pattern),
+                        .next = "isoshard inspect --parameters lists the names"});
 }
 
 void add_only_flag(CLI::App* verb, Session* session) {

@@ -136,8 +136,7 @@ void add_verify(CLI::App* app, Session* session) {
   CLI::App* verb = app->add_subcommand(
       "verify", "A verdict: VERIFIED, COMPLETE, SUSPECT, INCOMPLETE, CORRUPT or HOSTILE");
   verb->add_option("SOURCE", *source)->required();
-  verb->add_option("--expect", session->expect,
-                   "Exit 1 unless the root or a section has this digest (iso1:…)");
+  add_expect_flag(verb, session);
   add_source_flags(verb, session);
   verb->callback([session, source] { run_verify(session, *source); });
 }

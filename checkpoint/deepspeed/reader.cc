@@ -17,6 +17,7 @@
 #include "checkpoint/format/crc.h"
 #include "core/cast.h"
 #include "core/error.h"
+#include "core/threads.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -264,7 +265,9 @@ std::vector<int> open_files(ShardedState* state, Storage& storage,
     }
   };
   std::vector<std::thread> threads;
-  for (int i = 1; i < options.workers && names.size() > 8; ++i) threads.emplace_back(work);
+  for (int i = 1; i < options.workers && names.size() > 8; ++i) {
+    if (!try_start(&threads, work)) break;
+  }
   work();
   for (std::thread& thread : threads) thread.join();
   std::vector<int> numbers;
@@ -282,6 +285,13 @@ std::vector<int> open_files(ShardedState* state, Storage& storage,
           .expected = quote(stem),
           .found = quote(prefix),
           .next = "rename it back, or pass --allow-renamed if you renamed it on purpose"});
+    }
+    if (prefix != stem && prefix != "archive") {
+      state->inferred.push_back(quote(names[i]) +
+                                ": taken for what its name says, though it was saved as " +
+                                quote(prefix) + " (--allow-renamed)");
+      state->not_verified.push_back("whose file " + quote(names[i]) + " is: it was saved as " +
+                                    quote(prefix) + " (--allow-renamed)");
     }
     state->files.push_back({opened[i]->path(), names[i], opened[i], nullptr});
     numbers.push_back(static_cast<int>(state->files.size()) - 1);

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdio>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/model_states.h"
 #include "core/check.h"
@@ -238,10 +239,14 @@ TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topolo
   check_client_state(state, target, allow_dropped);
   check_loss_scaler(state, stage, allow_dropped);
   TargetFiles result;
-  for (int rank = 0; rank < (stage == 3 ? target.ranks : 1); ++rank)
+  for (int rank = 0; rank < (stage == 3 ? target.ranks : 1); ++rank) {
+    throw_if_cancelled();
     result.files.push_back(model_blueprint(&target, rank));
-  for (int rank = 0; rank < (stage == 0 ? 0 : target.ranks); ++rank)
+  }
+  for (int rank = 0; rank < (stage == 0 ? 0 : target.ranks); ++rank) {
+    throw_if_cancelled();
     result.files.push_back(optim_blueprint(&target, rank));
+  }
   result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
   result.skipped.assign(target.skipped.begin(), target.skipped.end());
   return result;

@@ -78,6 +78,29 @@ std::string pointer_text(Storage& storage, const std::string& path) {
   return text;
 }
 
+// A file that is a part of a checkpoint says nothing alone.
+void refuse_part(Storage& storage, const std::string& path) {
+  const std::string name = base_name(path), folder = parent_folder(path);
+  const std::string parameter = base_name(folder), zero = base_name(parent_folder(folder));
+  const bool is_part = parse_file_name(name).kind != FileName::Kind::kOther ||
+                       name.starts_with("latest") || (zero == "zero" && ends_with(name, ".pt"));
+  const bool known = ends_with(name, ".pt") || ends_with(name, ".bin") || ends_with(name, ".pth") ||
+                     ends_with(name, ".safetensors") || ends_with(name, ".ckpt");
+  if (!is_part && known) return;
+  if (!is_part && storage.open_read(path)->size_bytes() > 4) {
+    std::string magic(4, '\0');
+    storage.open_read(path)->read_at(0, std::as_writable_bytes(std::span(magic)));
+    if (magic.starts_with("PK")) return;  // weights under any name
+  }
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUsage,
+      .what = is_part ? "This is one file of a checkpoint." : "This file holds no weights.",
+      .file = path,
+      .expected = "a folder, or a file of weights (.safetensors, .bin, .pt)",
+      .next = "name the folder it lies in: " +
+              quote(zero == "zero" ? parent_folder(parent_folder(folder)) : folder)});
+}
+
 SourcePlace weights_place(const std::string& folder, const std::vector<DirectoryEntry>& entries) {
   SourcePlace place{.kind = SourcePlace::Kind::kWeights,
                     .folder = folder,
@@ -125,6 +148,7 @@ std::string parent_folder(const std::string& path) {
 
 SourcePlace resolve_source(Storage& storage, const std::string& path, const std::string& tag) {
   if (storage.is_file(path)) {
+    refuse_part(storage, path);
     return {.kind = SourcePlace::Kind::kWeights,
             .folder = parent_folder(path),
             .save_folder = "",
