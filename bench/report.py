@@ -349,8 +349,9 @@ on one machine; where a goal could not be measured this page says so.
 
 How: the input is made once by `bench/make_checkpoint.py` (a GPT-like model, random values) and
 never trained. The outputs of both programs are compared first by `scripts/compare_torch.py`. Then
-the programs take turns, {pairs} rounds, each with its own output removed before the next starts; on
-disk the input is dropped from the page cache before every run. A ratio is the median over rounds of
+the programs take turns, {pairs} rounds (the other way round every second time), each with its own
+output removed before the next starts; on disk the input is dropped from the page cache before every
+run. A ratio is the median over rounds of
 the ratio within a round. `isoshard` without a flag reads its output back (`--verify=reread`).
 Others' load is the share of the processors that other programs used meanwhile; a time above 10 %
 gets no verdict, nor does one with an input below 2 GB. Counts are the kernel's, of a run of its

@@ -121,6 +121,7 @@ struct ShardedState {
   std::vector<std::string> notices;       // odd, but harmless
   std::vector<std::string> not_verified;  // what cannot be known from the files
   std::vector<std::string> inferred;      // "what: evidence"
+  bool has_places = true;                 // leaves have their fragments
   bool partial = false;                   // select_names() has left something out
 
   const TorchFile& document(int file) const { return *files[static_cast<size_t>(file)].torch; }

@@ -14,11 +14,16 @@ bool is_inside(const std::string& inner, const std::string& outer) {
   return inner == outer || inner.rfind(outer + "/", 0) == 0;
 }
 
-void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
+// The nearest folder that is there.
+std::string existing_parent(Session* session, const std::string& target) {
   std::string folder = checkpoint::parent_folder(target);
   while (!session->storage.is_directory(folder) && folder != "/" && folder != ".")
     folder = checkpoint::parent_folder(folder);
-  const FreeSpace space = session->storage.free_space(folder);
+  return folder;
+}
+
+void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
+  const FreeSpace space = session->storage.free_space(existing_parent(session, target));
   const auto files = static_cast<int64_t>(plan.targets.size()) + 2;
   const bool bytes_short = space.bytes < plan.bytes_to_write(),
              inodes_short = space.inodes >= 0 && space.inodes < 2 * files;
@@ -36,14 +41,17 @@ void check_space(Session* session, const reshard::ReshardPlan& plan, const std::
 }
 
 void print_plan(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
-  const nlohmann::json object = {{"kind", "plan"},
-                                 {"target", target},
-                                 {"transfers", plan.transfers.size()},
-                                 {"files", plan.targets.size()},
-                                 {"bytes_to_read", plan.bytes_to_read()},
-                                 {"bytes_to_write", plan.bytes_to_write()},
-                                 {"workers", session->stream_options().workers},
-                                 {"buffer_bytes", session->stream_options().workers * (3 << 20)}};
+  const FreeSpace space = session->storage.free_space(existing_parent(session, target));
+  nlohmann::json object = {{"kind", "plan"},
+                           {"target", target},
+                           {"transfers", plan.transfers.size()},
+                           {"files", plan.targets.size()},
+                           {"bytes_to_read", plan.bytes_to_read()},
+                           {"bytes_to_write", plan.bytes_to_write()},
+                           {"workers", session->stream_options().workers},
+                           {"buffer_bytes", session->stream_options().workers * (3 << 20)},
+                           {"free_bytes", space.bytes}};
+  if (space.inodes >= 0) object["free_inodes"] = space.inodes;
   if (session->json) {
     session->print_json(object);
     return;

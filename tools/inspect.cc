@@ -140,6 +140,7 @@ void add_inspect(CLI::App* app, Session* session) {
   add_source_flags(verb, session);
   add_only_flag(verb, session);
   verb->callback([session, source, list] {
+    session->read.places = false;
     const ShardedState state = session->open(*source, /*prove=*/false);
     const checkpoint::NameFilter filter(session->only);
     const bool matched = std::ranges::any_of(

@@ -114,7 +114,7 @@ reshard::StreamOptions Session::stream_options() const {
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
     options.open_files =
-        static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(limit.rlim_cur) - 128, 16, 2048));
+        static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(limit.rlim_cur) - 128, 4, 2048));
   }
   if (no_progress || quiet || json) return options;
   const bool terminal = isatty(STDERR_FILENO) != 0;

@@ -370,10 +370,11 @@ ShardedState read_checkpoint(Storage& storage, const std::string& path,
   state.folder = place.folder;
   state.tag = place.tag;
   state.notices = place.notices;
+  state.has_places = options.places;
   if (place.kind == SourcePlace::Kind::kZero) read_zero(&state, storage, options);
   if (place.kind == SourcePlace::Kind::kUniversal) read_universal(&state, storage, options);
   if (place.kind == SourcePlace::Kind::kWeights) read_weights(&state, storage, place);
-  check_cover(state);
+  if (state.has_places) check_cover(state);
   state.find_parameter("");  // completes the index
   return state;
 }

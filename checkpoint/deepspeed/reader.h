@@ -17,7 +17,8 @@ struct ReadOptions {
   std::string param_order;     // --param-order FILE, stage 0 only
   bool allow_renamed = false;  // accept a file whose archive prefix names another file
   int workers = 2;
-  bool prove = true;  // stage 0: read payloads to prove an inferred mapping (inspect does not)
+  bool prove = true;   // stage 0: read payloads to prove an inferred mapping (inspect does not)
+  bool places = true;  // where each element lies; inspect does without it at stage 3
 };
 
 // Throws the Error that says what stands at SOURCE where that is neither file nor folder, and at

@@ -124,12 +124,14 @@ void Zero3Reader::add_flat(int rank, size_t sub_group, const TensorView& view,
         parameter.weight = found->second;
       else
         parameter.states.push_back(found->second);
-      state_.leaf(found->second)
-          .fragments.reserve(static_cast<size_t>(std::min<int64_t>(dp_, numel(parameter.shape))));
+      if (state_.has_places)
+        state_.leaf(found->second)
+            .fragments.reserve(static_cast<size_t>(std::min<int64_t>(dp_, numel(parameter.shape))));
     }
     Leaf& leaf = state_.leaf(found->second);
     if (leaf.dtype != view.dtype)
       f.fail("Ranks disagree on a state's dtype.", what, name(leaf.dtype), name(view.dtype));
+    if (!state_.has_places) continue;
     if (const RankFragment fragment = fragment_on(layouts_[sub_group][i], rank);
         fragment.count > 0) {
       leaf.fragments.push_back(
