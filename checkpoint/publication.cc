@@ -65,6 +65,10 @@ bool ends_in_nonce(const std::string& name, const std::string& mark) {
          name.find_first_not_of("0123456789abcdef", digits_at) == std::string::npos;
 }
 
+bool is_mark_and_nonce(const std::string& name, const std::string& mark) {
+  return name.size() == mark.size() + kNonceDigits && ends_in_nonce(name, mark);
+}
+
 // ".<name>.isoshard-<nonce>", the name without DeepSpeed's patterns and short enough.
 std::string hidden_name(std::string name) {
   for (const char* pattern : {"zero_pp_rank_", "mp_rank_", "layer_"}) {
@@ -367,8 +371,7 @@ void StagedFolder::remove_staging() noexcept {
 bool is_unfinished(Storage& storage, const std::string& folder) {
   const std::vector<DirectoryEntry> entries = storage.list(folder);
   return std::ranges::any_of(entries, [](const DirectoryEntry& entry) {
-    return entry.name.size() == std::string(kStagingMark).size() + kNonceDigits &&
-           ends_in_nonce(entry.name, kStagingMark);
+    return is_mark_and_nonce(entry.name, kStagingMark);
   });
 }
 
@@ -401,8 +404,7 @@ std::vector<std::string> leftovers(Storage& storage, const std::string& parent) 
   if (!storage.is_directory(parent)) return names;
   for (const DirectoryEntry& entry : storage.list(parent)) {
     const bool is_staging = entry.name.front() == '.' && ends_in_nonce(entry.name, kStagingMark);
-    const bool is_trash = entry.name.size() == std::string(kTrashMark).size() + kNonceDigits &&
-                          ends_in_nonce(entry.name, kTrashMark);
+    const bool is_trash = is_mark_and_nonce(entry.name, kTrashMark);
     if (is_staging || is_trash) names.push_back(entry.name);
   }
   return names;

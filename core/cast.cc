@@ -52,7 +52,7 @@ float to_float(DType dtype, const std::byte* at) {
 }
 
 // The loops over whole buffers take and give bits and have no branch, so that compilers turn them
-// into vectors; cast_test holds each to the function for one element below.
+// into vectors; cast_test holds those of half to the branching functions below.
 uint32_t wide_from_bfloat16(uint16_t bits) { return static_cast<uint32_t>(bits) << 16; }
 
 uint16_t bfloat16_from_wide(uint32_t bits) {
@@ -112,9 +112,7 @@ bool cast_common(DType source_dtype, std::span<const std::byte> source, DType ta
 
 }  // namespace
 
-float float_from_bfloat16(uint16_t bits) {
-  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
-}
+float float_from_bfloat16(uint16_t bits) { return std::bit_cast<float>(wide_from_bfloat16(bits)); }
 
 float float_from_half(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
@@ -134,9 +132,7 @@ float float_from_half(uint16_t bits) {
 }
 
 uint16_t bfloat16_from_float(float value) {
-  const uint32_t bits = std::bit_cast<uint32_t>(value);
-  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return 0x7FC0;
-  return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+  return bfloat16_from_wide(std::bit_cast<uint32_t>(value));
 }
 
 uint16_t half_from_float(float value) {

@@ -74,13 +74,7 @@ TEST(Agreement, NanAgreesWithEveryNanAndSignedZerosDoNot) {
 }
 
 TEST(Agreement, ATiedNameIsHeldToItsTarget) {
-  ShardedState state = state_of({1.0f, 2.0f}, {0x3F80, 0x4000});
-  const int other = state.add_leaf({.name = "tied",
-                                    .state = "param",
-                                    .dtype = DType::kBFloat16,
-                                    .shape = {2},
-                                    .fragments = {{0, 2, 0, 0}}});
-  state.aliases = {{"tied", "w", other}, {"lost", "nowhere", -1}};
+  const ShardedState state = state_with_ties();
   const std::vector<std::string> findings = judge(state).findings;
   ASSERT_EQ(findings.size(), 2u);
   EXPECT_EQ(findings[0], "Tied names whose target is not there.\n\"lost\" = \"nowhere\"");

@@ -14,6 +14,8 @@
 #include "core/error.h"
 #include "core/polynomial.h"
 #include "reshard/agreement.h"
+#include "reshard/manifest_check.h"
+#include "reshard/report_text.h"
 #include "reshard/source_manifest.h"
 
 namespace isoshard::reshard {
@@ -127,21 +129,6 @@ void compare_hyper(const ShardedState& source, const ShardedState& target,
                     found.dump().substr(0, 200));
 }
 
-// Every file of the plan as a pseudo-leaf, so that one pass checks leaves and whole files.
-std::map<std::string, int> add_whole_files(ShardedState* state) {
-  std::map<std::string, int> numbers;
-  for (size_t i = 0; i < state->files.size(); ++i) {
-    const int64_t size = state->files[i].bytes().size_bytes();
-    numbers[state->files[i].relative] =
-        state->add_leaf({.name = state->files[i].relative,
-                         .state = "file",
-                         .dtype = DType::kUInt8,
-                         .shape = {size},
-                         .fragments = {{0, size, static_cast<int>(i), 0}}});
-  }
-  return numbers;
-}
-
 class Conversion {
  public:
   Conversion(Storage& storage, const ShardedState& state, const ReshardPlan& plan,
@@ -197,12 +184,8 @@ class Conversion {
   void doubt(const std::string& what, const std::vector<std::string>& findings) {
     if (findings.empty()) return;
     std::string text;
-    for (const std::string& finding : findings) {
-      for (const char c : (text.empty() ? "" : "\n") + finding) {
-        text += c;
-        if (c == '\n') text += "  ";
-      }
-    }
+    for (const std::string& finding : findings) text += (text.empty() ? "" : "\n") + finding;
+    text = moved_in(text, 2);
     if (options_.doubt == ConvertOptions::Doubt::kGoOn) {
       phase("Going on (--force). " + what + text);
       result_.forced.insert(result_.forced.end(), findings.begin(), findings.end());
@@ -244,13 +227,13 @@ class Conversion {
       checkpoint::name_buffers(&target,
                                options_.certificate.value("buffers", std::set<std::string>()));
     }
-    const std::map<std::string, int> whole = add_whole_files(&target);
     StreamOptions stream = options_.stream;
     stream.digest = digested_leaves(target);
-    for (const auto& [path, number] : whole) stream.digest.push_back(number);
+    stream.whole_files = every_file(target);
     const StreamResult read = digest_leaves(storage_, target, stream);
     result_.target = make_digest(target, read.leaves);
-    for (const FileHash& file : result_.stream.files) check_file(file, whole, read);
+    const FileCrcs whole = file_crcs(target, stream, read);
+    for (const FileHash& file : result_.stream.files) check_file(file, whole);
     sections_ = compare_sections(state_, result_.source, target, result_.target, options_.dropped);
     check_missing();
   }
@@ -269,11 +252,10 @@ class Conversion {
     sections_.erase("missing");
   }
 
-  void check_file(const FileHash& file, const std::map<std::string, int>& whole,
-                  const StreamResult& read) {
+  void check_file(const FileHash& file, const FileCrcs& whole) {
     LeafCrc found;
-    if (const auto number = whole.find(file.path); number != whole.end()) {
-      found = read.leaves[static_cast<size_t>(number->second)];
+    if (const auto crc = whole.find(file.path); crc != whole.end()) {
+      found = crc->second;
     } else {  // a small text file that no reader opens
       const std::string text = read_small_file(storage_, staged_.path() + "/" + file.path, 1 << 28);
       checkpoint::RawCrcs crcs;

@@ -37,4 +37,16 @@ inline checkpoint::ShardedState state_of(const std::vector<float>& masters,
   return state;
 }
 
+// Besides: a second name with other bits, and one whose target is not there.
+inline checkpoint::ShardedState state_with_ties() {
+  checkpoint::ShardedState state = state_of({1.0f, 2.0f}, {0x3F80, 0x4000});
+  const int other = state.add_leaf({.name = "tied",
+                                    .state = "param",
+                                    .dtype = DType::kBFloat16,
+                                    .shape = {2},
+                                    .fragments = {{0, 2, 0, 0}}});
+  state.aliases = {{"tied", "w", other}, {"lost", "nowhere", -1}};
+  return state;
+}
+
 }  // namespace isoshard::reshard

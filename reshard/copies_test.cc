@@ -43,13 +43,7 @@ TEST(Copies, NanAgreesWithEveryNanAndSignedZerosDoNot) {
 }
 
 TEST(Copies, ATiedNameWithOtherBitsIsFoundAndOneWithoutTargetIsAnOrphan) {
-  ShardedState state = state_of({1.0f, 2.0f}, {0x3F80, 0x4000});
-  const int other = state.add_leaf({.name = "tied",
-                                    .state = "param",
-                                    .dtype = DType::kBFloat16,
-                                    .shape = {2},
-                                    .fragments = {{0, 2, 0, 0}}});
-  state.aliases = {{"tied", "w", other}, {"lost", "nowhere", -1}};
+  const ShardedState state = state_with_ties();
   std::vector<std::string> orphans;
   const std::vector<CopyPair> pairs = copy_pairs(state, &orphans);
   EXPECT_EQ(orphans, std::vector<std::string>{"\"lost\" = \"nowhere\""});

@@ -185,6 +185,13 @@ Digest compute_digest(Storage& storage, const ShardedState& state, const StreamO
   return make_digest(state, digest_leaves(storage, state, all).leaves);
 }
 
+bool has_digest(const Digest& digest, const std::string& expected) {
+  const std::string hex = expected.starts_with("iso1:") ? expected.substr(5) : expected;
+  return digest.root == hex || std::ranges::any_of(digest.sections, [&](const SectionDigest& s) {
+           return s.absent.empty() && s.hex == hex;
+         });
+}
+
 const SectionDigest* find_section(const Digest& digest, const std::string& section) {
   for (const SectionDigest& candidate : digest.sections) {
     if (candidate.section == section) return &candidate;

@@ -47,6 +47,9 @@ Digest compute_digest(Storage& storage, const checkpoint::ShardedState& state,
 // The canonical line of a leaf, as it goes into its section's SHA-256.
 std::string leaf_line(const LeafLine& leaf);
 
+// True when the root or a section is `expected`: 64 hexadecimal digits, with or without "iso1:".
+bool has_digest(const Digest& digest, const std::string& expected);
+
 const SectionDigest* find_section(const Digest& digest, const std::string& section);
 
 }  // namespace isoshard::reshard

@@ -2,6 +2,7 @@
 #include "reshard/manifest_check.h"
 
 #include <algorithm>
+#include <numeric>
 #include <set>
 
 #include "checkpoint/cancel.h"
@@ -94,6 +95,22 @@ class FileCheck {
 };
 
 }  // namespace
+
+std::vector<int> every_file(const checkpoint::ShardedState& state) {
+  std::vector<int> files(state.files.size());
+  std::iota(files.begin(), files.end(), 0);
+  return files;
+}
+
+FileCrcs file_crcs(const checkpoint::ShardedState& state, const StreamOptions& options,
+                   const StreamResult& result) {
+  FileCrcs crcs;
+  for (size_t i = 0; i < options.whole_files.size(); ++i) {
+    const auto file = static_cast<size_t>(options.whole_files[i]);
+    crcs[state.files[file].relative] = result.whole_files[i];
+  }
+  return crcs;
+}
 
 ManifestReport check_manifest(Storage& storage, const std::string& folder,
                               const checkpoint::Manifest& manifest, const FileCrcs& known,

@@ -29,6 +29,11 @@ struct ManifestReport {
 // Whole-file CRCs by path relative to the folder; files not in it are read here.
 using FileCrcs = std::map<std::string, LeafCrc>;
 
+// All of a state's files, for StreamOptions::whole_files; and by path, what a pass made of them.
+std::vector<int> every_file(const checkpoint::ShardedState& state);
+FileCrcs file_crcs(const checkpoint::ShardedState& state, const StreamOptions& options,
+                   const StreamResult& result);
+
 // Paths in the report are relative to the folder, and quoted. Throws what reading throws.
 ManifestReport check_manifest(Storage& storage, const std::string& folder,
                               const checkpoint::Manifest& manifest, const FileCrcs& known,

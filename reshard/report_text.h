@@ -20,4 +20,14 @@ inline std::string count_of(size_t count, const std::string& noun) {
   return std::to_string(count) + " " + noun + (count == 1 ? "" : "s");
 }
 
+// Every line but the first is moved in.
+inline std::string moved_in(const std::string& text, size_t spaces) {
+  std::string result;
+  for (const char c : text) {
+    result += c;
+    if (c == '\n') result += std::string(spaces, ' ');
+  }
+  return result;
+}
+
 }  // namespace isoshard::reshard

@@ -20,10 +20,11 @@ SourceManifest::SourceManifest(Storage& storage, const ShardedState& state)
 
 void SourceManifest::ask(bool all_files, StreamOptions* options) {
   if (!manifest_) return;
-  std::set<int> files;
   if (all_files) {
-    for (size_t i = 0; i < state_.files.size(); ++i) files.insert(static_cast<int>(i));
+    options->whole_files = every_file(state_);
+    return;
   }
+  std::set<int> files;
   for (int leaf : options->digest) {
     for (const checkpoint::FileFragment& f : state_.leaf(leaf).fragments) files.insert(f.file);
   }
@@ -34,11 +35,7 @@ std::vector<std::string> SourceManifest::judge(const StreamOptions& options,
                                                const StreamResult& result) const {
   std::vector<std::string> findings;
   if (!manifest_) return findings;
-  FileCrcs known;
-  for (size_t i = 0; i < options.whole_files.size(); ++i) {
-    const auto file = static_cast<size_t>(options.whole_files[i]);
-    known[state_.files[file].relative] = result.whole_files[i];
-  }
+  const FileCrcs known = file_crcs(state_, options, result);
   checkpoint::Manifest manifest = *manifest_;
   for (checkpoint::ManifestFile& file : manifest.files) {
     const bool opened = file.hash.starts_with("crc64x2:") && !known.contains(file.path);

@@ -87,7 +87,6 @@ class Verifier {
   void read_state();
   void describe();
   void read_everything();
-  FileCrcs file_crcs() const;
   void compare_manifest();
   void compare_certificate();
   void tell_history(const json& certificate);
@@ -106,8 +105,7 @@ class Verifier {
   std::optional<checkpoint::Manifest> manifest_;
   bool manifest_holds_ = false;
   std::optional<ShardedState> state_;
-  int first_whole_file_ = -1;  // leaf of file 0 as a whole; the others follow
-  std::vector<LeafCrc> crcs_;
+  FileCrcs file_crcs_;  // empty unless all was read
 };
 
 void Verifier::judge(const Error& error) {
@@ -202,20 +200,12 @@ void Verifier::describe() {
 void Verifier::read_everything() {
   StreamOptions stream = options_.stream;
   stream.digest = digested_leaves(*state_);
-  first_whole_file_ = static_cast<int>(state_->leaves.size());
-  for (size_t i = 0; i < state_->files.size(); ++i) {
-    const int64_t size = state_->files[i].bytes().size_bytes();
-    stream.digest.push_back(state_->add_leaf({.name = state_->files[i].relative,
-                                              .state = "file",
-                                              .dtype = DType::kUInt8,
-                                              .shape = {size},
-                                              .fragments = {{0, size, static_cast<int>(i), 0}}}));
-  }
+  stream.whole_files = every_file(*state_);
   judging([&] {
     const StreamResult read = digest_leaves(storage_, *state_, stream);
     result_.bytes_read = read.bytes_read;
-    crcs_ = read.leaves;
-    result_.digest = make_digest(*state_, crcs_);
+    file_crcs_ = file_crcs(*state_, stream, read);
+    result_.digest = make_digest(*state_, read.leaves);
     result_.read_whole = true;
   });
   for (const checkpoint::SourceFile& file : state_->files) {
@@ -226,18 +216,9 @@ void Verifier::read_everything() {
   }
 }
 
-FileCrcs Verifier::file_crcs() const {
-  FileCrcs known;
-  if (!result_.read_whole) return known;
-  for (size_t i = 0; i < state_->files.size(); ++i) {
-    known[state_->files[i].relative] = crcs_[static_cast<size_t>(first_whole_file_) + i];
-  }
-  return known;
-}
-
 void Verifier::compare_manifest() {
   const ManifestReport report =
-      check_manifest(storage_, place_.folder, *manifest_, file_crcs(), options_.stream.workers);
+      check_manifest(storage_, place_.folder, *manifest_, file_crcs_, options_.stream.workers);
   const std::string files = count_of(manifest_->files.size(), "file");
   if (report.earlier_save) {
     result_.manifest =

@@ -6,22 +6,13 @@ Recorded checkpoints with one edit each. Not verified here: what DeepSpeed does.
 """
 
 import json
-import struct
-import subprocess
 import sys
 
 import hostile as h
-from program_case import CONFIG, ProgramCase, run_tests
+from program_case import ProgramCase, run_tests
 
 
 class Errata(ProgramCase):
-    def run_program(self, status, *arguments):
-        result = subprocess.run(
-            [CONFIG.program, *map(str, arguments)], capture_output=True, text=True, check=False
-        )
-        self.assertEqual(result.returncode, status, result)
-        return result
-
     def edited(self, name, edit, only):
         """A recorded checkpoint whose files with `only` in their paths have a changed pickle."""
         folder = h.ZeroFolder(self.recorded(name))
@@ -34,9 +25,7 @@ class Errata(ProgramCase):
         return folder.write(self.place / "source")
 
     def tensors(self, folder):
-        with open(folder / "model.safetensors", "rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-            data = file.read()
+        header, data = self.safetensors(folder)
         return {
             name: data[slice(*entry["data_offsets"])]
             for name, entry in header.items()

@@ -5,22 +5,12 @@ One digest of a selection over all forms of a checkpoint; an fp32 file of a sele
 alone, and the certificate names the rest; tied names stay together; what cannot be cut is refused.
 """
 
-import json
-import struct
-import subprocess
 import sys
 
-from program_case import CONFIG, ProgramCase, run_tests
+from program_case import ProgramCase, run_tests
 
 
 class Only(ProgramCase):
-    def run_program(self, status, *arguments):
-        result = subprocess.run(
-            [CONFIG.program, *map(str, arguments)], capture_output=True, text=True, check=False
-        )
-        self.assertEqual(result.returncode, status, result)
-        return result
-
     def digest(self, source, *only):
         lines = self.run_program(0, "digest", source, *only).stdout.splitlines()
         return lines[0].split()[0], [line for line in lines if line.startswith("absent")]
@@ -34,19 +24,13 @@ class Only(ProgramCase):
             self.assertNotEqual(root, self.digest(forms[0])[0])
             self.assertIn("absent: some names only were asked for  hyper", absent)
 
-    def tensors(self, folder):
-        with open(folder / "model.safetensors", "rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        return header
-
     def test_fp32_of_a_selection(self):
         source, out = self.recorded("z2_bf16_dp4"), self.place / "out"
         self.run_program(0, "convert", source, out, "--to", "fp32", "--only", "head|running")
-        header = self.tensors(out)
+        header, _ = self.safetensors(out)
         self.assertEqual(header.pop("__metadata__")["alias:head.weight"], "embed.weight")
         self.assertEqual(set(header), {"embed.weight", "running"})
-        with open(out / "certificate.json") as file:
-            skipped = json.load(file)["skipped"]
+        skipped = self.certificate(out)["skipped"]
         self.assertIn('"count": not asked for by --only', skipped)
         self.assertEqual(len(skipped), 12)
         self.assertTrue(self.run_program(0, "verify", out).stdout.startswith("VERIFIED"))

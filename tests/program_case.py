@@ -4,8 +4,11 @@ one's own in memory, and how a script of tests runs.
 Python's standard library only. Not verified here: anything.
 """
 
+import json
 import os
 import shutil
+import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +43,25 @@ class ProgramCase(unittest.TestCase):
         if not source.is_dir():
             self.skipTest(f"no recording {source}")
         return source
+
+    def run_program(self, status, *arguments, **how):
+        """The program's outcome in the test's folder; `how` goes to subprocess.run."""
+        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": self.place, **how}
+        result = subprocess.run(
+            [CONFIG.program, *map(str, arguments)], text=True, check=False, **how
+        )
+        self.assertEqual(result.returncode, status, (arguments, result))
+        return result
+
+    def certificate(self, folder):
+        """certificate.json of the folder, or of the only one below it."""
+        return json.loads(next(folder.rglob("certificate.json")).read_text())
+
+    def safetensors(self, folder):
+        """(header, data) of model.safetensors."""
+        with open(folder / "model.safetensors", "rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            return header, file.read()
 
 
 def run_tests(usage, prepare=lambda: None):

@@ -21,14 +21,6 @@ class Usage(ProgramCase):
         super().setUp()
         self.source = self.recorded("z2_bf16_dp4")
 
-    def run_program(self, status, *arguments, **how):
-        how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-        result = subprocess.run(
-            [CONFIG.program, *map(str, arguments)], text=True, check=False, cwd=self.place, **how
-        )
-        self.assertEqual(result.returncode, status, (arguments, result))
-        return result
-
     def test_a_config_that_does_not_say_the_target(self):
         config = self.place / "config.json"
         for text in (
@@ -109,8 +101,7 @@ class Usage(ProgramCase):
         (self.place / "other").rename(second)
         self.run_program(2, "reshard", source, "out", "--to", "dp=2")
         self.run_program(0, "reshard", source, "out", "--to", "dp=2", "--allow-renamed")
-        with open(self.place / "out" / tag / "certificate.json") as file:
-            self.assertEqual(len(json.load(file)["inferred"]), 2)
+        self.assertEqual(len(self.certificate(self.place / "out")["inferred"]), 2)
         told = self.run_program(0, "verify", source, "--allow-renamed")
         self.assertIn("it was saved as", told.stdout)
 

@@ -5,6 +5,7 @@
 #include <iostream>
 #include <map>
 
+#include "checkpoint/deepspeed/name_filter.h"
 #include "core/error.h"
 #include "reshard/flat_picture.h"
 #include "reshard/tensor_values.h"
@@ -184,7 +185,7 @@ void run_diff(Session* session, const DiffFlags& flags) {
                     {.stream = session->stream_options(), .ulp = flags.ulp, .only = session->only});
   const bool compared = std::ranges::any_of(
       report.sections, [](const auto& s) { return s.section != "hyper" && s.names > 0; });
-  if (!session->only.empty() && !compared) refuse_unmatched(session->only);
+  if (!session->only.empty() && !compared) checkpoint::refuse_unmatched(session->only, "");
   if (session->json)
     print_json_form(session, report);
   else

@@ -19,13 +19,6 @@ std::string strip(const std::string& text) {
   return text.rfind("iso1:", 0) == 0 ? text.substr(5) : text;
 }
 
-bool is_found(const reshard::Digest& digest, const std::string& expected) {
-  bool found = expected == digest.root;
-  for (const reshard::SectionDigest& s : digest.sections)
-    found = found || (s.absent.empty() && s.hex == expected);
-  return found;
-}
-
 void run_digest(Session* session, const DigestFlags& flags) {
   checkpoint::ShardedState state = session->open(flags.source);
   std::vector<std::string> left_out;
@@ -47,7 +40,7 @@ void run_digest(Session* session, const DigestFlags& flags) {
                                                        : nlohmann::json{{"absent", s.absent}};
     }
     if (!session->expect.empty()) object["expect"] = session->expect;
-    if (!session->expect.empty()) object["found"] = is_found(digest, strip(session->expect));
+    if (!session->expect.empty()) object["found"] = reshard::has_digest(digest, session->expect);
     session->print_json(object);
   } else {
     std::cout << "iso1:" << digest.root << "  root  " << tensors << "  " << elements << "\n";
@@ -63,9 +56,8 @@ void run_digest(Session* session, const DigestFlags& flags) {
     }
   }
   if (session->expect.empty()) return;
-  const std::string expected = strip(session->expect);
-  if (!is_found(digest, expected)) {
-    session->notice("digest differs from --expect iso1:" + expected);
+  if (!reshard::has_digest(digest, session->expect)) {
+    session->notice("digest differs from --expect iso1:" + strip(session->expect));
     session->status = kAnswerIsNo;
   }
 }

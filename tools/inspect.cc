@@ -145,7 +145,8 @@ void add_inspect(CLI::App* app, Session* session) {
     const checkpoint::NameFilter filter(session->only);
     const bool matched = std::ranges::any_of(
         state.parameters, [&](const ParameterState& p) { return filter.matches(p.name); });
-    if (!session->only.empty() && !matched) refuse_unmatched(session->only);
+    if (!session->only.empty() && !matched)
+      checkpoint::refuse_unmatched(session->only, state.folder);
     const Totals totals = totals_of(state);
     if (session->json)
       print_json_form(session, state, totals);

@@ -183,13 +183,6 @@ void add_expect_flag(CLI::App* verb, Session* session) {
       ->check(is_digest);
 }
 
-void refuse_unmatched(const std::string& pattern) {
-  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                        .what = "No parameter or buffer has a name that --only matches.",
-                        .entry = quote(pattern),
-                        .next = "isoshard inspect --parameters lists the names"});
-}
-
 void add_only_flag(CLI::App* verb, Session* session) {
   verb->add_option("--only", session->only,
                    "Regular expression (RE2), matched anywhere in names: these parameters alone");

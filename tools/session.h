@@ -45,7 +45,6 @@ void add_source_flags(CLI::App* verb, Session* session);
 // --expect with the digest that must be found: iso1: and 64 hexadecimal digits.
 void add_expect_flag(CLI::App* verb, Session* session);
 void add_only_flag(CLI::App* verb, Session* session);
-[[noreturn]] void refuse_unmatched(const std::string& pattern);
 
 std::string human_bytes(int64_t bytes);  // "2.4 GB", decimal
 

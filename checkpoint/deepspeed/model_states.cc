@@ -130,22 +130,22 @@ class LostTargets {
     for (const auto& [name, node] : model.module) names_.insert(name);
   }
 
+  bool is_in_module(const std::string& name) const { return names_.contains(name); }
   bool has(const std::string& target) const { return excluded_ && !names_.contains(target); }
 
   // Whether the tied name is the one to keep; otherwise it is said where it went.
   bool keeps(const std::string& name, const std::string& target, bool has_bytes) {
-    const auto [first, fresh] = kept_.emplace(target, has_bytes ? name : "");
-    if (fresh || first->second.empty()) {
-      state_.notices.push_back(quote(name) + " is tied to " + quote(target) +
-                               ", which is frozen and was excluded from the save" +
-                               (has_bytes ? ": it is kept under its own name" : ""));
-      if (!has_bytes)
-        state_.skipped.push_back(quote(name) + ": frozen, and excluded from the save");
-      if (has_bytes) first->second = name;
-      return has_bytes;
+    std::string& kept = kept_[target];
+    if (!kept.empty()) {
+      state_.aliases.push_back({name, kept, -1});
+      return false;
     }
-    state_.aliases.push_back({name, first->second, -1});
-    return false;
+    state_.notices.push_back(quote(name) + " is tied to " + quote(target) +
+                             ", which is frozen and was excluded from the save" +
+                             (has_bytes ? ": it is kept under its own name" : ""));
+    if (has_bytes) kept = name;
+    if (!has_bytes) state_.skipped.push_back(quote(name) + ": frozen, and excluded from the save");
+    return has_bytes;
   }
 
  private:
@@ -210,9 +210,11 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
   for (const auto& [alias, target] : model.shared) {
     bool present = false;
     for (const Alias& known_alias : state->aliases) present = present || known_alias.name == alias;
-    const bool in_module = std::ranges::any_of(
-        model.module, [&name = alias](const auto& entry) { return entry.first == name; });
-    if (present || (lost.has(target) && (in_module || !lost.keeps(alias, target, false)))) continue;
+    if (present) continue;
+    if (lost.has(target)) {
+      if (!lost.is_in_module(alias)) lost.keeps(alias, target, /*has_bytes=*/false);
+      continue;
+    }
     state->aliases.push_back({alias, target, -1});
   }
 }

@@ -33,6 +33,14 @@ bool NameFilter::matches(const std::string& name) const {
   return compiled_ == nullptr || re2::RE2::PartialMatch(name, compiled_->expression);
 }
 
+void refuse_unmatched(const std::string& pattern, const std::string& folder) {
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "No parameter or buffer has a name that --only matches.",
+                        .file = folder,
+                        .entry = quote(pattern),
+                        .next = "isoshard inspect --parameters lists the names"});
+}
+
 ShardedState select_names(ShardedState state, const std::string& pattern,
                           std::vector<std::string>* left_out) {
   const NameFilter filter(pattern);
@@ -53,14 +61,7 @@ ShardedState select_names(ShardedState state, const std::string& pattern,
     if (keep) parameters.push_back(parameter);
   }
   std::erase_if(state.buffers, [&](const BufferState& buffer) { return !is_kept(buffer.name); });
-  if (parameters.empty() && state.buffers.empty()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "No parameter or buffer has a name that --only matches.",
-                          .file = state.folder,
-                          .entry = quote(pattern),
-                          .safe = "nothing was written",
-                          .next = "isoshard inspect --parameters lists the names"});
-  }
+  if (parameters.empty() && state.buffers.empty()) refuse_unmatched(pattern, state.folder);
   for (GroupState& group : state.groups) {
     for (std::vector<int>* list : {&group.parameters, &group.flat_order}) {
       for (int& number : *list) number = numbers[static_cast<size_t>(number)];

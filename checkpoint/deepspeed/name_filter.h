@@ -20,6 +20,9 @@ class NameFilter {
   std::unique_ptr<Compiled> compiled_;
 };
 
+// What is said where --only selects nothing; `folder` may be empty.
+[[noreturn]] void refuse_unmatched(const std::string& pattern, const std::string& folder);
+
 // The state less the parameters and buffers that do not match; tied names stay together, and one
 // that matches keeps them all. Group hyper-parameters stay. Names left out are added to `left_out`.
 // Throws Error(kUsage) if nothing matches.

@@ -81,16 +81,17 @@ std::string pointer_text(Storage& storage, const std::string& path) {
 // A file that is a part of a checkpoint says nothing alone.
 void refuse_part(Storage& storage, const std::string& path) {
   const std::string name = base_name(path), folder = parent_folder(path);
-  const std::string parameter = base_name(folder), zero = base_name(parent_folder(folder));
+  const std::string zero = base_name(parent_folder(folder));  // of zero/<parameter>/fp32.pt
   const bool is_part = parse_file_name(name).kind != FileName::Kind::kOther ||
                        name.starts_with("latest") || (zero == "zero" && ends_with(name, ".pt"));
   const bool known = ends_with(name, ".pt") || ends_with(name, ".bin") || ends_with(name, ".pth") ||
                      ends_with(name, ".safetensors") || ends_with(name, ".ckpt");
   if (!is_part && known) return;
-  if (!is_part && storage.open_read(path)->size_bytes() > 4) {
-    std::string magic(4, '\0');
-    storage.open_read(path)->read_at(0, std::as_writable_bytes(std::span(magic)));
-    if (magic.starts_with("PK")) return;  // weights under any name
+  if (!is_part) {
+    const std::unique_ptr<ReadableFile> file = storage.open_read(path);
+    std::string magic(file->size_bytes() > 4 ? 2 : 0, '\0');
+    file->read_at(0, std::as_writable_bytes(std::span(magic)));
+    if (magic == "PK") return;  // weights under any name
   }
   throw Error(ErrorInfo{
       .code = ErrorCode::kUsage,
