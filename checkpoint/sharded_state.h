@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checkpoint/format/torch_file.h"
+#include "checkpoint/tensor_split.h"
 #include "core/dtype.h"
 #include "core/topology.h"
 
@@ -66,6 +67,7 @@ struct ParameterState {
   int weight = -1;      // leaf: the fp32 master, or the only copy there is
   int model_copy = -1;  // leaf "param": the copy in the model's dtype; −1 if not stored apart
   DType model_dtype = DType::kFloat32;
+  int split = -1;           // ShardedState::splits; −1: no rank of another axis shares it
   std::vector<int> states;  // leaves; empty if the optimizer never stepped
   std::vector<Scalar> scalars;
 };
@@ -112,10 +114,14 @@ struct ShardedState {
   std::vector<GroupState> groups;
   std::vector<std::string> module_order;  // names of the module's state_dict, in order
 
-  std::vector<int> model_files;  // by rank of the partition group (one entry at stages 0 to 2)
+  // By mp rank, then by rank of the partition group (one entry an mp rank at stages 0 to 2).
+  std::vector<int> model_files;
   std::vector<int> optim_files;  // likewise; of a universal folder: optimizer_state.pt
+  std::vector<TensorSplit> splits;
   // Pairs of leaves that must agree: the second is the first cast to its dtype.
   std::vector<std::pair<int, int>> copies;
+  std::vector<std::pair<int, int>> replicas;  // likewise, on two ranks of one axis; `state` says which
+  std::vector<int> witnesses;  // leaves that are read only so that their bytes are checked
   std::vector<int> own_client_state;      // model files whose client state differs from rank 0's
   std::vector<std::string> skipped;       // what a conversion leaves behind, and why
   std::vector<std::string> notices;       // odd, but harmless

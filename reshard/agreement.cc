@@ -37,7 +37,7 @@ std::string cause_of(const ShardedState& state) {
 
 std::vector<std::string> tell_differences(const ShardedState& state, const CopyReport& report,
                                           const std::vector<std::string>& orphans) {
-  std::vector<std::string> result, details[3];
+  std::vector<std::string> result, details[4];
   if (!orphans.empty())
     result.push_back(with_details("Tied names whose target is not there.", orphans));
   for (const CopyDifference& d : report.differences)
@@ -57,6 +57,13 @@ std::vector<std::string> tell_differences(const ShardedState& state, const CopyR
   }
   if (!details[2].empty())
     result.push_back(with_details("Tied names hold different values.", details[2]));
+  if (!details[3].empty()) {
+    result.push_back(with_details(
+        "Ranks differ in what they hold alike, in " + std::to_string(details[3].size()) + " of " +
+            count_of(static_cast<size_t>(report.pairs[3]), "replica") +
+            " (DeepSpeed's converter: AssertionError). Rank 0's counts.",
+        details[3]));
+  }
   return result;
 }
 
@@ -85,6 +92,7 @@ void Agreement::ask(StreamOptions* options) {
     }
     casts_.push_back(number);
   }
+  options->digest.insert(options->digest.end(), state_.witnesses.begin(), state_.witnesses.end());
   std::ranges::sort(options->digest);
   const auto repeated = std::ranges::unique(options->digest);
   options->digest.erase(repeated.begin(), repeated.end());

@@ -123,6 +123,12 @@ std::vector<CopyPair> copy_pairs(const ShardedState& state, std::vector<std::str
   for (const auto& [original, copy] : state.copies) {
     add(CopyPair::Kind::kRestated, state.leaf(copy).name, original, copy);
   }
+  for (const auto& [original, copy] : state.replicas) {
+    const Leaf& leaf = state.leaf(copy);
+    const Leaf& first = state.leaf(original);
+    add(CopyPair::Kind::kReplica, leaf.name + " " + first.state + ", " + leaf.state, original,
+        copy);
+  }
   for (const checkpoint::Alias& alias : state.aliases) {
     const auto target = model_copies.find(alias.target);
     if (target == model_copies.end()) {

@@ -15,6 +15,7 @@ struct CopyPair {
     kMaster,    // the master of a parameter, and the copy that the model computes with
     kRestated,  // a tensor of the model, and what a universal folder says of it in fp32
     kTied,      // the model's copy of a parameter, and that of its second name
+    kReplica,   // what two ranks of one axis hold alike
   };
   Kind kind = Kind::kMaster;
   std::string name;  // of the copy
@@ -37,7 +38,7 @@ struct CopyDifference {
 };
 
 struct CopyReport {
-  int64_t pairs[3] = {};  // compared, by kind
+  int64_t pairs[4] = {};  // compared, by kind
   int64_t elements = 0;
   std::vector<CopyDifference> differences;  // in the order of the pairs
   std::vector<std::string> uncompared;      // why a pair could not be compared

@@ -23,9 +23,9 @@ std::string labelled(const std::string& label, const std::string& text) {
 }
 
 std::string copies_text(const reshard::CopyReport& copies) {
-  const char* nouns[] = {"master", "restated tensor", "tied name"};
+  const char* nouns[] = {"master", "restated tensor", "tied name", "replica"};
   std::string text;
-  for (int kind = 0; kind < 3; ++kind) {
+  for (int kind = 0; kind < 4; ++kind) {
     if (copies.pairs[kind] == 0) continue;
     text += (text.empty() ? "" : ", ") + count_of(copies.pairs[kind], nouns[kind]);
   }
@@ -78,6 +78,7 @@ void print_json(Session* session, const std::string& source, const Verification&
   object["copies"] = {{"masters", v.copies.pairs[0]},
                       {"restated", v.copies.pairs[1]},
                       {"tied", v.copies.pairs[2]},
+                      {"replicas", v.copies.pairs[3]},
                       {"elements", v.copies.elements},
                       {"differing", nlohmann::json::array()}};
   for (const reshard::CopyDifference& d : v.copies.differences) {

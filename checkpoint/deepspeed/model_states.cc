@@ -46,11 +46,6 @@ void refuse_unsupported(const Fields& fields, const ModelStates& model) {
     unsupported(fields, "Hierarchical partitions (hpZ) are not supported.",
                 "zero_hpz_partition_size");
   }
-  if (fields.maybe(root, "universal_checkpoint_info") != kNoNode &&
-      fields.maybe(fields.maybe(root, "universal_checkpoint_info"), "affine_map") != kNoNode) {
-    unsupported(fields, "Tensor-parallel (AutoTP) checkpoints are not supported yet.",
-                "universal_checkpoint_info");
-  }
 }
 
 }  // namespace
@@ -109,6 +104,7 @@ ModelStates read_model_states(const ShardedState& state, int file) {
       degrees != kNoNode) {
     model.tp_degree = fields.integer(fields.need(degrees, "tp_degree"), "tp_degree");
     model.pp_degree = fields.integer(fields.need(degrees, "pp_degree"), "pp_degree");
+    model.has_degrees = true;
   }
   if (model.dp_world < 1 || model.dp_world > 10'000'000) {
     fields.fail("The number of ranks is impossible.", "dp_world_size", "1 or more",
@@ -219,28 +215,36 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
   }
 }
 
-void set_topology(ShardedState* state, const ModelStates& model, int sequence_asked) {
-  const Fields fields(state->document(model.file));
-  state->topology = Topology{.data = static_cast<int>(model.dp_world)};
-  int sequence = 1;
-  if (model.tp_degree > 1 && model.mp_world == 1) {
-    // The Ulysses helper aliases its model-parallel size to the sequence-parallel one.
-    sequence = static_cast<int>(model.tp_degree);
-    state->topology_evidence = "tp_degree is " + std::to_string(model.tp_degree) +
-                               " while mp_world_size is 1 and there is one model shard" +
-                               (model.samples_are_float ? ", and global_samples is a float" : "") +
-                               ": DeepSpeed records the Ulysses sequence degree there";
-  } else if (model.tp_degree > 1 || model.mp_world > 1) {
-    unsupported(fields, "Tensor-parallel checkpoints are not supported yet.",
-                "tp_degree " + std::to_string(model.tp_degree) + ", mp_world_size " +
-                    std::to_string(model.mp_world));
+namespace {
+
+// How many sequence-parallel ranks share a partition group, and why that is thought.
+int sequence_degree(ShardedState* state, const ModelStates& model, int mp_ranks, int asked) {
+  if (asked > 0) {
+    state->topology_evidence = "--sp " + std::to_string(asked);
+    return asked;
   }
+  if (model.tp_degree <= 1 || model.mp_world != 1 || mp_ranks != 1) return 1;
+  // The Ulysses helper aliases its model-parallel size to the sequence-parallel one.
+  state->topology_evidence = "tp_degree is " + std::to_string(model.tp_degree) +
+                             " while mp_world_size is 1 and there is one model shard" +
+                             (model.samples_are_float ? ", and global_samples is a float" : "") +
+                             ": DeepSpeed records the Ulysses sequence degree there";
+  return static_cast<int>(model.tp_degree);
+}
+
+}  // namespace
+
+void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, int sequence_asked) {
+  const Fields fields(state->document(model.file));
+  const int sequence = sequence_degree(state, model, mp_ranks, sequence_asked);
   if (model.pp_degree > 1)
     unsupported(fields, "Pipeline checkpoints are not supported yet.", "pp_degree");
-  if (sequence_asked > 0) {
-    sequence = sequence_asked;
-    state->topology_evidence = "--sp " + std::to_string(sequence_asked);
-  }
+  // Older files do not record the degrees: then every model file is a tensor-parallel rank.
+  int64_t tensor = model.has_degrees ? model.tp_degree : mp_ranks;
+  if (mp_ranks == 1 && model.mp_world == 1) tensor = 1;
+  if (tensor < 1 || tensor > 100'000 || (model.has_degrees && model.pp_degree < 1))
+    fields.fail("The number of ranks is impossible.", "checkpoint_parallel_dimensions",
+                "1 or more", std::to_string(tensor));
   if (model.dp_world % sequence != 0) {
     throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
                           .what = "The sequence degree does not divide the partition group.",
@@ -250,8 +254,9 @@ void set_topology(ShardedState* state, const ModelStates& model, int sequence_as
                           .found = std::to_string(model.dp_world),
                           .next = "give the right --sp"});
   }
-  state->topology.data /= sequence;
-  state->topology.sequence = sequence;
+  state->topology = Topology{.data = static_cast<int>(model.dp_world) / sequence,
+                             .sequence = sequence,
+                             .tensor = static_cast<int>(tensor)};
   if (!state->topology_evidence.empty()) {
     state->inferred.push_back("sp=" + std::to_string(sequence) + ": " + state->topology_evidence);
   }

@@ -30,6 +30,7 @@ struct ModelStates {
   int64_t mp_world = 1;
   int64_t tp_degree = 1;
   int64_t pp_degree = 1;
+  bool has_degrees = false;  // checkpoint_parallel_dimensions is there
   int64_t global_steps = 0;
   bool samples_are_float = false;  // global_samples is a float when sp > 1
   std::string version;
@@ -43,9 +44,9 @@ ModelStates read_model_states(const ShardedState& state, int file);
 // must be there. `frozen` says how a frozen parameter's elements lie.
 void add_module_entries(ShardedState* state, const ModelStates& model);
 
-// Data and sequence degree of the partition group, and from which evidence; `sequence_asked` is
-// --sp, 0 if not given.
-void set_topology(ShardedState* state, const ModelStates& model, int sequence_asked);
+// Degrees of all axes, and from which evidence; `mp_ranks` is the number of model shards,
+// `sequence_asked` is --sp, 0 if not given.
+void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, int sequence_asked);
 
 // An integer of ds_config's zero_optimization section, or `otherwise`.
 int64_t zero_option(const Fields& fields, NodeId config, const std::string& key, int64_t otherwise);

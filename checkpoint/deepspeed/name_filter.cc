@@ -77,8 +77,10 @@ ShardedState select_names(ShardedState state, const std::string& pattern,
   std::set<std::string> names;
   for (const ParameterState& parameter : state.parameters) names.insert(parameter.name);
   for (const BufferState& buffer : state.buffers) names.insert(buffer.name);
-  std::erase_if(state.copies,
-                [&](const auto& pair) { return !names.contains(state.leaf(pair.second).name); });
+  for (std::vector<std::pair<int, int>>* pairs : {&state.copies, &state.replicas}) {
+    std::erase_if(*pairs,
+                  [&](const auto& pair) { return !names.contains(state.leaf(pair.second).name); });
+  }
   state.partial = !left_out->empty();
   return state;
 }

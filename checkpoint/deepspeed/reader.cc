@@ -1,4 +1,4 @@
-// Inventory of a tag folder: which files must be there, which must not, and which form they have.
+// From a folder to the logical state: every mp rank is read by the form of its files, then joined.
 #include "checkpoint/deepspeed/reader.h"
 
 #include <algorithm>
@@ -11,8 +11,10 @@
 #include <set>
 #include <thread>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/hyper.h"
-#include "checkpoint/deepspeed/names.h"
+#include "checkpoint/deepspeed/inventory.h"
+#include "checkpoint/deepspeed/merge.h"
 #include "checkpoint/deepspeed/zero_files.h"
 #include "checkpoint/format/crc.h"
 #include "core/cast.h"
@@ -21,105 +23,6 @@
 
 namespace isoshard::checkpoint {
 namespace {
-
-struct Inventory {
-  std::map<int, std::string> model;          // by mp
-  std::map<int, std::string> model_of_rank;  // by dp
-  std::map<int, std::string> optim;          // by dp
-  std::vector<std::string> other;
-};
-
-[[noreturn]] void refuse(ErrorCode code, const std::string& what, const std::string& file,
-                         const std::string& expected, const std::string& found,
-                         const std::string& next) {
-  throw Error(ErrorInfo{.code = code,
-                        .what = what,
-                        .file = file,
-                        .expected = expected,
-                        .found = found,
-                        .next = next});
-}
-
-constexpr const char* kCovered = "ZeRO stages 0 to 3, BF16_Optimizer, Ulysses";
-constexpr const char* kElsewhere =
-    "rename a file that only its name makes so, or convert the checkpoint with DeepSpeed "
-    "(ds_to_universal.py); docs/SUPPORT.md lists what is covered";
-
-Inventory take_inventory(Storage& storage, const std::string& folder) {
-  Inventory inventory;
-  using Kind = FileName::Kind;
-  for (const DirectoryEntry& entry : storage.list(folder)) {
-    const FileName name = parse_file_name(entry.name);
-    const std::string path = join(folder, entry.name);
-    if (entry.name == "offloaded_tensors") {
-      refuse(ErrorCode::kUnsupported, "Optimizer state offloaded to NVMe is not supported.", path,
-             "no offloaded_tensors folder", "one", "save without NVMe offload");
-    }
-    if (name.kind == Kind::kLayer)
-      refuse(ErrorCode::kUnsupported, "Pipeline checkpoints are not supported yet.", path, kCovered,
-             entry.name, kElsewhere);
-    if (name.kind == Kind::kExpert || name.kind == Kind::kExpertOptim) {
-      refuse(ErrorCode::kUnsupported,
-             "Mixture-of-experts checkpoints (native MoE, AutoEP) are not supported yet.", path,
-             kCovered, entry.name, kElsewhere);
-    }
-    if (name.kind != Kind::kOther && name.kind != Kind::kModel && name.mp != 0) {
-      refuse(ErrorCode::kUnsupported,
-             "Tensor-parallel checkpoints (several mp ranks) are not supported yet.", path,
-             "mp_rank_00 only", entry.name, kElsewhere);
-    }
-    std::map<int, std::string>* where = name.kind == Kind::kModel         ? &inventory.model
-                                        : name.kind == Kind::kModelOfRank ? &inventory.model_of_rank
-                                        : name.kind == Kind::kOptim       ? &inventory.optim
-                                                                          : nullptr;
-    if (where == nullptr) {
-      inventory.other.push_back(entry.name);
-      continue;
-    }
-    const int rank = name.kind == Kind::kModel ? name.mp : name.dp;
-    const auto [known, fresh] = where->emplace(rank, entry.name);
-    if (!fresh) {
-      refuse(ErrorCode::kMismatch,
-             "Two files stand for the same rank; one is left over from another save.", folder,
-             "one file for rank " + std::to_string(rank), known->second + " and " + entry.name,
-             "remove the older one after looking at both");
-    }
-  }
-  if (inventory.model.size() > 1) {
-    refuse(ErrorCode::kUnsupported,
-           "Tensor-parallel checkpoints (several mp ranks) are not supported yet.", folder,
-           "mp_rank_00 only", std::to_string(inventory.model.size()) + " model files", kElsewhere);
-  }
-  return inventory;
-}
-
-// Files of ranks 0 … count−1, all there and no more.
-std::vector<std::string> complete(const std::map<int, std::string>& files, int64_t count,
-                                  const std::string& folder, const std::string& what) {
-  std::string missing, extra;
-  for (int64_t rank = 0; rank < count; ++rank) {
-    if (files.count(static_cast<int>(rank)) == 0 && missing.size() < 200)
-      missing += (missing.empty() ? "rank " : ", ") + std::to_string(rank);
-  }
-  for (const auto& [rank, name] : files) {
-    if (rank >= count) extra += (extra.empty() ? "" : ", ") + name;
-  }
-  if (!missing.empty()) {
-    refuse(ErrorCode::kIncomplete, "The checkpoint is incomplete: " + what + " files are missing.",
-           folder, std::to_string(count) + " files, ranks 0 to " + std::to_string(count - 1),
-           "missing: " + missing,
-           "bring the missing files from the node that wrote them, or use an older checkpoint");
-  }
-  if (!extra.empty()) {
-    refuse(ErrorCode::kMismatch,
-           "The folder holds " + what + " files of a larger world: shards of two saves are mixed.",
-           folder, std::to_string(count) + " files", "also " + extra,
-           "find out which save is the newer one; do not delete before");
-  }
-  std::vector<std::string> names;
-  for (const auto& [rank, name] : files) names.push_back(name);
-  return names;
-}
 
 void check_scalars(const ShardedState& state) {
   // Every rank's optimizer must stand at the same step.
@@ -175,76 +78,162 @@ void compare_ranks(ShardedState* state, const ModelStates& model) {
   }
 }
 
-// Ranks above 0 need no pickle any more: what was read of it stands in the state.
+// Files above the first need no pickle any more: what was read of it stands in the state.
 void drop_pickles(ShardedState* state) {
-  const std::set<int> keep(state->own_client_state.begin(), state->own_client_state.end());
-  const auto drop = [&](const std::vector<int>& files) {
-    for (size_t rank = 1; rank < files.size(); ++rank) {
-      if (keep.count(files[rank]) == 0)
-        state->files[static_cast<size_t>(files[rank])].torch->drop_pickle();
+  std::set<int> keep(state->own_client_state.begin(), state->own_client_state.end());
+  keep.insert(state->model_files[0]);
+  if (!state->optim_files.empty()) keep.insert(state->optim_files[0]);
+  for (const ParameterState& parameter : state->parameters) {
+    for (const Scalar& scalar : parameter.scalars) keep.insert(scalar.value.file);
+  }
+  for (const std::vector<int>* files : {&state->model_files, &state->optim_files}) {
+    for (int file : *files) {
+      if (!keep.contains(file)) state->files[static_cast<size_t>(file)].torch->drop_pickle();
     }
-  };
-  drop(state->model_files);
-  drop(state->optim_files);
+  }
 }
 
-void read_zero(ShardedState* state, Storage& storage, const ReadOptions& options) {
-  const Inventory inventory = take_inventory(storage, state->folder);
-  for (const std::string& name : inventory.other) {
+class ZeroReader {
+ public:
+  ZeroReader(ShardedState* state, Storage& storage, const ReadOptions& options)
+      : state_(*state),
+        storage_(storage),
+        options_(options),
+        inventory_(take_inventory(storage, state->folder)) {}
+
+  void run() {
+    tell_others();
+    const int first = open_files(&state_, storage_, {inventory_.first_model()}, options_)[0];
+    const ModelStates model = read_model_states(state_, first);
+    state_.version = model.version;
+    const auto mp_ranks = static_cast<int>(inventory_.mp_ranks());
+    set_topology(&state_, model, mp_ranks, options_.sequence_degree);
+    check_mp_ranks(model);
+    const Fields fields(state_.document(first));
+    const TensorParallelInfo info(fields, first,
+                                  fields.maybe(fields.root(), "universal_checkpoint_info"));
+    if (mp_ranks == 1 && (inventory_.stage3() || !info.says_anything())) {
+      open_rank(0, first, &state_);
+      read_rank(&state_, model);
+    } else {
+      read_parts(first, info);
+    }
+    check_scalars(state_);
+    drop_pickles(&state_);
+  }
+
+ private:
+  void tell_others();
+  void check_mp_ranks(const ModelStates& model) const;
+  void open_rank(int mp, int first, ShardedState* part);
+  void read_rank(ShardedState* part, const ModelStates& model);
+  void read_parts(int first, const TensorParallelInfo& info);
+
+  ShardedState& state_;
+  Storage& storage_;
+  const ReadOptions& options_;
+  const Inventory inventory_;
+};
+
+void ZeroReader::tell_others() {
+  for (const std::string& name : inventory_.other) {
     if (name != "MANIFEST.json" && name != "certificate.json") {
-      state->notices.push_back(
+      state_.notices.push_back(
           "a file that is no part of a DeepSpeed checkpoint lies in the folder: " + quote(name));
     }
   }
-  const bool stage3 = !inventory.model_of_rank.empty();
-  if (stage3 && !inventory.model.empty()) {
-    refuse(ErrorCode::kMismatch, "Model files of stage 3 and of stages 0 to 2 lie in one folder.",
-           state->folder, "one form",
-           inventory.model.begin()->second + " and " + inventory.model_of_rank.begin()->second,
-           "find out which save is the newer one");
+}
+
+// The model files are those of mp ranks 0 … tp·pp−1, and no optimizer file is of another.
+void ZeroReader::check_mp_ranks(const ModelStates& model) const {
+  const int64_t expected = state_.topology.tensor * state_.topology.pipeline;
+  std::map<int, std::string> firsts = inventory_.model, optims;
+  for (const auto& [mp, ranks] : inventory_.model_of_rank) firsts[mp] = ranks.begin()->second;
+  for (const auto& [mp, ranks] : inventory_.optim) optims[mp] = ranks.begin()->second;
+  complete(firsts, expected, state_.folder, "model");
+  if (model.has_param_shapes) complete(optims, expected, state_.folder, "optimizer");
+}
+
+// Opens the files of one mp rank; `first` is its first model file, or −1 if that is not open yet.
+void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
+  const std::string folder = state_.folder;
+  std::vector<std::string> models = {inventory_.stage3() ? "" : inventory_.model.at(mp)};
+  const std::string of_rank = mp == 0 ? "" : " (mp rank " + std::to_string(mp) + ")";
+  if (inventory_.stage3()) {
+    const int64_t dp = state_.topology.zero_ranks();
+    models = complete(inventory_.model_of_rank.at(mp), dp, folder, "model" + of_rank);
   }
-  if (!stage3 && inventory.model.empty()) {
-    refuse(ErrorCode::kIncomplete, "The checkpoint is incomplete: there is no model file.",
-           state->folder, "mp_rank_00_model_states.pt or zero_pp_rank_0_mp_rank_00_model_states.pt",
-           std::to_string(inventory.optim.size()) + " optimizer files",
-           "bring it from the node of rank 0");
+  if (first >= 0) {
+    part->model_files = {first};
+    models.erase(models.begin());
   }
-  const std::string first_name =
-      stage3 ? inventory.model_of_rank.begin()->second : inventory.model.begin()->second;
-  const int first = open_files(state, storage, {first_name}, options)[0];
-  const ModelStates model = read_model_states(*state, first);
-  state->version = model.version;
-  set_topology(state, model, options.sequence_degree);
-  const int64_t dp = model.dp_world;
-  if (!stage3) {
-    state->model_files = {first};
-    if (!model.has_param_shapes) {
-      if (!inventory.optim.empty()) {
-        refuse(ErrorCode::kUnsupported,
-               "Optimizer files lie beside a model file without param_shapes (bf16 pipeline or "
-               "stale files).",
-               state->folder, "no optimizer files at stage 0", inventory.optim.begin()->second,
-               "remove stale files after looking at them");
-      }
-      read_zero0(state, model, options, storage);
-      return;
-    }
-    state->optim_files = open_files(
-        state, storage, complete(inventory.optim, dp, state->folder, "optimizer"), options);
-    read_zero12(state, model);
+  for (int file : open_files(part, storage_, models, options_)) part->model_files.push_back(file);
+  const auto optim = inventory_.optim.find(mp);
+  if (optim == inventory_.optim.end()) return;
+  const Fields fields(part->document(part->model_files[0]));
+  if (fields.maybe(fields.root(), "param_shapes") == kNoNode) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "Optimizer files lie beside a model file without param_shapes (bf16 pipeline or "
+                "stale files).",
+        .file = folder,
+        .expected = "no optimizer files at stage 0",
+        .found = optim->second.begin()->second,
+        .next = "remove stale files after looking at them"});
+  }
+  const int64_t dp = state_.topology.zero_ranks();
+  part->optim_files =
+      open_files(part, storage_, complete(optim->second, dp, folder, "optimizer" + of_rank),
+                 options_);
+}
+
+void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
+  if (!inventory_.stage3() && !model.has_param_shapes) {
+    read_zero0(part, model, options_, storage_);
+    return;
+  }
+  if (inventory_.stage3()) {
+    read_zero3(part, model);
+    compare_ranks(part, model);
   } else {
-    std::vector<std::string> names = complete(inventory.model_of_rank, dp, state->folder, "model");
-    state->model_files = {first};
-    names.erase(names.begin());
-    for (int file : open_files(state, storage, names, options)) state->model_files.push_back(file);
-    state->optim_files = open_files(
-        state, storage, complete(inventory.optim, dp, state->folder, "optimizer"), options);
-    read_zero3(state, model);
-    compare_ranks(state, model);
+    read_zero12(part, model);
   }
-  add_module_entries(state, model);
-  check_scalars(*state);
-  drop_pickles(state);
+  add_module_entries(part, model);
+}
+
+// Every mp rank as a checkpoint of its own, then joined. The list of files wanders along.
+void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
+  std::vector<MpPart> parts;
+  std::vector<SourceFile> files = std::move(state_.files);
+  for (int mp = 0; mp < state_.topology.tensor; ++mp) {
+    throw_if_cancelled();
+    MpPart part;
+    part.state.folder = state_.folder;
+    part.state.topology = state_.topology;
+    part.state.has_places = state_.has_places;
+    part.state.version = state_.version;
+    part.state.files = std::move(files);
+    open_rank(mp, mp == 0 ? first : -1, &part.state);
+    part.model = read_model_states(part.state, part.state.model_files[0]);
+    read_rank(&part.state, part.model);
+    files = std::move(part.state.files);
+    parts.push_back(std::move(part));
+  }
+  state_.files = std::move(files);
+  for (const MpPart& part : parts) {
+    const ShardedState& from = part.state;
+    const auto append = [](std::vector<int>* to, const std::vector<int>& list) {
+      to->insert(to->end(), list.begin(), list.end());
+    };
+    append(&state_.model_files, from.model_files);
+    append(&state_.optim_files, from.optim_files);
+    append(&state_.own_client_state, from.own_client_state);
+    if (&part != &parts[0] &&
+        client_state_json(state_.document(part.model.file)) !=
+            client_state_json(state_.document(parts[0].model.file)))
+      state_.own_client_state.push_back(part.model.file);
+  }
+  merge_tensor_ranks(&state_, parts, info);
 }
 
 }  // namespace
@@ -371,7 +360,7 @@ ShardedState read_checkpoint(Storage& storage, const std::string& path,
   state.tag = place.tag;
   state.notices = place.notices;
   state.has_places = options.places;
-  if (place.kind == SourcePlace::Kind::kZero) read_zero(&state, storage, options);
+  if (place.kind == SourcePlace::Kind::kZero) ZeroReader(&state, storage, options).run();
   if (place.kind == SourcePlace::Kind::kUniversal) read_universal(&state, storage, options);
   if (place.kind == SourcePlace::Kind::kWeights) read_weights(&state, storage, place);
   if (state.has_places) check_cover(state);

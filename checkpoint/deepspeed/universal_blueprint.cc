@@ -2,6 +2,7 @@
 #include "checkpoint/deepspeed/universal_blueprint.h"
 
 #include <algorithm>
+#include <numeric>
 #include <set>
 
 #include "checkpoint/deepspeed/fields.h"
@@ -47,25 +48,79 @@ class UniversalWriter {
     return builder->add_storage(std::move(fill));
   }
 
-  // Stages 1 and 2: {cat_dim: 0, param: tensor}; stage 3: the bare flat tensor.
-  void add_state(const std::string& name, const std::string& file, int number) {
+  // {cat_dim: 0, param: tensor} or what the split's rule adds; stage 3 without tensor-parallel
+  // ranks: the bare flat tensor.
+  void add_state(const ParameterState& parameter, const std::string& file, int number) {
     const Leaf& leaf = state_.leaf(number);
+    const bool bare = stage3_ && parameter.split < 0;
     TorchBuilder builder;
     const int storage = add_leaf(&builder, number, leaf.dtype);
-    const Shape shape = stage3_ ? Shape{leaf.size_elements()} : leaf.shape;
+    const Shape shape = bare ? Shape{leaf.size_elements()} : leaf.shape;
     const NodeId tensor =
         builder.tensor({.shape = shape, .storage = storage, .requires_grad = leaf.requires_grad});
-    const NodeId root =
-        stage3_ ? tensor
-                : builder.dict({{"cat_dim", builder.pickle.integer(0)}, {"param", tensor}});
-    files_.push_back(builder.finish("zero/" + name + "/" + file + ".pt", root));
+    NodeId root = tensor;
+    if (!bare) {
+      std::vector<std::pair<std::string, NodeId>> entries;
+      if (parameter.split < 0)
+        entries.emplace_back("cat_dim", builder.pickle.integer(0));
+      else
+        add_split_keys(state_.splits[static_cast<size_t>(parameter.split)], &builder, &entries);
+      entries.emplace_back("param", tensor);
+      root = builder.dict(std::move(entries));
+    }
+    files_.push_back(builder.finish("zero/" + parameter.name + "/" + file + ".pt", root));
+  }
+
+  // What merge_tp_slices adds for each of its rules; a recorded map adds nothing.
+  void add_split_keys(const TensorSplit& split, TorchBuilder* builder,
+                      std::vector<std::pair<std::string, NodeId>>* entries) const {
+    const SplitKind kind = split.recorded ? SplitKind::kMapped : split.kind;
+    if (kind == SplitKind::kColumn || kind == SplitKind::kRow || kind == SplitKind::kTwoSubParams)
+      entries->emplace_back("cat_dim", builder->pickle.integer(kind == SplitKind::kRow ? 1 : 0));
+    if (kind == SplitKind::kTwoSubParams)
+      entries->emplace_back("param_n_sub_params", builder->pickle.integer(2));
+    if (kind == SplitKind::kSubParams)
+      entries->emplace_back("sub_param_shape", sub_param_shape(split, builder));
+    if (split.vocabulary) entries->emplace_back("vocab_tensor", builder->pickle.boolean(true));
+  }
+
+  // deepspeed.checkpoint.universal_checkpoint.SubparamShape; a count becomes the widths it means.
+  NodeId sub_param_shape(const TensorSplit& split, TorchBuilder* builder) const {
+    const TorchFile& document = state_.document(split.sub_file);
+    const Fields fields(document);
+    Pickle& pickle = builder->pickle;
+    const NodeId shape = fields.need(split.sub_entry, "shape");
+    NodeId written = kNoNode;
+    if (split.from_count) {
+      std::vector<NodeId> extents;
+      for (NodeId extent : fields.list(shape, "shape"))
+        extents.push_back(pickle.integer(fields.integer(extent, "shape")));
+      std::vector<NodeId> sizes;
+      for (const std::vector<int64_t>& sub : split.widths)
+        sizes.push_back(pickle.integer(std::accumulate(sub.begin(), sub.end(), int64_t{0})));
+      extents[split.dim] = pickle.tuple(std::move(sizes));
+      written = pickle.tuple(std::move(extents));
+    } else {
+      written = builder->copy(document, split.sub_file, shape);
+    }
+    const auto copy = [&](const char* key) {
+      return builder->copy(document, split.sub_file, fields.need(split.sub_entry, key));
+    };
+    ObjectParts parts;
+    parts.newobj = true;
+    parts.callable =
+        pickle.global("deepspeed.checkpoint.universal_checkpoint", "SubparamShape");
+    parts.args = pickle.tuple({});
+    parts.state = builder->dict({{"patterns", copy("patterns")},
+                                 {"shape", written},
+                                 {"partition_dim", copy("partition_dim")}});
+    return pickle.object(std::move(parts));
   }
 
   void add_parameter(const ParameterState& parameter) {
     written_.insert(parameter.name);
-    add_state(parameter.name, "fp32", parameter.weight);
-    for (int number : parameter.states)
-      add_state(parameter.name, state_.leaf(number).state, number);
+    add_state(parameter, "fp32", parameter.weight);
+    for (int number : parameter.states) add_state(parameter, state_.leaf(number).state, number);
     if (stage3_) return;  // the nested optimizer state keeps the steps
     for (const Scalar& scalar : parameter.scalars) {
       const TorchFile& document = state_.document(scalar.value.file);

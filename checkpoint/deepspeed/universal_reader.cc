@@ -4,6 +4,7 @@
 #include <map>
 #include <set>
 
+#include "checkpoint/deepspeed/merge.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/zero_files.h"
@@ -22,21 +23,32 @@ class UniversalReader {
     open_model_files();
     const ModelStates model = read_model_states(state_, state_.model_files[0]);
     state_.version = model.version;
-    set_topology(&state_, model, options_.sequence_degree);
+    const auto mp_ranks = static_cast<int>(files_of_mp_.size());
+    set_topology(&state_, model, mp_ranks, options_.sequence_degree);
+    check_mp_ranks();
     if (!model.has_param_shapes) {
       missing("The model file records no parameter shapes.", "param_shapes",
               "convert the original checkpoint again with isoshard");
     }
     open_zero_folder();
     state_.stage = stage3_ ? 3 : read_stage();
-    for (size_t i = 0; i < model.param_shapes.size(); ++i) {
-      for (const auto& [name, shape] : model.param_shapes[i])
-        add_parameter(name, shape, static_cast<int>(i));
+    const Fields fields(state_.document(model.file));
+    const TensorParallelInfo info(fields, model.file,
+                                  fields.maybe(fields.root(), "universal_checkpoint_info"));
+    const bool parts = mp_ranks > 1 || (!stage3_ && info.says_anything());
+    if (parts)
+      read_parts(info);
+    else
+      add_shapes(model, &state_);
+    for (ParameterState& parameter : state_.parameters) {
+      if (parameter.group >= 0) attach_states(&parameter);
     }
     read_groups(model);
     if (stage3_) add_nested_scalars();
-    add_frozen(model);
-    add_module_entries(&state_, model);
+    if (!parts) {
+      add_frozen(&state_, model);
+      add_module_entries(&state_, model);
+    }
     for (auto& [name, files] : folders_) add_copy(name, files);
   }
 
@@ -55,44 +67,97 @@ class UniversalReader {
   void open_zero_folder();
   void walk(const std::string& folder, const std::string& name, std::vector<std::string>* files);
   int read_stage() const;
-  void add_parameter(const std::string& name, const Shape& shape, int group);
+  void check_mp_ranks() const;
+  void add_shapes(const ModelStates& model, ShardedState* state) const;
+  void read_parts(const TensorParallelInfo& info);
+  void attach_states(ParameterState* parameter);
   TensorView tensor_of(const Fields& fields, const std::string& what) const;
   void read_groups(const ModelStates& model);
   void add_nested_scalars();
-  void add_frozen(const ModelStates& model);
+  void add_frozen(ShardedState* state, const ModelStates& model) const;
   void add_copy(const std::string& name, const std::map<std::string, int>& files);
 
   ShardedState& state_;
   Storage& storage_;
   const ReadOptions& options_;
   bool stage3_ = false;
+  std::map<int, std::vector<int>> files_of_mp_;  // model files by mp rank
   std::map<std::string, std::map<std::string, int>> folders_;  // parameter → state → file
 };
 
 void UniversalReader::open_model_files() {
-  std::map<int, std::string> plain, ranked;
+  std::map<std::pair<int, int>, std::string> plain, ranked;  // by mp rank, partition rank
   for (const DirectoryEntry& entry : storage_.list(state_.folder)) {
     const FileName name = parse_file_name(entry.name);
-    if (name.kind == FileName::Kind::kModel) plain.emplace(name.mp, entry.name);
-    if (name.kind == FileName::Kind::kModelOfRank) ranked.emplace(name.dp, entry.name);
-    if (name.mp != 0 || name.kind == FileName::Kind::kLayer ||
-        name.kind == FileName::Kind::kExpert) {
+    if (name.kind == FileName::Kind::kModel) plain[{name.mp, 0}] = entry.name;
+    if (name.kind == FileName::Kind::kModelOfRank) ranked[{name.mp, name.dp}] = entry.name;
+    if (name.kind == FileName::Kind::kLayer || name.kind == FileName::Kind::kExpert) {
       throw Error(ErrorInfo{
           .code = ErrorCode::kUnsupported,
-          .what =
-              "Tensor-, expert- and pipeline-parallel universal checkpoints are not supported yet.",
+          .what = "Expert- and pipeline-parallel universal checkpoints are not supported yet.",
           .file = join(state_.folder, entry.name)});
     }
   }
   stage3_ = plain.empty();
-  const std::map<int, std::string>& files = stage3_ ? ranked : plain;
-  if (files.empty() || files.begin()->first != 0)
+  const std::map<std::pair<int, int>, std::string>& files = stage3_ ? ranked : plain;
+  if (files.empty() || files.begin()->first != std::pair(0, 0))
     missing("The universal folder has no model file of rank 0.", "mp_rank_00_model_states.pt",
             "copy it from the source checkpoint");
   std::vector<std::string> names;
   for (const auto& [rank, name] : files) names.push_back(name);
   state_.flavour = stage3_ ? Flavour::kUniversal3 : Flavour::kUniversal12;
   state_.model_files = open_files(&state_, storage_, names, options_);
+  size_t next = 0;
+  for (const auto& [rank, name] : files)
+    files_of_mp_[rank.first].push_back(state_.model_files[next++]);
+}
+
+void UniversalReader::check_mp_ranks() const {
+  const int expected = state_.topology.tensor;
+  if (static_cast<int>(files_of_mp_.size()) == expected &&
+      files_of_mp_.rbegin()->first == expected - 1)
+    return;
+  missing("The model files are not those of all tensor-parallel ranks.",
+          std::to_string(expected) + " mp ranks, found " + std::to_string(files_of_mp_.size()),
+          "copy them from the source checkpoint");
+}
+
+// Trained parameters without leaves; `group` is the number of their entry in param_shapes.
+void UniversalReader::add_shapes(const ModelStates& model, ShardedState* state) const {
+  for (size_t i = 0; i < model.param_shapes.size(); ++i) {
+    for (const auto& [name, shape] : model.param_shapes[i]) {
+      state->parameters.push_back({.name = name,
+                                   .shape = shape,
+                                   .group = static_cast<int>(i),
+                                   .sub_group = stage3_ ? static_cast<int>(i) : -1,
+                                   .states = {},
+                                   .scalars = {}});
+    }
+  }
+}
+
+// The model files of every mp rank, joined; the states lie whole under zero/.
+void UniversalReader::read_parts(const TensorParallelInfo& info) {
+  std::vector<MpPart> parts;
+  std::vector<SourceFile> files = std::move(state_.files);
+  for (const auto& [mp, numbers] : files_of_mp_) {
+    MpPart part;
+    part.state.folder = state_.folder;
+    part.state.flavour = state_.flavour;
+    part.state.stage = state_.stage;
+    part.state.topology = state_.topology;
+    part.state.has_places = state_.has_places;
+    part.state.model_files = numbers;
+    part.state.files = std::move(files);
+    part.model = read_model_states(part.state, numbers[0]);
+    add_shapes(part.model, &part.state);
+    add_frozen(&part.state, part.model);
+    add_module_entries(&part.state, part.model);
+    files = std::move(part.state.files);
+    parts.push_back(std::move(part));
+  }
+  state_.files = std::move(files);
+  merge_tensor_ranks(&state_, parts, info);
 }
 
 // Depth-first: a name may contain '/', so a folder may hold both states and further folders.
@@ -136,29 +201,24 @@ int UniversalReader::read_stage() const {
 // The tensor of a state file: a bare tensor, or {…, param: tensor}.
 TensorView UniversalReader::tensor_of(const Fields& fields, const std::string& what) const {
   if (const std::optional<TensorView> bare = fields.document().tensor(fields.root())) return *bare;
-  if (fields.maybe(fields.root(), "is_expert_param") != kNoNode ||
-      fields.maybe(fields.root(), "sub_param_shape") != kNoNode ||
-      fields.maybe(fields.root(), "param_n_sub_params") != kNoNode) {
+  if (fields.maybe(fields.root(), "is_expert_param") != kNoNode) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kUnsupported,
-        .what = "Tensor- and expert-parallel universal checkpoints are not supported yet.",
+        .what = "Expert-parallel universal checkpoints are not supported yet.",
         .file = fields.document().path()});
   }
   return fields.tensor(fields.need(fields.root(), "param"), what);
 }
 
-void UniversalReader::add_parameter(const std::string& name, const Shape& shape, int group) {
+void UniversalReader::attach_states(ParameterState* parameter) {
+  const std::string& name = parameter->name;
+  const Shape& shape = parameter->shape;
+  const bool bare_flat = stage3_ && parameter->split < 0;
   const auto found = folders_.find(name);
   if (found == folders_.end() || found->second.count("fp32") == 0) {
     missing("A parameter's folder or its fp32.pt is missing.", "zero/" + name + "/fp32.pt",
             "convert the source checkpoint again");
   }
-  ParameterState parameter{.name = name,
-                           .shape = shape,
-                           .group = group,
-                           .sub_group = stage3_ ? group : -1,
-                           .states = {},
-                           .scalars = {}};
   const auto add = [&](const std::string& state, int file) {
     const Fields fields(state_.document(file));
     // A tensor state is {…, param: tensor}, or at stage 3 a bare flat tensor; all else is a number.
@@ -167,10 +227,10 @@ void UniversalReader::add_parameter(const std::string& name, const Shape& shape,
         fields.pickle().is_mapping(fields.root()) || (stage3_ && bare && bare->shape.size() == 1);
     const TensorView view = tensor ? tensor_of(fields, state) : TensorView{};
     if (!tensor) {
-      parameter.scalars.push_back({state, {file, fields.root()}});
+      parameter->scalars.push_back({state, {file, fields.root()}});
       return;
     }
-    if (numel(view.shape) != numel(shape) || (!stage3_ && view.shape != shape)) {
+    if (numel(view.shape) != numel(shape) || (!bare_flat && view.shape != shape)) {
       fields.fail("A state's shape differs from the parameter's.",
                   "zero/" + name + "/" + state + ".pt", to_string(shape), to_string(view.shape));
     }
@@ -181,9 +241,9 @@ void UniversalReader::add_parameter(const std::string& name, const Shape& shape,
                                       .requires_grad = view.requires_grad,
                                       .fragments = file_fragments(fields.document(), file, view)});
     if (state == "fp32") {
-      parameter.weight = leaf;
+      parameter->weight = leaf;
     } else {
-      parameter.states.push_back(leaf);
+      parameter->states.push_back(leaf);
       state_.stepped = true;
     }
   };
@@ -194,7 +254,6 @@ void UniversalReader::add_parameter(const std::string& name, const Shape& shape,
   for (const auto& [state, file] : found->second) {
     if (state != "fp32" && state != "step") add(state, file);
   }
-  state_.parameters.push_back(std::move(parameter));
   folders_.erase(found);
 }
 
@@ -220,6 +279,7 @@ void UniversalReader::read_groups(const ModelStates& model) {
   for (NodeId hyper : hypers) state_.groups.push_back({{state_.optim_files[0], hyper}, {}, {}});
   for (size_t i = 0; i < state_.parameters.size(); ++i) {
     ParameterState& parameter = state_.parameters[i];
+    if (parameter.group < 0) continue;  // frozen
     parameter.group = group_of[static_cast<size_t>(parameter.group)];
     GroupState& group = state_.groups[static_cast<size_t>(parameter.group)];
     group.flat_order.push_back(static_cast<int>(i));
@@ -252,14 +312,14 @@ void UniversalReader::add_nested_scalars() {
 }
 
 // Stage 3: frozen parameters are slots in the copied model files, one a rank.
-void UniversalReader::add_frozen(const ModelStates& model) {
+void UniversalReader::add_frozen(ShardedState* state, const ModelStates& model) const {
   if (!stage3_) return;
   if (model.frozen_shapes.empty()) return;
-  if (static_cast<int64_t>(state_.model_files.size()) != model.dp_world) {
+  if (static_cast<int64_t>(state->model_files.size()) != model.dp_world) {
     missing("Model files of some ranks are missing; they hold the frozen parameters.",
             std::to_string(model.dp_world) + " files", "copy them from the source checkpoint");
   }
-  add_frozen_slots(&state_, model);
+  add_frozen_slots(state, model);
 }
 
 // What remains under zero/ restates buffers, frozen parameters and aliases in fp32.

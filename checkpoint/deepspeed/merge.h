@@ -1,0 +1,31 @@
+// Shards of tensor-parallel ranks → logical tensors. Every mp rank's files are read as a checkpoint
+// of their own, with shards for shapes; this joins them. Link 7 of the tensor's journey.
+#pragma once
+
+#include <vector>
+
+#include "checkpoint/deepspeed/model_states.h"
+#include "checkpoint/deepspeed/tensor_parallel.h"
+
+namespace isoshard::checkpoint {
+
+// What the files of one mp rank say; its leaves' fragments point into the files of the whole.
+struct MpPart {
+  ShardedState state;
+  ModelStates model;
+};
+
+// Adds the joined parameters, buffers, aliases, groups and leaves to `whole`, whose files are open.
+// Parts stand in the order of their tensor-parallel rank. Throws Error(kMismatch) where they do not
+// fit together. Whether replicas are equal is not looked at: the pairs go to whole->replicas.
+void merge_tensor_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
+                        const TensorParallelInfo& info);
+
+// Fragments of a tensor from those of its shards by rank; nullptr: the shard has no element.
+// Padding rows of a vocabulary are left out.
+std::vector<FileFragment> compose(const TensorSplit& split, const std::vector<const Leaf*>& shards);
+
+// The tensor's shape without the padding of a vocabulary.
+Shape logical_shape(const TensorSplit& split);
+
+}  // namespace isoshard::checkpoint
