@@ -56,6 +56,7 @@ struct TargetFiles {
   std::vector<FileBlueprint> files;
   std::vector<std::string> synthesised;
   std::vector<std::string> skipped;
+  std::vector<std::string> inferred;  // "what: evidence"
 };
 
 }  // namespace isoshard::checkpoint

@@ -22,6 +22,7 @@ struct SourceFile {
   std::string relative;  // inside the checkpoint's folder
   std::shared_ptr<TorchFile> torch;
   std::shared_ptr<ReadableFile> plain;
+  bool inside = true;  // it lies in the checkpoint's folder
   const ReadableFile& bytes() const { return torch ? torch->file() : *plain; }
 };
 
@@ -118,6 +119,7 @@ struct ShardedState {
   std::vector<int> model_files;
   std::vector<int> optim_files;  // likewise; of a universal folder: optimizer_state.pt
   std::vector<TensorSplit> splits;
+  int split_file = -1;  // model file whose universal_checkpoint_info the splits are from
   // Pairs of leaves that must agree: the second is the first cast to its dtype.
   std::vector<std::pair<int, int>> copies;
   std::vector<std::pair<int, int>> replicas;  // likewise, on two ranks of one axis; `state` says which

@@ -36,9 +36,18 @@ struct TensorSplit {
   int sub_file = -1;      // file and node of the entry of parameter_with_sub_params
   NodeId sub_entry = kNoNode;
   bool from_count = false;  // that entry counts sub-parameters of equal widths (before 0.4)
+  size_t shard_dims = 0;    // of the shard tensors: a view with more axes is flattened to that
   bool vocabulary = false;        // rows beyond original_rows are padding
   int64_t original_rows = 0;
   int ranks() const { return static_cast<int>(map.ranks.size()); }
 };
+
+// The leading axes joined, so that `dims` are left; the shape itself where it has no more.
+Shape joined_axes(const Shape& shape, size_t dims);
+
+// The whole tensor's shape without the padding of a vocabulary: as the converter writes it, and
+// as the model has it.
+Shape converted_shape(const TensorSplit& split);
+Shape logical_shape(const TensorSplit& split);
 
 }  // namespace isoshard::checkpoint

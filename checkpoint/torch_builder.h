@@ -26,6 +26,7 @@ class TorchBuilder {
     int storage = -1;
     int64_t offset = 0;
     bool requires_grad = false;
+    Shape stride = {};  // of a tensor without elements; otherwise it is contiguous
   };
   NodeId tensor(const TensorSpec& spec);
   // The same with python attributes: {name: text} pickled as torch does for tensors that carry any.

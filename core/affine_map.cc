@@ -19,6 +19,13 @@ bool last_element(const Shape& shape, int64_t offset, const Shape& stride, int64
   return true;
 }
 
+// Products of the sizes behind each axis: unlike torch's strides, 0 where one of them is 0.
+Shape row_major(const Shape& shape) {
+  Shape stride(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) stride[i - 1] = stride[i] * shape[i];
+  return stride;
+}
+
 std::string check_piece(const MapPiece& piece, int64_t whole, int64_t shard) {
   if (piece.source_stride.size() != piece.shape.size() ||
       piece.dest_stride.size() != piece.shape.size())
@@ -98,8 +105,8 @@ std::vector<MapRun> shard_runs(const RankMap& rank) {
 
 AffineMap replicated_map(const Shape& shape, int ranks) {
   MapPiece piece{.shape = shape,
-                 .source_stride = contiguous_stride(shape),
-                 .dest_stride = contiguous_stride(shape),
+                 .source_stride = row_major(shape),
+                 .dest_stride = row_major(shape),
                  .locations = {}};
   for (int rank = 0; rank < ranks; ++rank) piece.locations.push_back(rank);
   AffineMap map{shape, {}};
@@ -110,13 +117,13 @@ AffineMap replicated_map(const Shape& shape, int ranks) {
 AffineMap split_map(const Shape& shape, size_t dim, const Widths& widths) {
   CHECK(dim < shape.size() && !widths.empty(), "a split needs an axis and widths");
   AffineMap map{shape, {}};
-  const Shape stride = contiguous_stride(shape);
+  const Shape stride = row_major(shape);
   for (size_t rank = 0; rank < widths[0].size(); ++rank) {
     RankMap part;
     part.shard_shape = shape;
     part.shard_shape[dim] = 0;
     for (const std::vector<int64_t>& sub : widths) part.shard_shape[dim] += sub[rank];
-    const Shape dest_stride = contiguous_stride(part.shard_shape);
+    const Shape dest_stride = row_major(part.shard_shape);
     int64_t sub_begin = 0, dest = 0;
     for (const std::vector<int64_t>& sub : widths) {
       int64_t begin = sub_begin;

@@ -32,6 +32,9 @@ TEST(AffineMap, ARankMayHoldNothing) {
   EXPECT_EQ(map.ranks[2].shard_shape, (Shape{0, 32}));
   EXPECT_EQ(map.ranks[2].pieces[0].source_offset, 512);
   EXPECT_TRUE(shard_runs(map.ranks[2]).empty());
+  // o_proj of autotp_tp2_to_tp4_dp1: the stride of an empty row shard is 0.
+  EXPECT_EQ(split_map({32, 32}, 1, {{16, 16, 0, 0}}).ranks[3].pieces[0],
+            (MapPiece{{32, 0}, 32, {32, 1}, 0, {0, 1}, {3}}));
   EXPECT_EQ(why_impossible(map), "");
 }
 

@@ -97,8 +97,10 @@ class FileCheck {
 }  // namespace
 
 std::vector<int> every_file(const checkpoint::ShardedState& state) {
-  std::vector<int> files(state.files.size());
-  std::iota(files.begin(), files.end(), 0);
+  std::vector<int> files;
+  for (size_t i = 0; i < state.files.size(); ++i) {
+    if (state.files[i].inside) files.push_back(static_cast<int>(i));
+  }
   return files;
 }
 

@@ -28,6 +28,7 @@ void SourceManifest::ask(bool all_files, StreamOptions* options) {
   for (int leaf : options->digest) {
     for (const checkpoint::FileFragment& f : state_.leaf(leaf).fragments) files.insert(f.file);
   }
+  std::erase_if(files, [&](int file) { return !state_.files[static_cast<size_t>(file)].inside; });
   options->whole_files.assign(files.begin(), files.end());
 }
 

@@ -7,7 +7,8 @@ Checks, for traces/deepspeed/CASE:
   fp32       `convert --to fp32` as .bin equals fp32/, as safetensors has the same tensors
   identity   `reshard` to the source's own topology gives the source's files
   there-back a reshard to every other stage and back gives the first reshard's files
-  truth      masters and moments equal what the live engine held (truth/rank0.pt)
+  truth      masters and moments equal what the live engine held (truth/rank0.pt); of
+             tensor-parallel ranks: each rank's shard, cut by the map that DeepSpeed recorded
 DeepSpeed's faults are pinned: where its output is wrong, ours must differ from it, and equal it
 only under --as-deepspeed. Not compared: uninitialised padding of stage-3 masters
 (docs/deepspeed_errata.md).
@@ -30,6 +31,16 @@ LIKE = {"v0.14.5": "0.14.5", "v0.16.9": "0.16.9"}.get(CASE.split("_")[0], "0.19.
 ROUND_ROBIN = CASE.startswith("z2_rr")
 PADDING = [r"\['fp32_flat_groups'\]\[\d+\]$"]  # of stage 3: never initialised by DeepSpeed
 TRUE_SLICES = [r"\['param_slice_mappings'\]"] if ROUND_ROBIN else []
+# Tensor-parallel cases: key-value heads of the model (0: it names none), and ranks.
+KV_HEADS = {
+    "autotp_fused_tp2_dp2": 0,
+    "autotp_qwen2_bias_tp2_dp2_z2": 2,
+    "autotp_tp2_to_tp4_dp1": 2,
+    "autotp_uneven_tp3": 5,
+    "autotp_z1_tp2_dp1": 2,
+    "autotp_z1_tp2_dp2": 2,
+}.get(CASE)
+DEGREE = 3 if "tp3" in CASE else 4 if "tp4" in CASE else 2
 done = []
 
 
@@ -70,7 +81,7 @@ def universal(work, source):
         with open(os.path.join(theirs, "latest_universal")) as file:
             name = file.read()
     else:
-        name = "global_step_universal"
+        name = "global_step3_universal"
     target = os.path.join(work, "universal")
     run("convert", CKPT, os.path.join(target, name), "--to", "universal", "--like", LIKE, "--quiet")
     check("universal: same digest as the source", digest(target)["sections"] == source["sections"])
@@ -148,6 +159,8 @@ def reshard(work, source_digest):
         "\n".join(map(str, wrong[:10])),
     )
     dropped = ["--allow-dropped", "loss_scaler"] if "fp16" in CASE else []
+    for degree in (1, 5) if KV_HEADS is not None else ():
+        other_degree(work, source_digest, same, topology, degree)
     for other in range(4):
         there, back = os.path.join(work, f"there{other}"), os.path.join(work, f"back{other}")
         run("reshard", CKPT, there, "--to", f"dp=3,sp=1,stage={other}", "--quiet", *dropped)
@@ -167,11 +180,71 @@ def reshard(work, source_digest):
         equal(f"there (stage {other}) and back", same, back, ignore)
 
 
+def other_degree(work, source_digest, same, topology, degree):
+    """To another tensor-parallel degree and back: 5 cuts unevenly, 1 records no split."""
+    there, back = os.path.join(work, f"tp{degree}"), os.path.join(work, f"tp{degree}_back")
+    heads = ["--num-kv-heads", str(KV_HEADS)]
+    run("reshard", CKPT, there, "--to", f"tp={degree},dp=3,stage=2", "--quiet", *heads)
+    check(f"tp {degree}: same digest", digest(there)["sections"] == source_digest["sections"])
+    verdict = run("verify", there).split()[0]
+    check(f"tp {degree}: verified", verdict == "VERIFIED", verdict)
+    universal_form = there + "_universal"
+    run("convert", there, universal_form, "--to", "universal", "--quiet")
+    found = digest(universal_form)["sections"]
+    check(f"tp {degree}: universal has the digest", found == source_digest["sections"])
+    like = ["--split-like", CKPT] if degree == 1 else []
+    run("reshard", there, back, "--to", topology, "--quiet", *heads, *like)
+    ignore = [] if "z2" in CASE else [r"\['frozen_param_(shapes|fragments)'\]"]
+    equal(f"to tp {degree} and back", same, back, ignore)
+
+
+def flat(tensor):
+    """The elements of a tensor as a list of bytes."""
+    bits = bytes(tensor.bits())
+    width = compare_torch.ITEM_BYTES[tensor.dtype]
+    return [bits[i : i + width] for i in range(0, len(bits), width)]
+
+
+def addresses(offset, strides, shape):
+    """Flat addresses of a strided block, in row-major order."""
+    found = [offset]
+    for stride, extent in zip(strides, shape):
+        found = [address + stride * i for address in found for i in range(extent)]
+    return found
+
+
+def truth_of_shards(tag, degree):
+    """Every rank's tensors from the live engine are those pieces of ours that the map names."""
+    model = compare_torch.load(os.path.join(CKPT, os.path.basename(tag).replace("_universal", ""),
+                                            "mp_rank_00_model_states.pt"))
+    maps = model["universal_checkpoint_info"]["affine_map"]["params"]
+    compared = 0
+    for rank in range(degree):
+        path = os.path.join(FOLDER, "truth", f"rank{rank}.pt")
+        for name, states in compare_torch.load(path).items():
+            pieces = maps["^" + re.sub(r"([.])", r"\\\1", name) + "$"]["ranks"][rank]["pieces"]
+            for state in ("fp32", "exp_avg", "exp_avg_sq"):
+                if state not in states:
+                    continue
+                ours = flat(compare_torch.load(os.path.join(tag, "zero", name, state + ".pt"))["param"])
+                shard = flat(states[state])
+                for piece in pieces:
+                    sources = addresses(*piece["source"], piece["shape"])
+                    for source, dest in zip(sources, addresses(*piece["dest"], piece["shape"])):
+                        if ours[source] != shard[dest]:
+                            sys.exit(f"FAILED: {name} {state} differs on tensor rank {rank}")
+                compared += 1
+    if compared:
+        done.append(f"{compared} shards equal the live engine's")
+
+
 def truth(target):
     path = os.path.join(FOLDER, "truth", "rank0.pt")
     if not os.path.isfile(path) or ROUND_ROBIN:
         return
     tag = os.path.join(target, open(os.path.join(target, "latest_universal")).read())
+    if KV_HEADS is not None:
+        return truth_of_shards(tag, DEGREE)
     for name, states in compare_torch.load(path).items():
         for state in ("fp32", "exp_avg", "exp_avg_sq"):
             file = os.path.join(tag, "zero", name, state + ".pt")

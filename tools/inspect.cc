@@ -33,16 +33,18 @@ std::vector<std::string> abilities(const ShardedState& state) {
       return {"digest, diff, show, verify"};
     case Flavour::kUniversal12:
     case Flavour::kUniversal3:
-      return {"digest, diff, show, verify", "convert --to fp32", "reshard --to dp=N[,sp=,stage=]"};
+      return {"digest, diff, show, verify", "convert --to fp32", "reshard --to dp=N[,sp=,tp=,stage=]"};
     default:
       return {"digest, diff, show, verify", "convert --to universal", "convert --to fp32",
-              "reshard --to dp=N[,sp=,stage=]"};
+              "reshard --to dp=N[,sp=,tp=,stage=]"};
   }
 }
 
 std::string target_text(const ShardedState& state) {
-  return "dp=" + std::to_string(state.topology.data) +
-         ",sp=" + std::to_string(state.topology.sequence) + ",stage=" + std::to_string(state.stage);
+  std::string text = "dp=" + std::to_string(state.topology.data) +
+                     ",sp=" + std::to_string(state.topology.sequence);
+  if (state.topology.tensor > 1) text += ",tp=" + std::to_string(state.topology.tensor);
+  return text + ",stage=" + std::to_string(state.stage);
 }
 
 std::string states_of(const ShardedState& state, const ParameterState& parameter) {

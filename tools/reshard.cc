@@ -13,9 +13,10 @@ namespace isoshard::tools {
 namespace {
 
 struct ReshardFlags {
-  std::string source, target, to, to_config, tag_out;
+  std::string source, target, to, to_config, tag_out, split_like, model_config;
   int world = 0;
   std::vector<std::string> allow_dropped;
+  checkpoint::SplitOptions splits;
   ConversionFlags common;
 };
 
@@ -56,24 +57,70 @@ TargetSpec spec_from_config(Session* session, const ReshardFlags& flags) {
   spec.stage = number(zero, "stage", 0, 0, 3);
   spec.topology.sequence = number(config, "sequence_parallel_size", 1, 1, 1'000'000);
   const nlohmann::json tensor = config.value("tensor_parallel", nlohmann::json::object());
-  if (tensor.is_object()) number(tensor, "autotp_size", 1, 0, 1);
-  if (flags.world < 1 || flags.world % spec.topology.sequence != 0) {
+  if (tensor.is_object())
+    spec.topology.tensor = std::max(1, number(tensor, "autotp_size", 1, 0, 1'000'000));
+  const int64_t replica = int64_t{spec.topology.sequence} * std::max(1, spec.topology.tensor);
+  if (flags.world < 1 || flags.world % replica != 0) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kUsage,
-        .what = "--to-config needs --world N, a multiple of the config's sequence_parallel_size.",
+        .what = "--to-config needs --world N, a multiple of the config's sequence_parallel_size "
+                "times autotp_size.",
         .file = flags.to_config,
-        .expected = "a multiple of " + std::to_string(spec.topology.sequence),
+        .expected = "a multiple of " + std::to_string(replica),
         .found = std::to_string(flags.world)});
   }
-  spec.topology.data = flags.world / spec.topology.sequence;
+  spec.topology.data = static_cast<int>(flags.world / replica);
   return spec;
+}
+
+// The number of key-value heads as AutoTP looks for it in a model's config.json.
+int64_t heads_of(Session* session, const std::string& file) {
+  const nlohmann::json config =
+      nlohmann::json::parse(read_small_file(session->storage, file, 16 << 20), nullptr, false);
+  const nlohmann::json& text =
+      config.is_object() && config.contains("text_config") ? config["text_config"] : config;
+  for (const char* key :
+       {"num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "kv_n_heads",
+        "num_attention_heads", "n_heads", "attention_heads"}) {
+    if (!text.is_object() || !text.contains(key) || text[key].is_null()) continue;
+    if (text[key].is_number_integer() && text[key] > 0) return text[key].get<int64_t>();
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "The model's config does not say its number of heads.",
+                          .file = file,
+                          .entry = key,
+                          .expected = "a number above 0",
+                          .found = text[key].dump()});
+  }
+  if (text.is_object()) return 0;
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "The model's config is not a JSON object.",
+                        .file = file});
+}
+
+// --num-kv-heads, --model-config, or the config.json that a Trainer has left beside the tag.
+checkpoint::SplitOptions split_options(Session* session, const ReshardFlags& flags,
+                                       const checkpoint::ShardedState& state,
+                                       std::vector<std::string>* inferred) {
+  checkpoint::SplitOptions options = flags.splits;
+  if (options.kv_heads >= 0) return options;
+  std::string file = flags.model_config;
+  if (file.empty()) {
+    const std::string beside =
+        checkpoint::join(checkpoint::parent_folder(state.folder), "config.json");
+    if (session->storage.is_file(beside)) file = beside;
+  }
+  if (file.empty()) return options;
+  options.kv_heads = heads_of(session, file);
+  inferred->push_back("key-value heads: " + std::to_string(options.kv_heads) + ", as " +
+                      quote(checkpoint::base_name(file)) + " says");
+  return options;
 }
 
 void run_reshard(Session* session, const ReshardFlags& flags) {
   if (flags.to.empty() == flags.to_config.empty()) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kUsage,
-        .what = "Say the target once: --to dp=4[,sp=,stage=], or --to-config FILE --world N."});
+        .what = "Say the target once: --to dp=4[,sp=,tp=,stage=], or --to-config FILE --world N."});
   }
   if (flags.to_config.empty() && flags.world != 0) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
@@ -83,7 +130,9 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   const TargetSpec spec =
       flags.to.empty() ? spec_from_config(session, flags) : parse_target(flags.to);
   refuse_overlap(session, flags.source, flags.target);
-  const checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
+  checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
+  if (!flags.split_like.empty())
+    checkpoint::adopt_splits(&state, session->open(flags.split_like, /*prove=*/false));
   const Topology topology = resolve(spec, state.topology);
   const int stage = spec.stage >= 0 ? spec.stage : state.stage;
   const std::string tag = flags.tag_out.empty() ? state.tag : flags.tag_out;
@@ -97,9 +146,14 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
                   .found = quote(tag),
                   .next = "name one with --tag-out"});
   }
-  checkpoint::TargetFiles files = checkpoint::reshard_blueprints(
-      state, topology, stage,
-      std::set<std::string>(flags.allow_dropped.begin(), flags.allow_dropped.end()));
+  checkpoint::ReshardOptions wanted;
+  std::vector<std::string> inferred;
+  wanted.allow_dropped = {flags.allow_dropped.begin(), flags.allow_dropped.end()};
+  if (topology.tensor > 1 && topology.tensor != state.topology.tensor)
+    wanted.splits = split_options(session, flags, state, &inferred);
+  checkpoint::TargetFiles files =
+      checkpoint::reshard_blueprints(state, topology, stage, wanted);
+  inferred.insert(inferred.end(), files.inferred.begin(), files.inferred.end());
   reshard::ConvertOptions options =
       conversion_options(session, flags.common, checkpoint::join(flags.target, tag));
   refuse_unfinished(session, state.folder, flags.common.force, &options);
@@ -114,6 +168,10 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
                                    {"topology", to_string(topology)},
                                    {"stage", stage},
                                    {"ds_version", state.version}};
+  for (const std::string& text : inferred) {
+    session->say("inferred     " + text);
+    options.certificate["inferred"].push_back(text);
+  }
   for (const std::string& text : files.synthesised)
     options.certificate["synthesised"].push_back(text);
   for (const std::string& text : files.skipped) options.certificate["skipped"].push_back(text);
@@ -128,16 +186,33 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
 
 void add_reshard(CLI::App* app, Session* session) {
   auto flags = std::make_shared<ReshardFlags>();
-  CLI::App* verb = app->add_subcommand("reshard", "The same state at another dp, sp or ZeRO stage");
+  CLI::App* verb =
+      app->add_subcommand("reshard", "The same state at another dp, sp, tp or ZeRO stage");
   verb->add_option("SOURCE", flags->source)->required();
   verb->add_option("TARGET", flags->target, "A save folder: TARGET/<tag>/, then TARGET/latest")
       ->required();
   verb->add_option("--to", flags->to,
-                   "dp=4[,sp=2,stage=3]; axes left out keep the source's degree");
+                   "dp=4[,sp=2,tp=2,stage=3]; axes left out keep the source's degree");
   verb->add_option("--to-config", flags->to_config,
                    "A DeepSpeed config file instead, with --world");
   verb->add_option("--world", flags->world, "Number of ranks for --to-config");
   verb->add_option("--tag-out", flags->tag_out, "Tag of the target (default: the source's)");
+  verb->add_option("--num-kv-heads", flags->splits.kv_heads,
+                   "num_key_value_heads of the model, where the widths of --to tp= depend on it; "
+                   "0: it names none")
+      ->check(CLI::Range(0, 1'000'000));
+  verb->add_option("--model-config", flags->model_config,
+                   "The model's config.json, to read that number from (found beside the tag of a "
+                   "Trainer folder)");
+  verb->add_option("--tp-grain-size", flags->splits.grain,
+                   "tp_grain_size of the run, if ds_config does not say it")
+      ->check(CLI::Range(1, 1'000'000'000));
+  verb->add_option("--padded-vocab-size", flags->splits.vocabulary_rows,
+                   "Rows of a padded vocabulary in the target (default: as many as the source has)")
+      ->check(CLI::Range(1, 2'000'000'000));
+  verb->add_option("--split-like", flags->split_like,
+                   "A checkpoint of the same model with several tensor-parallel ranks, for a "
+                   "source of one, which does not say how its tensors are cut");
   verb->add_option("--allow-dropped", flags->allow_dropped,
                    "What may be left behind: client_state (of ranks other than 0), loss_scaler "
                    "(its hysteresis, at stage 0)")

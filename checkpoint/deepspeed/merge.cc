@@ -65,6 +65,7 @@ class TensorMerge {
     whole_.stage = first().stage;
     whole_.round_robin = first().round_robin;
     whole_.module_order = first().module_order;
+    whole_.split_file = parts_[0].model.file;
     for (const MpPart& part : parts_) {
       whole_.stepped = whole_.stepped || part.state.stepped;
       for (const std::string& text : part.state.notices) add_once(&whole_.notices, text);
@@ -301,7 +302,8 @@ int TensorMerge::add_mean(const TensorSplit& split, Leaf leaf,
     for (const Leaf* shard : shards) places.push_back(shard->fragments);
     const std::string title = "(mean of " + leaf.name + " " + leaf.state + ")";
     whole_.files.push_back(
-        {title, title, nullptr, std::make_shared<MeanFile>(title, whole_.files, std::move(places))});
+        {title, title, nullptr, std::make_shared<MeanFile>(title, whole_.files, std::move(places)),
+         /*inside=*/false});
     leaf.fragments = {{0, numel(leaf.shape), static_cast<int>(whole_.files.size()) - 1, 0}};
   }
   return whole_.add_leaf(std::move(leaf));
@@ -377,12 +379,6 @@ void TensorMerge::merge_aliases() {
 }
 
 }  // namespace
-
-Shape logical_shape(const TensorSplit& split) {
-  Shape shape = split.map.logical_shape;
-  if (split.vocabulary) shape[0] = split.original_rows;
-  return shape;
-}
 
 std::vector<FileFragment> compose(const TensorSplit& split,
                                   const std::vector<const Leaf*>& shards) {

@@ -25,7 +25,4 @@ void merge_tensor_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
 // Padding rows of a vocabulary are left out.
 std::vector<FileFragment> compose(const TensorSplit& split, const std::vector<const Leaf*>& shards);
 
-// The tensor's shape without the padding of a vocabulary.
-Shape logical_shape(const TensorSplit& split);
-
 }  // namespace isoshard::checkpoint

@@ -14,16 +14,19 @@ namespace {
 
 class ModelWriter {
  public:
-  ModelWriter(ReshardTarget* target, int rank)
-      : target_(*target), state_(target->state), rank_(rank) {
-    // A rank's own client state goes along where the ranks are the same.
-    const bool same =
-        target->stage == 3 && static_cast<int>(state_.model_files.size()) == target->ranks;
+  ModelWriter(ReshardTarget* target, TargetRank rank)
+      : target_(*target),
+        state_(target->state),
+        rank_(rank.zero),
+        tensor_(rank.tensor),
+        buffers_(target->buffers[static_cast<size_t>(rank.tensor)]) {
     file_ = state_.model_files[0];
+    if (!has_same_model_files(*target)) return;
+    // A rank's own client state goes along where the ranks are the same.
+    const int per_shard = target->stage == 3 ? target->ranks : 1;
+    const int own_file = state_.model_files[static_cast<size_t>(tensor_ * per_shard + rank_)];
     const std::vector<int>& own = state_.own_client_state;
-    if (same && std::count(own.begin(), own.end(), state_.model_files[static_cast<size_t>(rank)])) {
-      file_ = state_.model_files[static_cast<size_t>(rank)];
-    }
+    if (std::count(own.begin(), own.end(), own_file)) file_ = own_file;
   }
 
   FileBlueprint run() {
@@ -32,20 +35,27 @@ class ModelWriter {
     Pickle& pickle = builder_.pickle;
     root.set("module", module());
     root.set("optimizer",
-             target_.stage == 0 ? stage0_optimizer(&target_, &builder_) : pickle.none());
+             target_.stage == 0 ? stage0_optimizer(&target_, &builder_, tensor_) : pickle.none());
     root.set("param_shapes", target_.stage == 0 ? pickle.none() : param_shapes());
     const bool frozen = target_.stage >= 2 && !target_.frozen_excluded;
     root.set("frozen_param_shapes", frozen ? frozen_shapes() : pickle.none());
     root.set("frozen_param_fragments", frozen ? frozen_fragments() : pickle.none());
     root.set("shared_params", target_.stage == 0 ? pickle.none() : shared_params());
     root.set("dp_world_size", pickle.integer(target_.ranks));
-    root.set("mp_world_size", pickle.integer(1));
+    const int tensor = target_.topology.tensor;
+    root.set("mp_world_size", pickle.integer(tensor));
+    const int degree = tensor > 1 ? tensor : target_.topology.sequence;
     root.set_if_present("checkpoint_parallel_dimensions",
                         builder_.dict({{"pp_degree", pickle.integer(1)},
-                                       {"tp_degree", pickle.integer(target_.topology.sequence)}}));
+                                       {"tp_degree", pickle.integer(degree)}}));
+    if (tensor > 1)
+      root.set_after("universal_checkpoint_info", target_split_info(&builder_, target_),
+                     "ds_version");
+    else if (state_.split_file >= 0)
+      root.erase("universal_checkpoint_info");
     root.set_if_present("ds_config", target_config(&builder_, target_));
     const std::string path =
-        target_.stage == 3 ? model_file_name_of_rank(rank_, 0) : model_file_name(0);
+        target_.stage == 3 ? model_file_name_of_rank(rank_, tensor_) : model_file_name(tensor_);
     return builder_.finish(path, root.finish());
   }
 
@@ -85,7 +95,7 @@ class ModelWriter {
 
   // Stages 1 and 2: the trained parameters are views of one padded storage a group.
   void add_flat_storages() {
-    for (const TargetBuffer& buffer : target_.buffers) {
+    for (const TargetBuffer& buffer : buffers_) {
       StorageFill fill{.dtype = DType::kFloat32,
                        .numel = buffer.partition * target_.ranks,
                        .runs = {},
@@ -96,13 +106,17 @@ class ModelWriter {
         const ParameterState& parameter = target_.parameter(buffer.parameters[i]);
         fill.dtype = parameter.model_dtype;
         const int64_t offset = std::get<FlatShard>(buffer.layouts[i].placement).group_offset;
-        if (buffer.layouts[i].numel > 0)
-          fill.runs.push_back({model_leaf(parameter), 0, buffer.layouts[i].numel, offset});
+        target_.add_runs(&fill, buffer.parameters[i], tensor_,
+                         {model_leaf(parameter), 0, buffer.layouts[i].numel, offset});
         places.emplace_back(buffer.parameters[i], offset);
       }
       const int storage = builder_.add_storage(std::move(fill));
       for (const auto& [number, offset] : places) flat_place_[number] = {storage, offset};
     }
+  }
+
+  int number_of(const ParameterState& parameter) const {
+    return static_cast<int>(&parameter - state_.parameters.data());
   }
 
   // The copy in the model's dtype where one is stored, otherwise the master, which is cast.
@@ -120,14 +134,22 @@ class ModelWriter {
           {.dtype = parameter.model_dtype, .numel = 0, .runs = {}, .copy = {}, .literal = {}});
       return builder_.tensor({.shape = {0}, .storage = storage});
     }
-    const int number = static_cast<int>(&parameter - state_.parameters.data());
+    const int number = number_of(parameter);
+    const Shape shape = target_.shard_shape(number, tensor_);
+    TorchBuilder::TensorSpec& spec = place_of_[parameter.name];
     if (const auto place = flat_place_.find(number); place != flat_place_.end()) {
-      place_of_[parameter.name] = {
-          .shape = parameter.shape, .storage = place->second.first, .offset = place->second.second};
+      spec = {.shape = shape, .storage = place->second.first, .offset = place->second.second};
     } else {
-      place_of_[parameter.name] = {
-          .shape = parameter.shape,
-          .storage = own_storage(model_leaf(parameter), parameter.model_dtype)};
+      StorageFill fill{.dtype = parameter.model_dtype,
+                       .numel = numel(shape),
+                       .runs = {},
+                       .copy = {},
+                       .literal = {}};
+      target_.add_runs(&fill, number, tensor_, {model_leaf(parameter), 0, fill.numel, 0});
+      spec = {.shape = shape, .storage = builder_.add_storage(std::move(fill))};
+      // An empty shard stays the slice that it is of the whole tensor.
+      if (numel(shape) == 0 && shape.size() == parameter.shape.size())
+        spec.stride = contiguous_stride(parameter.shape);
     }
     return builder_.tensor(place_of_[parameter.name]);
   }
@@ -154,11 +176,11 @@ class ModelWriter {
 
   NodeId param_shapes() {
     std::vector<NodeId> groups;
-    for (const TargetBuffer& buffer : target_.buffers) {
+    for (const TargetBuffer& buffer : buffers_) {
       std::vector<NodeId> items;
       for (int number : buffer.parameters) {
         items.push_back(builder_.pickle.string(target_.parameter(number).name));
-        items.push_back(builder_.size_node(target_.parameter(number).shape));
+        items.push_back(builder_.size_node(target_.shard_shape(number, tensor_)));
       }
       groups.push_back(builder_.pickle.ordered_dict(std::move(items)));
     }
@@ -170,7 +192,7 @@ class ModelWriter {
     for (const ParameterState& parameter : state_.parameters) {
       if (parameter.group >= 0) continue;
       items.push_back(builder_.pickle.string(parameter.name));
-      items.push_back(builder_.size_node(parameter.shape));
+      items.push_back(builder_.size_node(target_.shard_shape(number_of(parameter), tensor_)));
     }
     return builder_.pickle.ordered_dict(std::move(items));
   }
@@ -188,7 +210,9 @@ class ModelWriter {
   }
 
   NodeId frozen_slot(const ParameterState& parameter) {
-    const int64_t count = numel(parameter.shape), slot = slot_size(count, target_.ranks);
+    const int number = number_of(parameter);
+    const int64_t count = numel(target_.shard_shape(number, tensor_));
+    const int64_t slot = slot_size(count, target_.ranks);
     StorageFill fill{.dtype = state_.leaf(parameter.weight).dtype,
                      .numel = slot,
                      .runs = {},
@@ -198,7 +222,8 @@ class ModelWriter {
                               .ranks = target_.ranks,
                               .placement = SlotShard{0, std::max<int64_t>(slot, 1)}};
     if (const RankFragment f = fragment_on(layout, rank_); f.count > 0) {
-      fill.runs.push_back({parameter.weight, f.begin, f.count, f.offset_local});
+      target_.add_runs(&fill, number, tensor_,
+                       {parameter.weight, f.begin, f.count, f.offset_local});
     }
     return builder_.tensor({.shape = {slot}, .storage = builder_.add_storage(std::move(fill))});
   }
@@ -207,14 +232,16 @@ class ModelWriter {
   NodeId shared_params() {
     std::vector<std::pair<std::string, NodeId>> entries;
     for (const Alias& alias : state_.aliases) {
-      if (rank_ == 0) entries.emplace_back(alias.name, builder_.pickle.string(alias.target));
+      if (rank_ == 0 && tensor_ == 0) entries.emplace_back(alias.name, builder_.pickle.string(alias.target));
     }
     return builder_.dict(std::move(entries));
   }
 
   ReshardTarget& target_;
   const ShardedState& state_;
-  int rank_;
+  int rank_;    // in the partition group
+  int tensor_;  // tensor-parallel rank
+  const std::vector<TargetBuffer>& buffers_;
   int file_;
   TorchBuilder builder_;
   std::map<std::string, NodeId> tensors_;
@@ -224,7 +251,7 @@ class ModelWriter {
 
 }  // namespace
 
-FileBlueprint model_blueprint(ReshardTarget* target, int rank) {
+FileBlueprint model_blueprint(ReshardTarget* target, TargetRank rank) {
   return ModelWriter(target, rank).run();
 }
 

@@ -52,12 +52,14 @@ std::vector<int> leaves_of(const ReshardTarget& target, const TargetBuffer& buff
 
 class OptimWriter {
  public:
-  OptimWriter(ReshardTarget* target, TorchBuilder* builder, int rank)
+  OptimWriter(ReshardTarget* target, TorchBuilder* builder, TargetRank rank)
       : target_(*target),
         state_(target->state),
         builder_(*builder),
         pickle_(builder->pickle),
-        rank_(rank),
+        rank_(rank.zero),
+        tensor_(rank.tensor),
+        buffers_(target->buffers[static_cast<size_t>(rank.tensor)]),
         global_(global_source(state_)) {}
 
   NodeId file_root() {
@@ -71,7 +73,7 @@ class OptimWriter {
     std::vector<std::pair<std::string, NodeId>> entries;
     add_scaler(&entries);
     std::vector<NodeId> paddings, alignments, counts;
-    for (const TargetBuffer& buffer : target_.buffers) {
+    for (const TargetBuffer& buffer : buffers_) {
       paddings.push_back(pickle_.integer(0));
       alignments.push_back(
           pickle_.list(std::vector<NodeId>(buffer.parameters.size(), pickle_.integer(0))));
@@ -112,7 +114,7 @@ class OptimWriter {
  private:
   NodeId stage12() {
     std::vector<NodeId> masters, paddings, alignments, counts, slices;
-    for (const TargetBuffer& buffer : target_.buffers) {
+    for (const TargetBuffer& buffer : buffers_) {
       const FlatSizes sizes{buffer.partition * target_.ranks, buffer.partition};
       const int64_t padding =
           target_.bf16_optimizer ? bf16_partition_padding(buffer.total, sizes, target_.ranks, rank_)
@@ -150,7 +152,7 @@ class OptimWriter {
     entries.emplace_back("optimizer_state_dict", builder_.dict({{"state", states_by_buffer()},
                                                                 {"param_groups", param_groups()}}));
     std::vector<NodeId> flats;
-    for (const TargetBuffer& buffer : target_.buffers)
+    for (const TargetBuffer& buffer : buffers_)
       flats.push_back(master(buffer, buffer.partition));
     entries.emplace_back("fp32_flat_groups", pickle_.list(std::move(flats)));
     return builder_.dict(std::move(entries));
@@ -161,7 +163,7 @@ class OptimWriter {
     std::vector<int> leaves;
     for (int number : buffer.parameters) leaves.push_back(target_.parameter(number).weight);
     const int storage =
-        builder_.add_storage(rank_fill(buffer, rank_, leaves, state_.leaf(leaves.at(0)).dtype));
+        builder_.add_storage(rank_fill(target_, buffer, rank_, leaves, state_.leaf(leaves.at(0)).dtype));
     const TorchBuilder::TensorSpec spec{
         .shape = {length}, .storage = storage, .requires_grad = true};
     if (target_.stage != 3) return builder_.tensor(spec);
@@ -200,8 +202,8 @@ class OptimWriter {
 
   NodeId states_by_buffer() {
     std::vector<NodeId> items;
-    for (size_t k = 0; k < target_.buffers.size(); ++k) {
-      const TargetBuffer& buffer = target_.buffers[k];
+    for (size_t k = 0; k < buffers_.size(); ++k) {
+      const TargetBuffer& buffer = buffers_[k];
       const ParameterState& first = target_.parameter(buffer.parameters[0]);
       if (first.states.empty() && first.scalars.empty()) continue;
       std::vector<std::pair<std::string, NodeId>> entry;
@@ -210,7 +212,7 @@ class OptimWriter {
       for (size_t s = 0; s < first.states.size(); ++s) {
         const Leaf& leaf = state_.leaf(first.states[s]);
         const int storage = builder_.add_storage(
-            rank_fill(buffer, rank_, leaves_of(target_, buffer, s), leaf.dtype));
+            rank_fill(target_, buffer, rank_, leaves_of(target_, buffer, s), leaf.dtype));
         entry.emplace_back(leaf.state,
                            builder_.tensor({.shape = {buffer.partition}, .storage = storage}));
       }
@@ -253,7 +255,7 @@ class OptimWriter {
                                                   scalar.value.file, scalar.value.node));
         }
         for (int leaf : parameter.states)
-          entry.emplace_back(state_.leaf(leaf).state, whole_tensor(leaf, false));
+          entry.emplace_back(state_.leaf(leaf).state, whole_tensor(number, leaf, false));
         const int64_t key = index++;
         if (entry.empty()) continue;
         items.push_back(pickle_.integer(key));
@@ -268,18 +270,20 @@ class OptimWriter {
     for (const GroupState& group : state_.groups) {
       std::vector<NodeId> masters;
       for (int number : group.parameters)
-        masters.push_back(whole_tensor(target_.parameter(number).weight, true));
+        masters.push_back(whole_tensor(number, target_.parameter(number).weight, true));
       groups.push_back(pickle_.list(std::move(masters)));
     }
     return pickle_.list(std::move(groups));
   }
 
-  NodeId whole_tensor(int number, bool requires_grad) {
+  // This tensor-parallel rank's part of a leaf of a parameter.
+  NodeId whole_tensor(int parameter, int number, bool requires_grad) {
     const Leaf& leaf = state_.leaf(number);
+    const Shape shape = target_.shard_shape(parameter, tensor_);
     StorageFill fill{
-        .dtype = leaf.dtype, .numel = leaf.size_elements(), .runs = {}, .copy = {}, .literal = {}};
-    if (fill.numel > 0) fill.runs.push_back({number, 0, fill.numel, 0});
-    return builder_.tensor({.shape = leaf.shape,
+        .dtype = leaf.dtype, .numel = numel(shape), .runs = {}, .copy = {}, .literal = {}};
+    target_.add_runs(&fill, parameter, tensor_, {number, 0, fill.numel, 0});
+    return builder_.tensor({.shape = shape,
                             .storage = builder_.add_storage(std::move(fill)),
                             .requires_grad = requires_grad});
   }
@@ -294,8 +298,8 @@ class OptimWriter {
         for (size_t i = 0; i < state_.groups[g].parameters.size(); ++i)
           numbers.push_back(pickle_.integer(index++));
       } else {
-        for (size_t k = 0; k < target_.buffers.size(); ++k) {
-          if (target_.buffers[k].group == static_cast<int>(g))
+        for (size_t k = 0; k < buffers_.size(); ++k) {
+          if (buffers_[k].group == static_cast<int>(g))
             numbers.push_back(pickle_.integer(static_cast<int64_t>(k)));
         }
       }
@@ -413,26 +417,28 @@ class OptimWriter {
   const ShardedState& state_;
   TorchBuilder& builder_;
   Pickle& pickle_;
-  int rank_;
+  int rank_;    // in the partition group
+  int tensor_;  // tensor-parallel rank
+  const std::vector<TargetBuffer>& buffers_;
   NodeRef global_;
 };
 
 }  // namespace
 
-FileBlueprint optim_blueprint(ReshardTarget* target, int rank) {
+FileBlueprint optim_blueprint(ReshardTarget* target, TargetRank rank) {
   TorchBuilder builder;
   const NodeId root = OptimWriter(target, &builder, rank).file_root();
-  return builder.finish(optim_file_name(target->prefix, rank, 0), root);
+  return builder.finish(optim_file_name(target->prefix, rank.zero, rank.tensor), root);
 }
 
 FileBlueprint global_state_blueprint(ReshardTarget* target) {
   TorchBuilder builder;
-  const NodeId root = OptimWriter(target, &builder, 0).global_state();
+  const NodeId root = OptimWriter(target, &builder, {}).global_state();
   return builder.finish("zero/optimizer_state.pt", root);
 }
 
-NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder) {
-  return OptimWriter(target, builder, 0).stage0();
+NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int tensor_rank) {
+  return OptimWriter(target, builder, {tensor_rank, 0}).stage0();
 }
 
 }  // namespace isoshard::checkpoint

@@ -31,20 +31,34 @@ void refuse_topology(const ShardedState& state, const Topology& topology) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
                           .what = what,
                           .file = state.folder,
-                          .expected = "dp, sp and stage",
+                          .expected = "dp, sp, tp and stage",
                           .found = to_string(topology)});
   };
-  if (topology.tensor > 1) no("Resharding to tensor-parallel ranks is not supported yet.");
+  if (topology.tensor > 1 && topology.sequence > 1)
+    no("DeepSpeed has no files for tensor- and sequence-parallel ranks together.");
   if (topology.expert > 1) no("Resharding to expert-parallel ranks is not supported yet.");
   if (topology.pipeline > 1) no("Resharding to pipeline stages is not supported yet.");
   if (state.flavour == Flavour::kWeights) no("Weights alone have no optimizer state to reshard.");
 }
 
-void add_flat_buffer(ReshardTarget* target, int group, const std::vector<int>& order) {
-  TargetBuffer buffer{.group = group, .parameters = order, .layouts = {}, .alignment = {}};
+// Where a rank's part of a group stands: the group, the tensor-parallel rank, and the parameters in
+// flat order.
+struct Members {
+  int group;
+  int tensor_rank;
+  std::vector<int> order;
+};
+
+void add_flat_buffer(ReshardTarget* target, const Members& members) {
+  const std::vector<int>& order = members.order;
+  TargetBuffer buffer{.group = members.group,
+                      .tensor_rank = members.tensor_rank,
+                      .parameters = order,
+                      .layouts = {},
+                      .alignment = {}};
   for (size_t i = 0; i < order.size(); ++i) {
     const ParameterState& parameter = target->parameter(order[i]);
-    const int64_t count = numel(parameter.shape);
+    const int64_t count = numel(target->shard_shape(order[i], members.tensor_rank));
     buffer.layouts.push_back(
         {.numel = count, .ranks = target->ranks, .placement = FlatShard{buffer.total, 1}});
     buffer.total += count;
@@ -56,16 +70,21 @@ void add_flat_buffer(ReshardTarget* target, int group, const std::vector<int>& o
   buffer.partition = flat_sizes(buffer.total, target->ranks).partition;
   for (TensorLayout& layout : buffer.layouts)
     std::get<FlatShard>(layout.placement).partition = std::max<int64_t>(buffer.partition, 1);
-  target->buffers.push_back(std::move(buffer));
+  target->buffers[static_cast<size_t>(members.tensor_rank)].push_back(std::move(buffer));
 }
 
-void add_slot_buffers(ReshardTarget* target, int group, const std::vector<int>& order,
-                      int64_t sub_group_size) {
+void add_slot_buffers(ReshardTarget* target, const Members& members, int64_t sub_group_size) {
+  const std::vector<int>& order = members.order;
   std::vector<int64_t> numels;
-  for (int number : order) numels.push_back(numel(target->parameter(number).shape));
+  for (int number : order)
+    numels.push_back(numel(target->shard_shape(number, members.tensor_rank)));
   size_t next = 0;
   for (int count : sub_group_counts(numels, target->ranks, sub_group_size)) {
-    TargetBuffer buffer{.group = group, .parameters = {}, .layouts = {}, .alignment = {}};
+    TargetBuffer buffer{.group = members.group,
+                        .tensor_rank = members.tensor_rank,
+                        .parameters = {},
+                        .layouts = {},
+                        .alignment = {}};
     for (int i = 0; i < count; ++i, ++next) {
       const int64_t slot = slot_size(numels[next], target->ranks);
       buffer.parameters.push_back(order[next]);
@@ -76,16 +95,16 @@ void add_slot_buffers(ReshardTarget* target, int group, const std::vector<int>& 
       buffer.partition += slot;
     }
     buffer.total = buffer.partition;
-    target->buffers.push_back(std::move(buffer));
+    target->buffers[static_cast<size_t>(members.tensor_rank)].push_back(std::move(buffer));
   }
 }
 
 // Per-rank client state can only be carried rank by rank.
 void check_client_state(const ShardedState& state, const ReshardTarget& target,
                         const std::set<std::string>& allow_dropped) {
-  const bool same_ranks =
-      target.stage == 3 && target.ranks == static_cast<int>(state.model_files.size());
-  if (state.own_client_state.empty() || same_ranks || allow_dropped.count("client_state")) return;
+  if (state.own_client_state.empty() || has_same_model_files(target) ||
+      allow_dropped.count("client_state"))
+    return;
   throw Error(ErrorInfo{
       .code = ErrorCode::kUnsupported,
       .what = "Ranks saved a client state of their own; another number of ranks cannot hold it.",
@@ -113,16 +132,37 @@ void check_loss_scaler(const ShardedState& state, int stage,
                         "comes from ds_config again"});
 }
 
+// The parameters of a group that have elements on a tensor-parallel rank, in flat order. Before
+// 0.19.8 those without stood there too.
+Members members_of(const ReshardTarget& target, int group, int tensor_rank, bool round_robin) {
+  Members members{group, tensor_rank, {}};
+  for (int number : target.state.groups[static_cast<size_t>(group)].parameters) {
+    const bool empty = numel(target.shard_shape(number, tensor_rank)) == 0 &&
+                       numel(target.parameter(number).shape) != 0;
+    if (!empty || !target.writes_alignment) members.order.push_back(number);
+  }
+  if (!round_robin) return members;
+  std::vector<int> permuted;
+  for (int index : round_robin_order(static_cast<int>(members.order.size()), target.ranks))
+    permuted.push_back(members.order[static_cast<size_t>(index)]);
+  members.order = std::move(permuted);
+  return members;
+}
+
 }  // namespace
 
-ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage) {
+ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
+                          const SplitOptions& splits) {
   refuse_topology(state, topology);
   ReshardTarget target{.state = state,
                        .topology = topology,
                        .stage = stage,
                        .ranks = topology.zero_ranks(),
                        .prefix = "",
-                       .buffers = {},
+                       .buffers = std::vector<std::vector<TargetBuffer>>(
+                           static_cast<size_t>(topology.tensor)),
+                       .maps = {},
+                       .inferred = {},
                        .synthesised = {},
                        .skipped = {}};
   const Fields model(state.document(target.model_file()));
@@ -142,23 +182,56 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
   target.frozen_excluded =
       state.stage >= 2 && model.maybe(model.root(), "frozen_param_shapes") == kNoNode &&
       std::ranges::all_of(state.parameters, [](const ParameterState& p) { return p.group >= 0; });
+  if (topology.tensor > 1) target.maps = target_maps(state, topology.tensor, splits, &target.inferred);
   const bool round_robin = stage >= 1 && stage <= 2 && !target.bf16_optimizer &&
                            zero_option(model, config, "round_robin_gradients", 0) != 0;
   const int64_t sub_group_size = zero_option(model, config, "sub_group_size", 1'000'000'000);
-  for (size_t g = 0; g < state.groups.size(); ++g) {
-    std::vector<int> order = state.groups[g].parameters;
-    if (round_robin) {
-      std::vector<int> permuted;
-      for (int index : round_robin_order(static_cast<int>(order.size()), target.ranks))
-        permuted.push_back(order[static_cast<size_t>(index)]);
-      order = std::move(permuted);
+  for (int t = 0; t < topology.tensor; ++t) {
+    for (size_t g = 0; g < state.groups.size(); ++g) {
+      const Members members = members_of(target, static_cast<int>(g), t, round_robin);
+      if (stage == 3)
+        add_slot_buffers(&target, members, sub_group_size);
+      else
+        add_flat_buffer(&target, members);
     }
-    if (stage == 3)
-      add_slot_buffers(&target, static_cast<int>(g), order, sub_group_size);
-    else
-      add_flat_buffer(&target, static_cast<int>(g), order);
   }
   return target;
+}
+
+bool has_same_model_files(const ReshardTarget& target) {
+  const int per_shard = target.stage == 3 ? target.ranks : 1;
+  const bool stage3 =
+      target.state.flavour == Flavour::kZero3 || target.state.flavour == Flavour::kUniversal3;
+  return stage3 == (target.stage == 3) &&
+         target.state.topology.tensor == target.topology.tensor &&
+         static_cast<int>(target.state.model_files.size()) == per_shard * target.topology.tensor;
+}
+
+Shape ReshardTarget::shard_shape(int number, int tensor_rank) const {
+  if (maps.empty()) return parameter(number).shape;
+  const AffineMap& map = maps[static_cast<size_t>(number)];
+  return joined_axes(map.ranks[static_cast<size_t>(tensor_rank)].shard_shape,
+                     parameter(number).shape.size());
+}
+
+void ReshardTarget::add_runs(StorageFill* fill, int number, int tensor_rank,
+                             const LeafRun& shard_run) const {
+  if (shard_run.count == 0) return;
+  if (maps.empty()) {
+    fill->runs.push_back(shard_run);
+    return;
+  }
+  const AffineMap& map = maps[static_cast<size_t>(number)];
+  const int64_t total = state.leaf(shard_run.leaf).size_elements();
+  const int64_t begin = shard_run.begin, end = begin + shard_run.count;
+  for (const MapPiece& piece : map.ranks[static_cast<size_t>(tensor_rank)].pieces) {
+    for (const MapRun& run : piece_runs(piece)) {
+      const int64_t from = std::max(begin, run.dest);
+      const int64_t source = run.source + (from - run.dest);
+      const int64_t to = std::min({end, run.dest + run.count, from + total - source});
+      if (from < to) fill->runs.push_back({shard_run.leaf, source, to - from, shard_run.at + from - begin});
+    }
+  }
 }
 
 MappingCopy::MappingCopy(TorchBuilder* builder, const ShardedState& state, NodeRef mapping)
@@ -182,6 +255,25 @@ void MappingCopy::set(const std::string& key, NodeId value) {
   appended_.emplace_back(key, value);
 }
 
+void MappingCopy::set_after(const std::string& key, NodeId value, const std::string& neighbour) {
+  const auto known = std::find(keys_.begin(), keys_.end(), key);
+  const auto before = std::find(keys_.begin(), keys_.end(), neighbour);
+  if (known != keys_.end() || before == keys_.end()) return set(key, value);
+  const auto at = before - keys_.begin() + 1;
+  keys_.insert(keys_.begin() + at, key);
+  values_.insert(values_.begin() + at, kNoNode);
+  entries_.insert(entries_.begin() + at, {kNoNode, value});
+}
+
+void MappingCopy::erase(const std::string& key) {
+  const auto found = std::find(keys_.begin(), keys_.end(), key);
+  if (found == keys_.end()) return;
+  const auto at = found - keys_.begin();
+  keys_.erase(found);
+  values_.erase(values_.begin() + at);
+  entries_.erase(entries_.begin() + at);
+}
+
 void MappingCopy::set_if_present(const std::string& key, NodeId value) {
   if (std::find(keys_.begin(), keys_.end(), key) != keys_.end()) set(key, value);
 }
@@ -189,7 +281,9 @@ void MappingCopy::set_if_present(const std::string& key, NodeId value) {
 NodeId MappingCopy::finish() {
   std::vector<NodeId> items;
   for (size_t i = 0; i < entries_.size(); ++i) {
-    items.push_back(builder_.copy(document_, file_, entries_[i].first));
+    items.push_back(entries_[i].first == kNoNode
+                        ? builder_.pickle.string(keys_[i])
+                        : builder_.copy(document_, file_, entries_[i].first));
     items.push_back(entries_[i].second != kNoNode ? entries_[i].second
                                                   : builder_.copy(document_, file_, values_[i]));
   }
@@ -215,38 +309,51 @@ NodeId target_config(TorchBuilder* builder, const ReshardTarget& target) {
     copy.set("zero_optimization",
              builder->dict({{"stage", builder->pickle.integer(target.stage)}}));
   }
+  const NodeId tensor = model.maybe(config, "tensor_parallel");
+  if (tensor != kNoNode && model.pickle().is_mapping(tensor)) {
+    MappingCopy section(builder, target.state, {file, tensor});
+    section.set("autotp_size", builder->pickle.integer(target.topology.tensor));
+    copy.set("tensor_parallel", section.finish());
+  } else if (target.topology.tensor > 1) {
+    copy.set("tensor_parallel",
+             builder->dict({{"autotp_size", builder->pickle.integer(target.topology.tensor)}}));
+  }
   copy.set_if_present("sequence_parallel_size", builder->pickle.integer(target.topology.sequence));
   return copy.finish();
 }
 
-StorageFill rank_fill(const TargetBuffer& buffer, int rank, const std::vector<int>& leaves,
-                      DType dtype) {
+StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, int rank,
+                      const std::vector<int>& leaves, DType dtype) {
   StorageFill fill{
       .dtype = dtype, .numel = buffer.partition, .runs = {}, .copy = {}, .literal = {}};
   CHECK(leaves.size() == buffer.parameters.size(), "one leaf a parameter");
   for (size_t i = 0; i < leaves.size(); ++i) {
     if (buffer.layouts[i].numel == 0) continue;
     if (const RankFragment f = fragment_on(buffer.layouts[i], rank); f.count > 0) {
-      fill.runs.push_back({leaves[i], f.begin, f.count, f.offset_local});
+      target.add_runs(&fill, buffer.parameters[i], buffer.tensor_rank,
+                      {leaves[i], f.begin, f.count, f.offset_local});
     }
   }
   return fill;
 }
 
 TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage,
-                               const std::set<std::string>& allow_dropped) {
-  ReshardTarget target = make_target(state, topology, stage);
-  check_client_state(state, target, allow_dropped);
-  check_loss_scaler(state, stage, allow_dropped);
+                               const ReshardOptions& options) {
+  ReshardTarget target = make_target(state, topology, stage, options.splits);
+  check_client_state(state, target, options.allow_dropped);
+  check_loss_scaler(state, stage, options.allow_dropped);
   TargetFiles result;
-  for (int rank = 0; rank < (stage == 3 ? target.ranks : 1); ++rank) {
-    throw_if_cancelled();
-    result.files.push_back(model_blueprint(&target, rank));
+  for (int tensor = 0; tensor < topology.tensor; ++tensor) {
+    for (int rank = 0; rank < (stage == 3 ? target.ranks : 1); ++rank) {
+      throw_if_cancelled();
+      result.files.push_back(model_blueprint(&target, {tensor, rank}));
+    }
+    for (int rank = 0; rank < (stage == 0 ? 0 : target.ranks); ++rank) {
+      throw_if_cancelled();
+      result.files.push_back(optim_blueprint(&target, {tensor, rank}));
+    }
   }
-  for (int rank = 0; rank < (stage == 0 ? 0 : target.ranks); ++rank) {
-    throw_if_cancelled();
-    result.files.push_back(optim_blueprint(&target, rank));
-  }
+  result.inferred = target.inferred;
   result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
   result.skipped.assign(target.skipped.begin(), target.skipped.end());
   return result;

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checkpoint/deepspeed/fields.h"
+#include "checkpoint/deepspeed/tensor_target.h"
 #include "checkpoint/sharded_state.h"
 #include "checkpoint/torch_builder.h"
 #include "core/layout.h"
@@ -15,11 +16,13 @@
 
 namespace isoshard::checkpoint {
 
-// One flat buffer of the target: an optimizer group (stages 1, 2) or a sub-group (stage 3).
+// One flat buffer of the target: an optimizer group (stages 1, 2) or a sub-group (stage 3) of one
+// tensor-parallel rank.
 struct TargetBuffer {
   int group = -1;
+  int tensor_rank = 0;
   std::vector<int> parameters;        // in flat order
-  std::vector<TensorLayout> layouts;  // of each parameter
+  std::vector<TensorLayout> layouts;  // of each parameter's shard
   std::vector<int64_t> alignment;     // padding elements behind each (stages 1, 2)
   int64_t total = 0;                  // elements without the padding at the end
   int64_t partition = 0;              // elements of one rank
@@ -35,19 +38,28 @@ struct ReshardTarget {
   bool writes_alignment = false;  // param_alignment_paddings is written (DeepSpeed ≥ 0.19.8)
   bool frozen_excluded = false;   // the source was saved with exclude_frozen_parameters
   std::string prefix;             // "bf16_" or ""
-  std::vector<TargetBuffer> buffers;
-  std::set<std::string> synthesised;  // what is written without a source, for the certificate
+  // By tensor-parallel rank, then in the order of the optimizer's groups.
+  std::vector<std::vector<TargetBuffer>> buffers;
+  std::vector<AffineMap> maps;        // by parameter; none for one tensor-parallel rank
+  std::vector<std::string> inferred;  // for the certificate
+  std::set<std::string> synthesised;  // what is written without a source, likewise
   std::set<std::string> skipped;      // what the target's stage has no place for, likewise
 
   const ParameterState& parameter(int number) const {
     return state.parameters[static_cast<size_t>(number)];
   }
+  // The shape that a tensor-parallel rank has of a parameter.
+  Shape shard_shape(int number, int tensor_rank) const;
+  // Adds to `fill`, from element `at` on, elements [begin, begin + count) of that rank's shard of a
+  // leaf of the parameter; padding rows of a vocabulary stay zero.
+  void add_runs(StorageFill* fill, int number, int tensor_rank, const LeafRun& shard_run) const;
   // Rank 0's model file and, where there is one, the file with the optimizer's global state.
   int model_file() const { return state.model_files[0]; }
 };
 
-// Throws Error(kUnsupported) for topologies that these files cannot have.
-ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage);
+// Throws Error(kUnsupported) for topologies that these files cannot have, and as target_maps().
+ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
+                          const SplitOptions& splits);
 
 // Copy of a source dictionary whose values may be replaced by key.
 class MappingCopy {
@@ -55,6 +67,8 @@ class MappingCopy {
   MappingCopy(TorchBuilder* builder, const ShardedState& state, NodeRef mapping);
   void set(const std::string& key, NodeId value);  // replaces in place, or appends
   void set_if_present(const std::string& key, NodeId value);
+  void set_after(const std::string& key, NodeId value, const std::string& neighbour);
+  void erase(const std::string& key);
   NodeId finish();
 
  private:
@@ -71,19 +85,34 @@ class MappingCopy {
 NodeId target_config(TorchBuilder* builder, const ReshardTarget& target);
 
 // The storage of one leaf kind for one rank of one buffer: its fragments at their local offsets.
-StorageFill rank_fill(const TargetBuffer& buffer, int rank, const std::vector<int>& leaves,
-                      DType dtype);
+StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, int rank,
+                      const std::vector<int>& leaves, DType dtype);
 
-// Files of the target tag folder.
-FileBlueprint model_blueprint(ReshardTarget* target, int rank);
-FileBlueprint optim_blueprint(ReshardTarget* target, int rank);
-NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder);
+// universal_checkpoint_info for the target's tensor-parallel ranks (there are several).
+NodeId target_split_info(TorchBuilder* builder, const ReshardTarget& target);
+
+// One file of the target: `tensor` is its tensor-parallel rank, `zero` its rank in the partition
+// group (0 for model files of stages 0 to 2).
+struct TargetRank {
+  int tensor = 0;
+  int zero = 0;
+};
+FileBlueprint model_blueprint(ReshardTarget* target, TargetRank rank);
+FileBlueprint optim_blueprint(ReshardTarget* target, TargetRank rank);
+NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int tensor_rank);
 // zero/optimizer_state.pt of a universal folder whose source has no partition files (stage 0).
 FileBlueprint global_state_blueprint(ReshardTarget* target);
 
-// All files of a checkpoint of `state` at that topology and stage. `allow_dropped` names what may
-// be left behind: "client_state" (that of ranks other than 0).
+struct ReshardOptions {
+  std::set<std::string> allow_dropped;  // "client_state" (that of ranks other than 0), …
+  SplitOptions splits;
+};
+
+// Whether every model file of the target has one of the source that stands for the same ranks.
+bool has_same_model_files(const ReshardTarget& target);
+
+// All files of a checkpoint of `state` at that topology and stage.
 TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage,
-                               const std::set<std::string>& allow_dropped);
+                               const ReshardOptions& options);
 
 }  // namespace isoshard::checkpoint

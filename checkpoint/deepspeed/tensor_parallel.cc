@@ -15,33 +15,19 @@ std::string widths_text(const Widths& widths) {
   return text;
 }
 
+// Dimensions of the shard tensors; 0 if no rank names one.
+size_t dims_of(const std::vector<std::optional<Shape>>& shards) {
+  for (const std::optional<Shape>& shard : shards) {
+    if (shard) return shard->size();
+  }
+  return 0;
+}
+
 int64_t sum(const std::vector<int64_t>& numbers) {
   return std::accumulate(numbers.begin(), numbers.end(), int64_t{0});
 }
 
 }  // namespace
-
-const char* name(SplitKind kind) {
-  switch (kind) {
-    case SplitKind::kReplicated:
-      return "replicated";
-    case SplitKind::kAveraged:
-      return "averaged";
-    case SplitKind::kColumn:
-      return "column";
-    case SplitKind::kRow:
-      return "row";
-    case SplitKind::kTwoSubParams:
-      return "two sub-parameters";
-    case SplitKind::kSubParams:
-      return "sub-parameters";
-    case SplitKind::kMapped:
-      return "affine map";
-    case SplitKind::kExperts:
-      break;
-  }
-  return "experts";
-}
 
 TensorParallelInfo::TensorParallelInfo(const Fields& fields, int file, NodeId info)
     : fields_(fields), file_(file), info_(info) {
@@ -153,6 +139,7 @@ TensorSplit TensorParallelInfo::split_of(const std::string& name,
                shards[t] ? to_string(*shards[t]) : "absent");
     }
     adopt_map(map, name, &split);
+    split.shard_dims = dims_of(shards);
     strip_vocabulary(name, &split);
     return split;
   }
@@ -176,6 +163,7 @@ TensorSplit TensorParallelInfo::split_of(const std::string& name,
     }
   }
   split = by_lists(name, shapes);
+  split.shard_dims = dims_of(shards);
   strip_vocabulary(name, &split);
   return split;
 }

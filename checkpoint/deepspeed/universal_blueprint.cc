@@ -27,9 +27,10 @@ class UniversalWriter {
     if (!stage3_ && options_.extra_folders) add_extra_folders();
     TargetFiles result;
     if (state_.flavour == Flavour::kZero0) {
-      ReshardTarget target = make_target(state_, state_.topology, 1);
+      ReshardTarget target = make_target(state_, state_.topology, 1, {});
       files_.push_back(global_state_blueprint(&target));
-      files_.push_back(model_blueprint(&target, 0));
+      for (int tensor = 0; tensor < state_.topology.tensor; ++tensor)
+        files_.push_back(model_blueprint(&target, {tensor, 0}));
       result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
     } else {
       files_.push_back(stage3_ ? global_state_3() : global_state_12());
@@ -55,7 +56,9 @@ class UniversalWriter {
     const bool bare = stage3_ && parameter.split < 0;
     TorchBuilder builder;
     const int storage = add_leaf(&builder, number, leaf.dtype);
-    const Shape shape = bare ? Shape{leaf.size_elements()} : leaf.shape;
+    Shape shape = bare ? Shape{leaf.size_elements()} : leaf.shape;
+    if (parameter.split >= 0)
+      shape = converted_shape(state_.splits[static_cast<size_t>(parameter.split)]);
     const NodeId tensor =
         builder.tensor({.shape = shape, .storage = storage, .requires_grad = leaf.requires_grad});
     NodeId root = tensor;

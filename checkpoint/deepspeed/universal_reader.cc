@@ -214,6 +214,9 @@ void UniversalReader::attach_states(ParameterState* parameter) {
   const std::string& name = parameter->name;
   const Shape& shape = parameter->shape;
   const bool bare_flat = stage3_ && parameter->split < 0;
+  const Shape stored = parameter->split < 0
+                           ? shape
+                           : converted_shape(state_.splits[static_cast<size_t>(parameter->split)]);
   const auto found = folders_.find(name);
   if (found == folders_.end() || found->second.count("fp32") == 0) {
     missing("A parameter's folder or its fp32.pt is missing.", "zero/" + name + "/fp32.pt",
@@ -230,9 +233,9 @@ void UniversalReader::attach_states(ParameterState* parameter) {
       parameter->scalars.push_back({state, {file, fields.root()}});
       return;
     }
-    if (numel(view.shape) != numel(shape) || (!bare_flat && view.shape != shape)) {
+    if (numel(view.shape) != numel(shape) || (!bare_flat && view.shape != stored)) {
       fields.fail("A state's shape differs from the parameter's.",
-                  "zero/" + name + "/" + state + ".pt", to_string(shape), to_string(view.shape));
+                  "zero/" + name + "/" + state + ".pt", to_string(stored), to_string(view.shape));
     }
     const int leaf = state_.add_leaf({.name = name,
                                       .state = state,

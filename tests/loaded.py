@@ -1,0 +1,73 @@
+#!/usr/bin/env python3
+"""tests/loaded.py PROGRAM TRACES: what we reshard equals what DeepSpeed saves after loading there.
+
+Each case A_to_B of traces/deepspeed/ was made by the real DeepSpeed, which loaded the universal
+form of A under topology B and saved at once. Our `reshard` of A, from its own and from its
+universal form, gives the same files; and back again the files of A. Not compared: ds_config (the
+target run's own).
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "scripts"))
+import compare_torch  # noqa: E402
+
+PROGRAM, TRACES = sys.argv[1:3]
+# case → (--to, flags there, flags back)
+CASES = {
+    "z1_dp2_to_z1_dp4": ("dp=4", [], []),
+    "z1_dp2_to_z2_dp3": ("dp=3,stage=2", [], []),
+    "z3_dp3_to_z3_dp2": ("dp=2", [], []),
+    "autotp_tp2_to_tp1_dp2": ("tp=1,dp=2", [], ["--num-kv-heads", "2", "--split-like", "SOURCE"]),
+    "autotp_tp2_to_tp4_dp1": ("tp=4,dp=1", ["--num-kv-heads", "2"], ["--num-kv-heads", "2"]),
+}
+IGNORED = [r"\['ds_config'\]"]
+PADDING = [r"\['fp32_flat_groups'\]\[\d+\]$"]  # of stage 3: never initialised by DeepSpeed
+
+
+def run(*args):
+    result = subprocess.run([PROGRAM, *args, "--quiet"], capture_output=True, text=True)
+    if result.returncode != 0:
+        sys.exit(f"FAILED: isoshard {' '.join(args)}: {result.returncode}\n{result.stderr}")
+    return result.stdout
+
+
+def equal(what, expected, found, ignored):
+    wrong = compare_torch.compare_paths(expected, found, ignored, []).differences
+    if wrong:
+        sys.exit(f"FAILED: {what}\n" + "\n".join(str(item) for item in wrong[:10]))
+
+
+def own_topology(path):
+    text = subprocess.run([PROGRAM, "inspect", path, "--json"], capture_output=True, text=True)
+    return json.loads(text.stdout.splitlines()[0])["to"]
+
+
+def main():
+    folder = os.path.join(TRACES, "deepspeed")
+    unknown = {name for name in os.listdir(folder) if "_to_" in name} - set(CASES)
+    if unknown:
+        sys.exit(f"FAILED: no line for {unknown}")
+    for case, (target, there, back) in CASES.items():
+        with open(os.path.join(folder, case, "case.json")) as file:
+            source = os.path.join(folder, os.path.dirname(json.load(file)["load_from"]))
+        ckpt, expected = os.path.join(source, "ckpt"), os.path.join(folder, case, "ckpt")
+        tag = open(os.path.join(expected, "latest")).read()
+        with tempfile.TemporaryDirectory() as work:
+            ours, again, home = (os.path.join(work, name) for name in ("ours", "again", "home"))
+            run("reshard", ckpt, ours, "--to", target, *there)
+            equal(case, expected, ours, IGNORED + PADDING)
+            universal = os.path.join(source, "universal")
+            run("reshard", universal, again, "--to", target, "--tag-out", tag, *there)
+            equal(case + " from universal", ours, again, [])
+            flags = [ckpt if flag == "SOURCE" else flag for flag in back]
+            run("reshard", expected, home, "--to", own_topology(ckpt), *flags)
+            equal(case + " and back", ckpt, home, IGNORED + PADDING)
+    print(f"{len(CASES)} cases: there, from universal, and back")
+
+
+main()
