@@ -122,11 +122,12 @@ struct ShardedState {
   int split_file = -1;  // model file whose universal_checkpoint_info the splits are from
   // Pairs of leaves that must agree: the second is the first cast to its dtype.
   std::vector<std::pair<int, int>> copies;
-  std::vector<std::pair<int, int>> replicas;  // likewise, on two ranks of one axis; `state` says which
-  std::vector<int> witnesses;  // leaves that are read only so that their bytes are checked
-  std::vector<int> own_client_state;      // model files whose client state differs from rank 0's
-  std::vector<std::string> skipped;       // what a conversion leaves behind, and why
-  std::vector<std::string> notices;       // odd, but harmless
+  std::vector<std::pair<int, int>>
+      replicas;                       // likewise, on two ranks of one axis; `state` says which
+  std::vector<int> witnesses;         // leaves that are read only so that their bytes are checked
+  std::vector<int> own_client_state;  // model files whose client state differs from rank 0's
+  std::vector<std::string> skipped;   // what a conversion leaves behind, and why
+  std::vector<std::string> notices;   // odd, but harmless
   std::vector<std::string> not_verified;  // what cannot be known from the files
   std::vector<std::string> inferred;      // "what: evidence"
   bool has_places = true;                 // leaves have their fragments

@@ -37,7 +37,7 @@ struct TensorSplit {
   NodeId sub_entry = kNoNode;
   bool from_count = false;  // that entry counts sub-parameters of equal widths (before 0.4)
   size_t shard_dims = 0;    // of the shard tensors: a view with more axes is flattened to that
-  bool vocabulary = false;        // rows beyond original_rows are padding
+  bool vocabulary = false;  // rows beyond original_rows are padding
   int64_t original_rows = 0;
   int ranks() const { return static_cast<int>(map.ranks.size()); }
 };

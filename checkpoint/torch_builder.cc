@@ -25,7 +25,8 @@ NodeId TorchBuilder::storage_node(int number) {
 std::vector<NodeId> TorchBuilder::tensor_args(const TensorSpec& spec) {
   std::vector<NodeId> shape, stride;
   for (int64_t size : spec.shape) shape.push_back(pickle.integer(size));
-  for (int64_t step : spec.stride.empty() ? contiguous_stride(spec.shape) : spec.stride) stride.push_back(pickle.integer(step));
+  for (int64_t step : spec.stride.empty() ? contiguous_stride(spec.shape) : spec.stride)
+    stride.push_back(pickle.integer(step));
   return {storage_node(spec.storage),         pickle.integer(spec.offset),
           pickle.tuple(std::move(shape)),     pickle.tuple(std::move(stride)),
           pickle.boolean(spec.requires_grad), pickle.ordered_dict({})};

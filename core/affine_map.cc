@@ -100,6 +100,16 @@ std::vector<MapRun> shard_runs(const RankMap& rank) {
   }
   std::sort(result.begin(), result.end(),
             [](const MapRun& a, const MapRun& b) { return a.dest < b.dest; });
+  size_t last = 0;  // of the joined runs
+  for (size_t i = 1; i < result.size(); ++i) {
+    MapRun& before = result[last];
+    if (before.source + before.count == result[i].source &&
+        before.dest + before.count == result[i].dest)
+      before.count += result[i].count;
+    else
+      result[++last] = result[i];
+  }
+  if (!result.empty()) result.resize(last + 1);
   return result;
 }
 
@@ -185,8 +195,9 @@ std::string why_impossible(const AffineMap& map) {
     }
     if (!tile(std::move(dests), *shard)) return where + "its pieces leave a hole or overlap";
   }
-  return tile(std::move(sources), *whole) ? ""
-                                          : "the ranks' pieces leave a hole in the whole or overlap";
+  return tile(std::move(sources), *whole)
+             ? ""
+             : "the ranks' pieces leave a hole in the whole or overlap";
 }
 
 }  // namespace isoshard

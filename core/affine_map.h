@@ -3,7 +3,8 @@
 // universal_checkpoint_info). Older files state less, and a map is built from what they state.
 // Link 3 of the tensor's journey. All numbers count elements.
 //
-//   row-parallel [4, 6] on 2 ranks:   a a a b b b     rank 0 holds the a's as [4, 3], rank 1 the b's
+//   row-parallel [4, 6] on 2 ranks:   a a a b b b     rank 0 holds the a's as [4, 3], rank 1 the
+//   b's
 //                                     a a a b b b     one piece a rank: shape [4, 3],
 //                                     a a a b b b     source (0 or 3; strides 6, 1),
 //                                     a a a b b b     dest (0; strides 3, 1)
@@ -51,7 +52,7 @@ struct MapRun {
 // The fewest runs of a piece, in row-major order of the block; none is empty.
 std::vector<MapRun> piece_runs(const MapPiece& piece);
 
-// All runs of a rank's shard, in the order of the shard.
+// All runs of a rank's shard, in the order of the shard, neighbours joined.
 std::vector<MapRun> shard_runs(const RankMap& rank);
 
 // The shape is whole on every rank.

@@ -17,8 +17,9 @@ struct RemainderFirst {
   int64_t grain = 1;     // tp_grain_size: widths are multiples of it, except the last
 };
 
-// Widths by rank; `layer` is the module's name ("model.layers.0.mlp.up_proj"), or "" where DeepSpeed
-// cuts without a name (fused query-key-value). Heads stay whole where the rule applies to them.
+// Widths by rank; `layer` is the module's name ("model.layers.0.mlp.up_proj"), or "" where
+// DeepSpeed cuts without a name (fused query-key-value). Heads stay whole where the rule applies to
+// them.
 std::vector<int64_t> split_widths(const RemainderFirst& rule, int64_t total, int ranks,
                                   const std::string& layer);
 

@@ -36,8 +36,7 @@ TEST(SplitRules, LayersWithoutHeadsAreCutEvenly) {
 
 TEST(SplitRules, TheGrainLeavesOneUnalignedRank) {
   EXPECT_EQ(cut(0, 64, 50257, 2, "lm_head"), (W{25152, 25105}));
-  EXPECT_EQ(cut(0, 64, 50257, 8, "lm_head"),
-            (W{6336, 6272, 6272, 6272, 6272, 6272, 6272, 6289}));
+  EXPECT_EQ(cut(0, 64, 50257, 8, "lm_head"), (W{6336, 6272, 6272, 6272, 6272, 6272, 6272, 6289}));
   EXPECT_EQ(cut(0, 64, 100, 4, "x"), (W{64, 0, 0, 36}));
   EXPECT_EQ(cut(0, 64, 50, 4, "x"), (W{13, 13, 12, 12}));
   EXPECT_EQ(cut(0, 4, 10, 2, "x"), (W{4, 6}));

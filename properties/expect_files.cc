@@ -81,7 +81,8 @@ class FileJudge {
 
   void optim_file(int rank) {
     const std::string prefix = model_.dtype == DType::kBFloat16 ? "bf16_" : "";
-    place_ = prefix + "zero_pp_rank_" + std::to_string(rank) + "_mp_rank_00_optim_states.pt";
+    place_ = prefix + "zero_pp_rank_" + std::to_string(rank) + "_mp_rank_0" +
+             std::to_string(model_.tensor_rank) + "_optim_states.pt";
     const TorchFile file(storage_, folder_ + "/" + place_);
     const Fields f(file);
     const NodeId state = f.need(f.root(), "optimizer_state_dict");
@@ -161,7 +162,7 @@ class FileJudge {
 
   void model_file(int rank) {
     place_ = (job_.stage == 3 ? "zero_pp_rank_" + std::to_string(rank) + "_" : std::string()) +
-             "mp_rank_00_model_states.pt";
+             "mp_rank_0" + std::to_string(model_.tensor_rank) + "_model_states.pt";
     const TorchFile file(storage_, folder_ + "/" + place_);
     const Fields f(file);
     const std::vector<NodeId>& shapes = f.list(f.need(f.root(), "param_shapes"), "param_shapes");
@@ -217,7 +218,7 @@ class FileJudge {
   void frozen_slots(const TorchFile& file, const Fields& f, int rank) {
     const NodeId fragments = f.need(f.root(), "frozen_param_fragments");
     for (size_t i = 0; i < model_.parameters.size() && reason_.empty(); ++i) {
-      if (model_.owned(i)) continue;
+      if (model_.owned(i) || model_.elsewhere(i)) continue;
       const Bits bits = unpack(module_bytes(model_, i), model_.dtype);
       const Bits slot =
           reference::partition_slots({bits}, form_.ranks, 0).at(static_cast<size_t>(rank));
@@ -245,7 +246,12 @@ class FileJudge {
 std::string file_difference(Storage& storage, const std::string& folder, const Model& model,
                             const Job& job) {
   if (job.stage == 0) return "";
-  return FileJudge(storage, folder, model, job).run();
+  for (int tensor = 0; tensor < job.tensor; ++tensor) {
+    const Model part = shard_model(model, tensor, job.tensor);
+    const std::string reason = FileJudge(storage, folder, part, job).run();
+    if (!reason.empty()) return reason;
+  }
+  return "";
 }
 
 }  // namespace isoshard::properties

@@ -150,11 +150,39 @@ Model draw_settings() {
 Job draw_job(int lowest_stage) {
   Job job{.data = draw(1, 5), .sequence = one_in(4) ? 2 : 1, .stage = draw(lowest_stage, 3)};
   if (one_in(8)) job.data = draw(6, 8);
+  if (!one_in(3)) return job;
+  job.sequence = 1;  // DeepSpeed has no files for both
+  job.tensor = draw(2, 4);
   return job;
+}
+
+// How tensor-parallel ranks would share each parameter. Every group of the optimizer keeps one that
+// is whole everywhere: DeepSpeed has no files for a rank without any element of a group.
+void draw_cuts(Model* model) {
+  using reference::Cut;
+  model->heads = draw_from(std::vector<int64_t>{0, 0, 1, 2, 3, 4});
+  model->grain = draw_from(std::vector<int64_t>{1, 1, 1, 2, 4});
+  model->maps = !one_in(3);
+  std::set<int> with_whole;
+  for (size_t i = 0; i < model->parameters.size(); ++i) {
+    ModelParameter& parameter = model->parameters[i];
+    const Shape& shape = parameter.shape;
+    if (numel(shape) == 0 || shape.empty()) continue;
+    if (model->owned(i) && with_whole.insert(parameter.group).second) continue;
+    const int kind = draw(0, 3);
+    if (kind == 1) parameter.cut = Cut::kColumn;
+    if (kind == 2 && shape.size() > 1) parameter.cut = Cut::kRow;
+    if (kind == 3) {
+      parameter.cut = Cut::kParts;
+      const int64_t first = draw(0, static_cast<int>(std::min<int64_t>(shape[0], 100)));
+      parameter.parts = {first, shape[0] - first};
+    }
+  }
 }
 
 // A dynamic loss scaler does not fit into stage 0.
 void finish(Case* value) {
+  draw_cuts(&value->model);
   value->choice = static_cast<uint64_t>(draw(0, 1'000'000));
   for (Job* job : {&value->b, &value->c}) {
     if (value->model.dynamic_scale && job->stage == 0) job->stage = 1;

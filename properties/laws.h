@@ -49,4 +49,7 @@ std::string reference_is_its_own_inverse(const Case& value, Mutant mutant);
 // core/layout.h for every tensor of up to `largest` elements on up to 16 ranks.
 std::string layouts_are_the_reference(int64_t largest, Mutant mutant);
 
+// Maps and widths of every cut of tensors of up to `largest` rows on up to 5 ranks.
+std::string splits_are_the_reference(int64_t largest, Mutant mutant);
+
 }  // namespace isoshard::properties

@@ -10,6 +10,10 @@ TEST(Layout, FragmentsAgreeWithLocateAndTheReference) {
   EXPECT_EQ(layouts_are_the_reference(64, Mutant::kNone), "");
 }
 
+TEST(Split, MapsAndWidthsAreTheReference) {
+  EXPECT_EQ(splits_are_the_reference(14, Mutant::kNone), "");
+}
+
 TEST(Reference, GatherUndoesPartition) { check_law({.law = reference_is_its_own_inverse}); }
 
 }  // namespace

@@ -50,7 +50,8 @@ uint64_t kind_of(int state) { return static_cast<uint64_t>(state + 1); }
 }  // namespace
 
 std::ostream& operator<<(std::ostream& out, const Job& job) {
-  return out << "dp=" << job.data << ",sp=" << job.sequence << ",stage=" << job.stage;
+  return out << "dp=" << job.data << ",sp=" << job.sequence << ",tp=" << job.tensor
+             << ",stage=" << job.stage;
 }
 
 std::ostream& operator<<(std::ostream& out, const Model& model) {
@@ -58,11 +59,14 @@ std::ostream& operator<<(std::ostream& out, const Model& model) {
       << (model.round_robin ? ", round robin" : "") << (model.aligned ? ", aligned" : "")
       << (model.bf16_optimizer ? ", BF16_Optimizer" : "")
       << (model.dynamic_scale ? ", dynamic scale" : "")
-      << (model.client_state ? ", client state" : "") << ", sub_group_size " << model.sub_group_size
-      << "\n";
+      << (model.client_state ? ", client state" : "") << (model.maps ? "" : ", no maps")
+      << ", heads " << model.heads << ", grain " << model.grain << ", sub_group_size "
+      << model.sub_group_size << "\n";
   for (const ModelParameter& parameter : model.parameters) {
     out << "  " << quote(parameter.name) << " " << to_string(parameter.shape) << " group "
-        << parameter.group << (parameter.zeros ? " zeros" : "");
+        << parameter.group << (parameter.zeros ? " zeros" : "") << " cut "
+        << static_cast<int>(parameter.cut);
+    for (int64_t rows : parameter.parts) out << " " << rows;
     if (!parameter.alias.empty()) out << " alias " << quote(parameter.alias);
     out << "\n";
   }
@@ -125,10 +129,47 @@ DType state_dtype(const Model& model, int state) {
   return state < 0 ? DType::kFloat32 : model.states[static_cast<size_t>(state)].dtype;
 }
 
+reference::CutRule rule_of(const Model& model, size_t number) {
+  const ModelParameter& parameter = model.parameters[number];
+  reference::CutRule rule{parameter.cut, parameter.parts, model.heads, model.grain};
+  for (const char* part : {"mlp", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}) {
+    if (parameter.name.find(part) != std::string::npos) rule.heads = 0;
+  }
+  return rule;
+}
+
+Model shard_model(const Model& model, int rank, int ranks) {
+  Model result = model;
+  if (ranks == 1) return result;
+  result.tensor_rank = rank;
+  result.tensor_ranks = ranks;
+  for (size_t i = 0; i < model.parameters.size(); ++i) {
+    ModelParameter& parameter = result.parameters[i];
+    parameter.whole = parameter.shape;
+    parameter.shape = reference::shard_shape(rule_of(model, i), parameter.shape, rank, ranks);
+  }
+  return result;
+}
+
+namespace {
+
+const Shape& whole_shape(const ModelParameter& parameter) {
+  return parameter.whole ? *parameter.whole : parameter.shape;
+}
+
+// This rank's elements.
+reference::Bits held(const Model& model, size_t number, const reference::Bits& whole) {
+  if (model.tensor_ranks == 1) return whole;
+  return reference::shard(rule_of(model, number), whole_shape(model.parameters[number]), whole,
+                          model.tensor_rank, model.tensor_ranks);
+}
+
+}  // namespace
+
 reference::Bits state_bits(const Model& model, int parameter, int state) {
   const ModelParameter& owner = model.parameters[static_cast<size_t>(parameter)];
   const DType dtype = state_dtype(model, state);
-  reference::Bits bits(static_cast<size_t>(numel(owner.shape)), 0);
+  reference::Bits bits(static_cast<size_t>(numel(whole_shape(owner))), 0);
   for (size_t i = 0; i < bits.size(); ++i) {
     if (owner.zeros && i % 1900 != 3) continue;
     bits[i] = value_bits(model, {static_cast<uint64_t>(parameter), kind_of(state), i}, dtype);
@@ -138,7 +179,7 @@ reference::Bits state_bits(const Model& model, int parameter, int state) {
       (state < 0 ? model.flip.where == Flip::Where::kMaster
                  : model.flip.where == Flip::Where::kState && model.flip.state == state);
   if (here) flip_bit(model.flip, 8 * item_size_bytes(dtype), &bits);
-  return bits;
+  return held(model, static_cast<size_t>(parameter), bits);
 }
 
 reference::Groups whole_state(const Model& model, int state) {
@@ -163,14 +204,15 @@ std::string module_bytes(const Model& model, size_t number) {
   const int parameter = static_cast<int>(number);
   const int64_t count = numel(model.parameters[number].shape);
   if (!model.owned(number)) {
-    reference::Bits bits(static_cast<size_t>(count));
+    const int64_t all = numel(whole_shape(model.parameters[number]));
+    reference::Bits bits(static_cast<size_t>(all));
     for (size_t i = 0; i < bits.size(); ++i) {
       bits[i] = value_bits(model, {number, kFrozen, i}, model.dtype);
     }
     if (model.flip.where == Flip::Where::kFrozen && model.flip.tensor == parameter) {
       flip_bit(model.flip, 8 * item_size_bytes(model.dtype), &bits);
     }
-    return pack(bits, model.dtype);
+    return pack(held(model, number, bits), model.dtype);
   }
   const std::string masters = pack(state_bits(model, parameter, -1), DType::kFloat32);
   std::string bytes(static_cast<size_t>(count * item_size_bytes(model.dtype)), '\0');

@@ -5,11 +5,13 @@
 
 #include <cstdint>
 #include <iosfwd>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "core/dtype.h"
 #include "reference/reshard.h"
+#include "reference/tensor_parallel.h"
 
 namespace isoshard::properties {
 
@@ -19,6 +21,10 @@ struct ModelParameter {
   int group = 0;       // of the optimizer; −1: frozen
   std::string alias;   // a second, tied name; empty: none
   bool zeros = false;  // mostly zero, long enough to be written as a hole
+  // How tensor-parallel ranks share it; kParts: rows of the blocks.
+  reference::Cut cut = reference::Cut::kWhole;
+  std::vector<int64_t> parts = {};
+  std::optional<Shape> whole = {};  // of shard_model(): the shape on all ranks together
 };
 
 struct ModelBuffer {
@@ -64,10 +70,20 @@ struct Model {
   bool dynamic_scale = false;   // DynamicLossScaler
   bool client_state = false;
   int64_t sub_group_size = 1'000'000'000;
+  int64_t heads = 0;  // key-value heads that tensor-parallel ranks keep whole; 0: none
+  int64_t grain = 1;
+  bool maps = true;  // the files record affine maps; false: lists of patterns alone
+  int tensor_rank = 0, tensor_ranks = 1;  // of shard_model()
   Flip flip;
 
   bool owned(size_t number) const {
     return parameters[number].group >= 0 && numel(parameters[number].shape) > 0;
+  }
+  // The optimizer owns elements of it, but none on this rank.
+  bool elsewhere(size_t number) const {
+    const ModelParameter& parameter = parameters[number];
+    return parameter.group >= 0 && parameter.whole && numel(*parameter.whole) > 0 &&
+           numel(parameter.shape) == 0;
   }
   bool stepped() const { return !states.empty() || !scalars.empty(); }
 };
@@ -77,12 +93,19 @@ struct Job {
   int data = 1;
   int sequence = 1;
   int stage = 1;
+  int tensor = 1;
   int ranks() const { return data * sequence; }
   bool operator==(const Job&) const = default;
 };
 
 std::ostream& operator<<(std::ostream& out, const Model& model);
 std::ostream& operator<<(std::ostream& out, const Job& job);
+
+// The rule by which a parameter is cut; DeepSpeed looks at its name.
+reference::CutRule rule_of(const Model& model, size_t number);
+
+// What one tensor-parallel rank holds of the model, as a model of its own.
+Model shard_model(const Model& model, int rank, int ranks);
 
 // Numbers of the owned parameters of every group, in the optimizer's order; groups without any are
 // left out, as the optimizer never sees them.

@@ -92,6 +92,18 @@ void keep_padding(const ShardedState& state, std::vector<FileBlueprint>* files) 
   }
 }
 
+// The optimizer files of tensor-parallel ranks 0 and 1 take each other's names.
+void swap_shards(std::vector<FileBlueprint>* files) {
+  const bool several = std::any_of(files->begin(), files->end(), [](const FileBlueprint& file) {
+    return checkpoint::parse_file_name(file.path).mp == 1;
+  });
+  for (FileBlueprint& file : *files) {
+    const FileName name = checkpoint::parse_file_name(file.path);
+    if (several && is_optim(file) && name.mp < 2)
+      file.path = checkpoint::optim_file_name(name.prefix, name.dp, 1 - name.mp);
+  }
+}
+
 const ParameterState* first_owned(const ShardedState& state) {
   for (const ParameterState& parameter : state.parameters) {
     if (parameter.group >= 0) return &parameter;
@@ -226,7 +238,10 @@ std::string name(Mutant mutant) {
                                     "UncheckedRecords",
                                     "ListedRanks",
                                     "LongFragment",
-                                    "LostFragment"};
+                                    "LostFragment",
+                                    "CeilWidths",
+                                    "ColumnForRow",
+                                    "SwappedShards"};
   return kNames[static_cast<size_t>(mutant)];
 }
 
@@ -258,6 +273,8 @@ void mutate_files(Mutant mutant, const ShardedState& source, const Job& job,
       return keep_padding(source, files);
     case Mutant::kDroppedParameter:
       return drop_parameter(source, files);
+    case Mutant::kSwappedShards:
+      return swap_shards(files);
     case Mutant::kForgottenRank:
       return forget_last_rank(files);
     case Mutant::kFloorSlots:

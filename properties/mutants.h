@@ -36,6 +36,9 @@ enum class Mutant {
   kListedRanks,        // rank = position in the listing
   kLongFragment,       // a fragment reaches one element into the next rank
   kLostFragment,       // the last fragment is left out
+  kCeilWidths,         // tensor-parallel widths of torch.chunk
+  kColumnForRow,       // a square row-parallel tensor is cut along its first axis
+  kSwappedShards,      // tensor-parallel ranks 0 and 1 hold each other's shards
 };
 
 std::string name(Mutant mutant);

@@ -17,7 +17,12 @@ std::string small_layouts(const Case&, Mutant mutant) {
   return layouts_are_the_reference(20, mutant);
 }
 
+std::string small_splits(const Case&, Mutant mutant) { return splits_are_the_reference(8, mutant); }
+
 const Duel kDuels[] = {
+    {Mutant::kCeilWidths, small_splits},
+    {Mutant::kColumnForRow, small_splits},
+    {Mutant::kSwappedShards, files_are_the_reference},
     {Mutant::kShiftedRun, files_are_the_reference},
     {Mutant::kAlphabeticalRanks, every_element_is_loaded, true},
     {Mutant::kKeptPadding, no_padding_leaves_its_file},

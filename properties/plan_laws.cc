@@ -14,6 +14,7 @@ using checkpoint::ShardedState;
 namespace {
 
 using Runs = std::vector<std::pair<int64_t, int64_t>>;  // begin, count
+using RunsOfRanks = std::map<int, Runs>;                // by tensor-parallel rank
 
 std::string leaf_difference(const checkpoint::Leaf& leaf, Runs runs) {
   std::sort(runs.begin(), runs.end());
@@ -26,18 +27,30 @@ std::string leaf_difference(const checkpoint::Leaf& leaf, Runs runs) {
   return next == leaf.size_elements() ? "" : what + ": ends at " + std::to_string(next);
 }
 
+// Ranks hold each a part, or each the whole.
+std::string ranks_difference(const checkpoint::Leaf& leaf, const RunsOfRanks& ranks) {
+  Runs all;
+  bool each_whole = !ranks.empty();
+  for (const auto& [rank, runs] : ranks) {
+    all.insert(all.end(), runs.begin(), runs.end());
+    each_whole = each_whole && leaf_difference(leaf, runs).empty();
+  }
+  return each_whole ? "" : leaf_difference(leaf, all);
+}
+
 }  // namespace
 
 std::string cover_difference(const ShardedState& state,
                              const std::vector<checkpoint::FileBlueprint>& files, int stage) {
-  std::map<int, Runs> runs;  // of each leaf
+  std::map<int, RunsOfRanks> runs;  // of each leaf
   for (const checkpoint::FileBlueprint& file : files) {
     using Kind = checkpoint::FileName::Kind;
-    if (stage > 0 && checkpoint::parse_file_name(file.path).kind != Kind::kOptim) continue;
+    const checkpoint::FileName name = checkpoint::parse_file_name(file.path);
+    if (stage > 0 && name.kind != Kind::kOptim) continue;
     for (const checkpoint::StorageFill& fill : file.storages) {
       for (const checkpoint::LeafRun& run : fill.runs) {
         const bool cast = state.leaf(run.leaf).dtype != fill.dtype;  // stage 0: the module's copy
-        if (!cast) runs[run.leaf].emplace_back(run.begin, run.count);
+        if (!cast) runs[run.leaf][name.mp].emplace_back(run.begin, run.count);
       }
     }
   }
@@ -48,7 +61,7 @@ std::string cover_difference(const ShardedState& state,
     const bool single = stage == 0 && parameter.model_dtype == DType::kFloat32;
     if (!single) leaves.push_back(parameter.weight);
     for (int leaf : leaves) {
-      const std::string reason = leaf_difference(state.leaf(leaf), runs[leaf]);
+      const std::string reason = ranks_difference(state.leaf(leaf), runs[leaf]);
       if (!reason.empty()) return reason;
     }
   }
@@ -59,8 +72,10 @@ std::string cover_difference(const ShardedState& state,
 std::string every_plan_covers(const Case& value, Mutant mutant) {
   Workshop workshop(value.model, mutant);
   const ShardedState a = workshop.source(value.a, "/a");
-  const reshard::ReshardPlan plan = reshard::make_plan(a, workshop.blueprints(a, value.b));
-  return cover_difference(a, plan.blueprints, value.b.stage);
+  const ShardedState source = workshop.with_splits(a, value.b);
+  const reshard::ReshardPlan plan =
+      reshard::make_plan(source, workshop.blueprints(source, value.b));
+  return cover_difference(source, plan.blueprints, value.b.stage);
 }
 
 std::string reference_is_its_own_inverse(const Case& value, Mutant mutant) {

@@ -4,6 +4,7 @@
 
 #include "checkpoint/torch_builder.h"
 #include "core/check.h"
+#include "properties/split_info.h"
 #include "reshard/executor.h"
 
 namespace isoshard::properties {
@@ -41,6 +42,8 @@ class FileWriter {
   checkpoint::Pickle& pickle() { return builder_.pickle; }
   bool bf16_optimizer() const { return uses_bf16_optimizer(model_, job_.stage); }
 
+  std::string mp_rank() const { return "mp_rank_0" + std::to_string(model_.tensor_rank); }
+
   NodeId config() {
     Entries zero = {{"stage", pickle().integer(job_.stage)},
                     {"sub_group_size", pickle().integer(model_.sub_group_size)}};
@@ -48,6 +51,8 @@ class FileWriter {
     if (model_.aligned) zero.emplace_back("parameter_alignment", pickle().boolean(true));
     Entries root = {{"train_batch_size", pickle().integer(64)},
                     {"zero_optimization", builder_.dict(std::move(zero))}};
+    root.emplace_back("tensor_parallel",
+                      builder_.dict({{"autotp_size", pickle().integer(job_.tensor)}}));
     const char* section = model_.dtype == DType::kBFloat16 ? "bf16" : "fp16";
     if (model_.dtype != DType::kFloat32) {
       root.emplace_back(section, builder_.dict({{"enabled", pickle().boolean(true)}}));
@@ -75,34 +80,37 @@ class ModelFile : public FileWriter {
     if (!stage3) lay_out_groups();
     const NodeId modules = module();
     const bool frozen = job_.stage >= 2;
-    Entries root = {{"module", modules},
-                    {"buffer_names", buffer_names()},
-                    {"optimizer", pickle().none()},
-                    {"param_shapes", param_shapes()},
-                    {"frozen_param_shapes", frozen ? frozen_shapes() : pickle().none()},
-                    {"shared_params", shared_params()},
-                    {"frozen_param_fragments", frozen ? frozen_fragments() : pickle().none()},
-                    {"lr_scheduler", builder_.dict({{"last_epoch", pickle().integer(5)},
-                                                    {"_last_lr", pickle().real(0.25)}})},
-                    {"data_sampler", pickle().none()},
-                    {"random_ltd", pickle().none()},
-                    {"skipped_steps", pickle().integer(0)},
-                    {"global_steps", pickle().integer(5)},
-                    {"global_samples", pickle().integer(320)},
-                    {"dp_world_size", pickle().integer(job_.ranks())},
-                    {"mp_world_size", pickle().integer(1)},
-                    {"checkpoint_parallel_dimensions",
-                     builder_.dict({{"pp_degree", pickle().integer(1)},
-                                    {"tp_degree", pickle().integer(job_.sequence)}})},
-                    {"ds_config", config()},
-                    {"ds_version", pickle().string(kVersion)}};
+    Entries root = {
+        {"module", modules},
+        {"buffer_names", buffer_names()},
+        {"optimizer", pickle().none()},
+        {"param_shapes", param_shapes()},
+        {"frozen_param_shapes", frozen ? frozen_shapes() : pickle().none()},
+        {"shared_params", shared_params()},
+        {"frozen_param_fragments", frozen ? frozen_fragments() : pickle().none()},
+        {"lr_scheduler",
+         builder_.dict({{"last_epoch", pickle().integer(5)}, {"_last_lr", pickle().real(0.25)}})},
+        {"data_sampler", pickle().none()},
+        {"random_ltd", pickle().none()},
+        {"skipped_steps", pickle().integer(0)},
+        {"global_steps", pickle().integer(5)},
+        {"global_samples", pickle().integer(320)},
+        {"dp_world_size", pickle().integer(job_.ranks())},
+        {"mp_world_size", pickle().integer(job_.tensor)},
+        {"checkpoint_parallel_dimensions",
+         builder_.dict(
+             {{"pp_degree", pickle().integer(1)},
+              {"tp_degree", pickle().integer(job_.tensor > 1 ? job_.tensor : job_.sequence)}})},
+        {"ds_config", config()},
+        {"ds_version", pickle().string(kVersion)}};
+    if (job_.tensor > 1) root.emplace_back("universal_checkpoint_info", split_info());
     if (model_.client_state) {
       root.emplace_back(
           "client", builder_.dict({{"epoch", pickle().integer(2)},
                                    {"order", whole(std::string(24, '\5'), DType::kInt64, {3})}}));
     }
     const std::string name = stage3 ? "zero_pp_rank_" + std::to_string(rank_) + "_" : "";
-    return builder_.finish(name + "mp_rank_00_model_states.pt", builder_.dict(std::move(root)));
+    return builder_.finish(name + mp_rank() + "_model_states.pt", builder_.dict(std::move(root)));
   }
 
  private:
@@ -190,7 +198,7 @@ class ModelFile : public FileWriter {
   NodeId frozen_shapes() {
     std::vector<NodeId> items;
     for (size_t i = 0; i < model_.parameters.size(); ++i) {
-      if (model_.owned(i)) continue;
+      if (model_.owned(i) || model_.elsewhere(i)) continue;
       items.push_back(pickle().string(model_.parameters[i].name));
       items.push_back(builder_.size_node(model_.parameters[i].shape));
     }
@@ -200,7 +208,7 @@ class ModelFile : public FileWriter {
   NodeId frozen_fragments() {
     std::vector<NodeId> items;
     for (size_t i = 0; i < model_.parameters.size(); ++i) {
-      if (model_.owned(i)) continue;
+      if (model_.owned(i) || model_.elsewhere(i)) continue;
       items.push_back(pickle().string(model_.parameters[i].name));
       items.push_back(job_.stage == 2 ? parameter_tensor(i) : frozen_slot(i));
     }
@@ -220,10 +228,12 @@ class ModelFile : public FileWriter {
     return whole(pack(slot, model_.dtype), model_.dtype, {static_cast<int64_t>(slot.size())});
   }
 
+  NodeId split_info() { return SplitInfo(&builder_, model_, job_.tensor).run(); }
+
   NodeId shared_params() {
     Entries entries;
     for (const ModelParameter& parameter : model_.parameters) {
-      if (parameter.alias.empty() || rank_ > 0) continue;
+      if (parameter.alias.empty() || rank_ + model_.tensor_rank > 0) continue;
       entries.emplace_back(parameter.alias, pickle().string(parameter.name));
     }
     return builder_.dict(std::move(entries));
@@ -249,7 +259,8 @@ class OptimFile : public FileWriter {
                                        {"ds_version", pickle().string(kVersion)}});
     const std::string prefix = model_.dtype == DType::kBFloat16 ? "bf16_" : "";
     const std::string rank = std::to_string(rank_);
-    return builder_.finish(prefix + "zero_pp_rank_" + rank + "_mp_rank_00_optim_states.pt", root);
+    return builder_.finish(prefix + "zero_pp_rank_" + rank + "_" + mp_rank() + "_optim_states.pt",
+                           root);
   }
 
  private:
@@ -421,15 +432,18 @@ class OptimFile : public FileWriter {
 
 void write_source(Storage& storage, const std::string& folder, const Model& model, const Job& job) {
   CHECK(job.stage >= 1, "a source of stage 1, 2 or 3");
-  std::vector<reference::RankBuffers> states;
-  for (int state = -1; state < static_cast<int>(model.states.size()); ++state) {
-    states.push_back(reference::partition(whole_state(model, state), form_of(model, job),
-                                          poison(state_dtype(model, state))));
-  }
   std::vector<FileBlueprint> files;
-  for (int rank = 0; rank < job.ranks(); ++rank) {
-    if (rank == 0 || job.stage == 3) files.push_back(ModelFile(model, job, rank).run());
-    files.push_back(OptimFile(model, job, rank, states).run());
+  for (int tensor = 0; tensor < job.tensor; ++tensor) {
+    const Model part = shard_model(model, tensor, job.tensor);
+    std::vector<reference::RankBuffers> states;
+    for (int state = -1; state < static_cast<int>(model.states.size()); ++state) {
+      states.push_back(reference::partition(whole_state(part, state), form_of(part, job),
+                                            poison(state_dtype(part, state))));
+    }
+    for (int rank = 0; rank < job.ranks(); ++rank) {
+      if (rank == 0 || job.stage == 3) files.push_back(ModelFile(part, job, rank).run());
+      files.push_back(OptimFile(part, job, rank, states).run());
+    }
   }
   storage.make_directories(folder);
   const checkpoint::ShardedState nothing;

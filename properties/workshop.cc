@@ -63,15 +63,28 @@ ShardedState Workshop::write(const ShardedState& state,
 
 ShardedState Workshop::reshard(const ShardedState& state, const Job& job,
                                const std::string& folder) {
-  const ShardedState source = mutate_source(mutant_, state, job);
+  const ShardedState source = mutate_source(mutant_, with_splits(state, job), job);
   return write(source, blueprints(source, job), folder);
+}
+
+// A source of one tensor-parallel rank does not say how its tensors are cut: a run of two does.
+ShardedState Workshop::with_splits(const ShardedState& state, const Job& job) {
+  ShardedState result = state;
+  if (job.tensor == 1 || state.topology.tensor > 1) return result;
+  constexpr const char* kDonor = "/of two tensor-parallel ranks";
+  if (!storage_.is_directory(kDonor))
+    write_source(storage_, kDonor, model_, {.stage = 1, .tensor = 2});
+  checkpoint::adopt_splits(&result, read(kDonor));
+  return result;
 }
 
 std::vector<checkpoint::FileBlueprint> Workshop::blueprints(const ShardedState& state,
                                                             const Job& job) const {
-  const Topology topology{.data = job.data, .sequence = job.sequence};
+  const Topology topology{.data = job.data, .sequence = job.sequence, .tensor = job.tensor};
+  const checkpoint::ReshardOptions options{
+      .allow_dropped = {}, .splits = {.kv_heads = model_.heads, .grain = model_.grain}};
   std::vector<checkpoint::FileBlueprint> files =
-      checkpoint::reshard_blueprints(state, topology, job.stage, {}).files;
+      checkpoint::reshard_blueprints(state, topology, job.stage, options).files;
   mutate_files(mutant_, state, job, &files);
   return files;
 }

@@ -20,6 +20,9 @@ class Workshop {
 
   // A hand-made checkpoint (stages 1 to 3), written to `folder` and read back.
   checkpoint::ShardedState source(const Job& job, const std::string& folder);
+  // The state with the splits of a made-up run of two tensor-parallel ranks, where the job needs
+  // them and the state has none.
+  checkpoint::ShardedState with_splits(const checkpoint::ShardedState& state, const Job& job);
   // Production's files of `state` for a job, written to `folder` and read back.
   checkpoint::ShardedState reshard(const checkpoint::ShardedState& state, const Job& job,
                                    const std::string& folder);

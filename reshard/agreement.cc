@@ -58,11 +58,11 @@ std::vector<std::string> tell_differences(const ShardedState& state, const CopyR
   if (!details[2].empty())
     result.push_back(with_details("Tied names hold different values.", details[2]));
   if (!details[3].empty()) {
-    result.push_back(with_details(
-        "Ranks differ in what they hold alike, in " + std::to_string(details[3].size()) + " of " +
-            count_of(static_cast<size_t>(report.pairs[3]), "replica") +
-            " (DeepSpeed's converter: AssertionError). Rank 0's counts.",
-        details[3]));
+    result.push_back(with_details("Ranks differ in what they hold alike, in " +
+                                      std::to_string(details[3].size()) + " of " +
+                                      count_of(static_cast<size_t>(report.pairs[3]), "replica") +
+                                      " (DeepSpeed's converter: AssertionError). Rank 0's counts.",
+                                  details[3]));
   }
   return result;
 }

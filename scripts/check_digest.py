@@ -6,7 +6,7 @@
 SOURCE: a save folder, tag folder (ZeRO 1 to 3), universal folder, or pytorch_model.bin. Tensors are
 put together whole and their CRC-64s taken byte by byte; the program adds up CRCs of fragments.
 Prints all sections but `hyper`; --against compares them and the root with what the program prints.
-Not verified: `hyper`, stage 0. Exit status: 0 printed or equal, 1 different, 2 cannot read.
+Not verified: `hyper`, stage 0, several mp ranks. Exit: 0 printed or equal, 1 different, 2 neither.
 """
 import hashlib
 import json
@@ -78,8 +78,9 @@ class Leaves(dict):  # section -> [(name, state, canonical line, elements)]
             for path in (folder / name).glob("*.pt"):
                 state, value = path.stem.replace("fp32", "weight"), load(str(path))
                 if stage3 or isinstance(value, dict):
-                    tensor = value if stage3 else value["param"]
-                    self.tensor(name, state, tensor.dtype, shapes[i][name], tensor.bits())
+                    tensor = value["param"] if isinstance(value, dict) else value
+                    shape = tensor.shape if isinstance(value, dict) else shapes[i][name]
+                    self.tensor(name, state, tensor.dtype, shape, tensor.bits())
                 else:
                     self.scalar(name, state, value)
             if stage3:
@@ -112,7 +113,8 @@ class Leaves(dict):  # section -> [(name, state, canonical line, elements)]
         paths = sorted(map(str, source.glob("*_states.pt")), key=lambda path: (len(path), path))
         models, optims = ([load(path) for path in paths if path.endswith(f"_{kind}_states.pt")]
                           for kind in ("model", "optim"))
-        require(models and models[0]["param_shapes"], "no model file of ZeRO 1 to 3")
+        require(models and models[0]["param_shapes"] and not (optims and any(
+            "mp_rank_01" in path for path in paths)), "stage 0, or several mp ranks")
         if optims:
             self.zero(models[0]["param_shapes"], [file["optimizer_state_dict"] for file in optims])
         else:
@@ -144,7 +146,6 @@ def main(source, option="", program=""):
     if option == "--against":
         print("equal" if found == rows else f"different; {program} says\n{run.stdout}")
     return int(found != rows)
-
 
 if __name__ == "__main__":
     sys.exit(main(*sys.argv[1:]) if len(sys.argv) in (2, 4) else print(__doc__) or 2)

@@ -226,7 +226,8 @@ def truth_of_shards(tag, degree):
             for state in ("fp32", "exp_avg", "exp_avg_sq"):
                 if state not in states:
                     continue
-                ours = flat(compare_torch.load(os.path.join(tag, "zero", name, state + ".pt"))["param"])
+                file = os.path.join(tag, "zero", name, state + ".pt")
+                ours = flat(compare_torch.load(file)["param"])
                 shard = flat(states[state])
                 for piece in pieces:
                     sources = addresses(*piece["source"], piece["shape"])

@@ -31,7 +31,7 @@ class Usage(ProgramCase):
             {"zero_optimization": True},
             {"zero_optimization": {"stage": 1}, "sequence_parallel_size": "2"},
             {"sequence_parallel_size": 0},
-            {"tensor_parallel": {"autotp_size": 2}},
+            {"tensor_parallel": {"autotp_size": "2"}},
         ):
             config.write_text(json.dumps(text))
             told = self.run_program(

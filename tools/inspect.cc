@@ -33,7 +33,8 @@ std::vector<std::string> abilities(const ShardedState& state) {
       return {"digest, diff, show, verify"};
     case Flavour::kUniversal12:
     case Flavour::kUniversal3:
-      return {"digest, diff, show, verify", "convert --to fp32", "reshard --to dp=N[,sp=,tp=,stage=]"};
+      return {"digest, diff, show, verify", "convert --to fp32",
+              "reshard --to dp=N[,sp=,tp=,stage=]"};
     default:
       return {"digest, diff, show, verify", "convert --to universal", "convert --to fp32",
               "reshard --to dp=N[,sp=,tp=,stage=]"};

@@ -92,9 +92,8 @@ int64_t heads_of(Session* session, const std::string& file) {
                           .found = text[key].dump()});
   }
   if (text.is_object()) return 0;
-  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                        .what = "The model's config is not a JSON object.",
-                        .file = file});
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUsage, .what = "The model's config is not a JSON object.", .file = file});
 }
 
 // --num-kv-heads, --model-config, or the config.json that a Trainer has left beside the tag.
@@ -151,8 +150,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   wanted.allow_dropped = {flags.allow_dropped.begin(), flags.allow_dropped.end()};
   if (topology.tensor > 1 && topology.tensor != state.topology.tensor)
     wanted.splits = split_options(session, flags, state, &inferred);
-  checkpoint::TargetFiles files =
-      checkpoint::reshard_blueprints(state, topology, stage, wanted);
+  checkpoint::TargetFiles files = checkpoint::reshard_blueprints(state, topology, stage, wanted);
   inferred.insert(inferred.end(), files.inferred.begin(), files.inferred.end());
   reshard::ConvertOptions options =
       conversion_options(session, flags.common, checkpoint::join(flags.target, tag));

@@ -75,12 +75,9 @@ void print_json(Session* session, const std::string& source, const Verification&
                            {"notices", v.notices},
                            {"findings", nlohmann::json::array()}};
   if (v.digest) object["digest"] = "iso1:" + v.digest->root;
-  object["copies"] = {{"masters", v.copies.pairs[0]},
-                      {"restated", v.copies.pairs[1]},
-                      {"tied", v.copies.pairs[2]},
-                      {"replicas", v.copies.pairs[3]},
-                      {"elements", v.copies.elements},
-                      {"differing", nlohmann::json::array()}};
+  object["copies"] = {{"masters", v.copies.pairs[0]},  {"restated", v.copies.pairs[1]},
+                      {"tied", v.copies.pairs[2]},     {"replicas", v.copies.pairs[3]},
+                      {"elements", v.copies.elements}, {"differing", nlohmann::json::array()}};
   for (const reshard::CopyDifference& d : v.copies.differences) {
     object["copies"]["differing"].push_back({{"name", d.pair.name},
                                              {"index", d.index},

@@ -42,8 +42,7 @@ void refuse_uncovered(const FileName& name, const std::string& file, const std::
 void check_forms(const Inventory& inventory, const std::string& folder) {
   if (inventory.stage3() && !inventory.model.empty())
     refuse(ErrorCode::kMismatch, "Model files of stage 3 and of stages 0 to 2 lie in one folder.",
-           folder, "one form",
-           inventory.model.begin()->second + " and " + inventory.first_model(),
+           folder, "one form", inventory.model.begin()->second + " and " + inventory.first_model(),
            "find out which save is the newer one");
   if (!inventory.stage3() && inventory.model.empty()) {
     size_t files = 0;

@@ -2,9 +2,11 @@
 #include "checkpoint/deepspeed/merge.h"
 
 #include <algorithm>
+#include <map>
 #include <unordered_map>
 
 #include "checkpoint/deepspeed/mean_file.h"
+#include "checkpoint/deepspeed/reader.h"
 #include "core/check.h"
 #include "core/error.h"
 
@@ -16,9 +18,9 @@ std::string rank_name(size_t rank) { return "tp rank " + std::to_string(rank); }
 // Elements [begin, begin + count) of a leaf, in its own numbering.
 void append_run(const Leaf& leaf, const MapRun& run, std::vector<FileFragment>* result) {
   const int64_t item = item_size_bytes(leaf.dtype), end = run.dest + run.count;
-  auto fragment = std::upper_bound(
-      leaf.fragments.begin(), leaf.fragments.end(), run.dest,
-      [](int64_t at, const FileFragment& f) { return at < f.begin + f.count; });
+  auto fragment =
+      std::upper_bound(leaf.fragments.begin(), leaf.fragments.end(), run.dest,
+                       [](int64_t at, const FileFragment& f) { return at < f.begin + f.count; });
   for (int64_t at = run.dest; at < end; ++fragment) {
     CHECK(fragment != leaf.fragments.end() && fragment->begin <= at, "a shard has a gap");
     const int64_t count = std::min(end, fragment->begin + fragment->count) - at;
@@ -99,6 +101,7 @@ class TensorMerge {
   void check_parts() const;
   std::vector<std::string> order() const;
   void merge_parameter(const std::string& name);
+  void check_scalars(size_t rank, const ParameterState& shard, const ParameterState& lead);
   TensorSplit split_of(const std::string& name, const Shards& shards) const;
   int merge_leaves(const TensorSplit& split, const std::string& name,
                    const std::vector<const Leaf*>& shards);
@@ -115,6 +118,7 @@ class TensorMerge {
   const std::vector<MpPart>& parts_;
   const TensorParallelInfo& info_;
   std::vector<std::unordered_map<std::string, const ParameterState*>> by_name_;
+  std::map<std::pair<int, NodeId>, std::string> scalar_texts_;  // parameters share few values
 };
 
 void TensorMerge::check_parts() const {
@@ -163,8 +167,13 @@ std::vector<std::string> TensorMerge::order() const {
 
 TensorSplit TensorMerge::split_of(const std::string& name, const Shards& shards) const {
   std::vector<std::optional<Shape>> shapes;
-  for (const ParameterState* shard : shards)
-    shapes.push_back(shard == nullptr ? std::nullopt : std::optional<Shape>(shard->shape));
+  const bool trained = std::ranges::any_of(
+      shards, [](const ParameterState* shard) { return shard != nullptr && shard->group >= 0; });
+  for (const ParameterState* shard : shards) {
+    // Without an element it looks frozen; at stage 3 the module does not tell its shape either.
+    const bool empty = shard != nullptr && trained && shard->group < 0 && numel(shard->shape) == 0;
+    shapes.push_back(shard == nullptr || empty ? std::nullopt : std::optional<Shape>(shard->shape));
+  }
   return info_.split_of(name, shapes);
 }
 
@@ -204,8 +213,9 @@ void TensorMerge::merge_parameter(const std::string& name) {
       refuse("A parameter stands in different groups.", t, quote(name),
              "group " + std::to_string(lead->group), "group " + std::to_string(shard->group));
     if (shard != nullptr && shard->model_dtype != lead->model_dtype)
-      refuse("Shards have different dtypes.", t, quote(name),
-             isoshard::name(lead->model_dtype), isoshard::name(shard->model_dtype));
+      refuse("Shards have different dtypes.", t, quote(name), isoshard::name(lead->model_dtype),
+             isoshard::name(shard->model_dtype));
+    if (shard != nullptr && !empty) check_scalars(t, *shard, *lead);
     weights.push_back(shard == nullptr || empty ? nullptr : leaf_of(t, shard->weight));
     copies.push_back(shard == nullptr || empty ? nullptr : leaf_of(t, shard->model_copy));
   }
@@ -225,6 +235,26 @@ void TensorMerge::merge_parameter(const std::string& name) {
     result.states.push_back(merge_leaves(split, name, leaves));
   }
   whole_.parameters.push_back(std::move(result));
+}
+
+// Shards of one parameter stand at the same step.
+void TensorMerge::check_scalars(size_t rank, const ParameterState& shard,
+                                const ParameterState& lead) {
+  const auto scalar_value = [&](NodeRef value) -> const std::string& {
+    std::string& text = scalar_texts_[{value.file, value.node}];
+    if (text.empty()) text = scalar_text(whole_, value);
+    return text;
+  };
+  const auto text_of = [&](const ParameterState& parameter) {
+    std::string text;
+    for (const Scalar& scalar : parameter.scalars)
+      text += scalar.name + " " + scalar_value(scalar.value) + " ";
+    return text;
+  };
+  const std::string expected = text_of(lead), found = text_of(shard);
+  if (expected != found)
+    refuse("Ranks stand at different steps: files of two saves are mixed.", rank, quote(lead.name),
+           expected, found);
 }
 
 int TensorMerge::merge_leaves(const TensorSplit& split, const std::string& name,
@@ -301,9 +331,9 @@ int TensorMerge::add_mean(const TensorSplit& split, Leaf leaf,
     std::vector<std::vector<FileFragment>> places;
     for (const Leaf* shard : shards) places.push_back(shard->fragments);
     const std::string title = "(mean of " + leaf.name + " " + leaf.state + ")";
-    whole_.files.push_back(
-        {title, title, nullptr, std::make_shared<MeanFile>(title, whole_.files, std::move(places)),
-         /*inside=*/false});
+    whole_.files.push_back({title, title, nullptr,
+                            std::make_shared<MeanFile>(title, whole_.files, std::move(places)),
+                            /*inside=*/false});
     leaf.fragments = {{0, numel(leaf.shape), static_cast<int>(whole_.files.size()) - 1, 0}};
   }
   return whole_.add_leaf(std::move(leaf));

@@ -45,9 +45,9 @@ class ModelWriter {
     const int tensor = target_.topology.tensor;
     root.set("mp_world_size", pickle.integer(tensor));
     const int degree = tensor > 1 ? tensor : target_.topology.sequence;
-    root.set_if_present("checkpoint_parallel_dimensions",
-                        builder_.dict({{"pp_degree", pickle.integer(1)},
-                                       {"tp_degree", pickle.integer(degree)}}));
+    root.set_if_present(
+        "checkpoint_parallel_dimensions",
+        builder_.dict({{"pp_degree", pickle.integer(1)}, {"tp_degree", pickle.integer(degree)}}));
     if (tensor > 1)
       root.set_after("universal_checkpoint_info", target_split_info(&builder_, target_),
                      "ds_version");
@@ -232,7 +232,8 @@ class ModelWriter {
   NodeId shared_params() {
     std::vector<std::pair<std::string, NodeId>> entries;
     for (const Alias& alias : state_.aliases) {
-      if (rank_ == 0 && tensor_ == 0) entries.emplace_back(alias.name, builder_.pickle.string(alias.target));
+      if (rank_ == 0 && tensor_ == 0)
+        entries.emplace_back(alias.name, builder_.pickle.string(alias.target));
     }
     return builder_.dict(std::move(entries));
   }

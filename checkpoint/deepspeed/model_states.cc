@@ -243,8 +243,8 @@ void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, i
   int64_t tensor = model.has_degrees ? model.tp_degree : mp_ranks;
   if (mp_ranks == 1 && model.mp_world == 1) tensor = 1;
   if (tensor < 1 || tensor > 100'000 || (model.has_degrees && model.pp_degree < 1))
-    fields.fail("The number of ranks is impossible.", "checkpoint_parallel_dimensions",
-                "1 or more", std::to_string(tensor));
+    fields.fail("The number of ranks is impossible.", "checkpoint_parallel_dimensions", "1 or more",
+                std::to_string(tensor));
   if (model.dp_world % sequence != 0) {
     throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
                           .what = "The sequence degree does not divide the partition group.",

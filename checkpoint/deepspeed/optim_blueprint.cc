@@ -152,8 +152,7 @@ class OptimWriter {
     entries.emplace_back("optimizer_state_dict", builder_.dict({{"state", states_by_buffer()},
                                                                 {"param_groups", param_groups()}}));
     std::vector<NodeId> flats;
-    for (const TargetBuffer& buffer : buffers_)
-      flats.push_back(master(buffer, buffer.partition));
+    for (const TargetBuffer& buffer : buffers_) flats.push_back(master(buffer, buffer.partition));
     entries.emplace_back("fp32_flat_groups", pickle_.list(std::move(flats)));
     return builder_.dict(std::move(entries));
   }
@@ -162,8 +161,8 @@ class OptimWriter {
   NodeId master(const TargetBuffer& buffer, int64_t length) {
     std::vector<int> leaves;
     for (int number : buffer.parameters) leaves.push_back(target_.parameter(number).weight);
-    const int storage =
-        builder_.add_storage(rank_fill(target_, buffer, rank_, leaves, state_.leaf(leaves.at(0)).dtype));
+    const int storage = builder_.add_storage(
+        rank_fill(target_, buffer, rank_, leaves, state_.leaf(leaves.at(0)).dtype));
     const TorchBuilder::TensorSpec spec{
         .shape = {length}, .storage = storage, .requires_grad = true};
     if (target_.stage != 3) return builder_.tensor(spec);

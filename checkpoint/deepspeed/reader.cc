@@ -118,7 +118,6 @@ class ZeroReader {
     } else {
       read_parts(first, info);
     }
-    check_scalars(state_);
     drop_pickles(&state_);
   }
 
@@ -182,9 +181,8 @@ void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
         .next = "remove stale files after looking at them"});
   }
   const int64_t dp = state_.topology.zero_ranks();
-  part->optim_files =
-      open_files(part, storage_, complete(optim->second, dp, folder, "optimizer" + of_rank),
-                 options_);
+  part->optim_files = open_files(
+      part, storage_, complete(optim->second, dp, folder, "optimizer" + of_rank), options_);
 }
 
 void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
@@ -199,6 +197,7 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
     read_zero12(part, model);
   }
   add_module_entries(part, model);
+  check_scalars(*part);
 }
 
 // Every mp rank as a checkpoint of its own, then joined. The list of files wanders along.
@@ -228,9 +227,8 @@ void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
     append(&state_.model_files, from.model_files);
     append(&state_.optim_files, from.optim_files);
     append(&state_.own_client_state, from.own_client_state);
-    if (&part != &parts[0] &&
-        client_state_json(state_.document(part.model.file)) !=
-            client_state_json(state_.document(parts[0].model.file)))
+    if (&part != &parts[0] && client_state_json(state_.document(part.model.file)) !=
+                                  client_state_json(state_.document(parts[0].model.file)))
       state_.own_client_state.push_back(part.model.file);
   }
   merge_tensor_ranks(&state_, parts, info);

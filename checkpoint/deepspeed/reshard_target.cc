@@ -141,6 +141,19 @@ Members members_of(const ReshardTarget& target, int group, int tensor_rank, bool
                        numel(target.parameter(number).shape) != 0;
     if (!empty || !target.writes_alignment) members.order.push_back(number);
   }
+  const std::vector<int>& all = target.state.groups[static_cast<size_t>(group)].parameters;
+  if (members.order.empty() && !all.empty()) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what =
+            "A tensor-parallel rank would hold no element of an optimizer group, which DeepSpeed "
+            "cannot train.",
+        .file = target.state.folder,
+        .entry = "group " + std::to_string(group) + ", " + quote(target.parameter(all[0]).name),
+        .expected = "an element on every rank",
+        .found = "none on tp rank " + std::to_string(tensor_rank),
+        .next = "take a smaller tp"});
+  }
   if (!round_robin) return members;
   std::vector<int> permuted;
   for (int index : round_robin_order(static_cast<int>(members.order.size()), target.ranks))
@@ -154,17 +167,17 @@ Members members_of(const ReshardTarget& target, int group, int tensor_rank, bool
 ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
                           const SplitOptions& splits) {
   refuse_topology(state, topology);
-  ReshardTarget target{.state = state,
-                       .topology = topology,
-                       .stage = stage,
-                       .ranks = topology.zero_ranks(),
-                       .prefix = "",
-                       .buffers = std::vector<std::vector<TargetBuffer>>(
-                           static_cast<size_t>(topology.tensor)),
-                       .maps = {},
-                       .inferred = {},
-                       .synthesised = {},
-                       .skipped = {}};
+  ReshardTarget target{
+      .state = state,
+      .topology = topology,
+      .stage = stage,
+      .ranks = topology.zero_ranks(),
+      .prefix = "",
+      .buffers = std::vector<std::vector<TargetBuffer>>(static_cast<size_t>(topology.tensor)),
+      .maps = {},
+      .inferred = {},
+      .synthesised = {},
+      .skipped = {}};
   const Fields model(state.document(target.model_file()));
   const NodeId config = model.maybe(model.root(), "ds_config");
   const bool bf16 = config_text(model, config, "bf16", "enabled") == "True" ||
@@ -182,7 +195,8 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
   target.frozen_excluded =
       state.stage >= 2 && model.maybe(model.root(), "frozen_param_shapes") == kNoNode &&
       std::ranges::all_of(state.parameters, [](const ParameterState& p) { return p.group >= 0; });
-  if (topology.tensor > 1) target.maps = target_maps(state, topology.tensor, splits, &target.inferred);
+  if (topology.tensor > 1)
+    target.maps = target_maps(state, topology.tensor, splits, &target.inferred);
   const bool round_robin = stage >= 1 && stage <= 2 && !target.bf16_optimizer &&
                            zero_option(model, config, "round_robin_gradients", 0) != 0;
   const int64_t sub_group_size = zero_option(model, config, "sub_group_size", 1'000'000'000);
@@ -202,8 +216,7 @@ bool has_same_model_files(const ReshardTarget& target) {
   const int per_shard = target.stage == 3 ? target.ranks : 1;
   const bool stage3 =
       target.state.flavour == Flavour::kZero3 || target.state.flavour == Flavour::kUniversal3;
-  return stage3 == (target.stage == 3) &&
-         target.state.topology.tensor == target.topology.tensor &&
+  return stage3 == (target.stage == 3) && target.state.topology.tensor == target.topology.tensor &&
          static_cast<int>(target.state.model_files.size()) == per_shard * target.topology.tensor;
 }
 
@@ -229,7 +242,8 @@ void ReshardTarget::add_runs(StorageFill* fill, int number, int tensor_rank,
       const int64_t from = std::max(begin, run.dest);
       const int64_t source = run.source + (from - run.dest);
       const int64_t to = std::min({end, run.dest + run.count, from + total - source});
-      if (from < to) fill->runs.push_back({shard_run.leaf, source, to - from, shard_run.at + from - begin});
+      if (from < to)
+        fill->runs.push_back({shard_run.leaf, source, to - from, shard_run.at + from - begin});
     }
   }
 }

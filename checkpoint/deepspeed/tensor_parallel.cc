@@ -11,7 +11,8 @@ namespace {
 
 std::string widths_text(const Widths& widths) {
   std::string text;
-  for (const std::vector<int64_t>& sub : widths) text += (text.empty() ? "" : ", ") + to_string(sub);
+  for (const std::vector<int64_t>& sub : widths)
+    text += (text.empty() ? "" : ", ") + to_string(sub);
   return text;
 }
 
@@ -144,13 +145,14 @@ TensorSplit TensorParallelInfo::split_of(const std::string& name,
     return split;
   }
   if (const int found = unsupported_.first(name); found >= 0) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = "The checkpoint says that this parameter's split is not described "
-                                  "(DeepSpeed: ValueError): " +
-                                  reasons_[static_cast<size_t>(found)],
-                          .file = fields_.document().path(),
-                          .entry = quote(name),
-                          .next = "save again with DeepSpeed 0.19.8 or newer, which records maps"});
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kUnsupported,
+                  .what = "The checkpoint says that this parameter's split is not described "
+                          "(DeepSpeed: ValueError): " +
+                          reasons_[static_cast<size_t>(found)],
+                  .file = fields_.document().path(),
+                  .entry = quote(name),
+                  .next = "save again with DeepSpeed 0.19.8 or newer, which records maps"});
   }
   const auto first = std::find_if(shards.begin(), shards.end(), [](const auto& s) { return !!s; });
   if (first == shards.end())
@@ -178,8 +180,8 @@ TensorSplit TensorParallelInfo::by_lists(const std::string& name,
     split.kind = whole ? SplitKind::kReplicated : SplitKind::kAveraged;
     for (const Shape& shard : shards) {
       if (shard != shards[0])
-        refuse("Ranks hold different shapes of a replicated parameter.", name,
-               to_string(shards[0]), to_string(shard));
+        refuse("Ranks hold different shapes of a replicated parameter.", name, to_string(shards[0]),
+               to_string(shard));
     }
     split.map = replicated_map(shards[0], ranks);
     return split;
@@ -254,8 +256,8 @@ Widths TensorParallelInfo::sub_widths(const SubParams& entry, const std::string&
     const int64_t count = fields_.integer(spec, "shape");
     int64_t full = 0;
     for (const Shape& shard : shards)
-      full += static_cast<size_t>(entry.dim) < shard.size() ? shard[static_cast<size_t>(entry.dim)]
-                                                            : 0;
+      full +=
+          static_cast<size_t>(entry.dim) < shard.size() ? shard[static_cast<size_t>(entry.dim)] : 0;
     if (count < 1 || full % count != 0)
       refuse("A legacy sub-parameter count does not divide the axis (DeepSpeed: AssertionError).",
              name, "a divisor of " + std::to_string(full), std::to_string(count));

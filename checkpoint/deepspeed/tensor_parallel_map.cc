@@ -69,8 +69,7 @@ MapPiece TensorParallelInfo::read_piece(NodeId node, const std::string& name) co
   MapPiece piece{.shape = fields_.shape(fields_.need(node, "shape"), what), .locations = {}};
   piece.source_offset =
       read_address(fields_, fields_.need(node, "source"), "source", &piece.source_stride);
-  piece.dest_offset =
-      read_address(fields_, fields_.need(node, "dest"), "dest", &piece.dest_stride);
+  piece.dest_offset = read_address(fields_, fields_.need(node, "dest"), "dest", &piece.dest_stride);
   for (NodeId rank : fields_.list(fields_.need(node, "locations"), "locations")) {
     const int64_t number = fields_.integer(rank, "locations");
     if (number < 0 || number > 1'000'000)

@@ -22,7 +22,8 @@ int64_t sum(const std::vector<int64_t>& numbers) {
 
 std::string text_of(const Widths& widths) {
   std::string text;
-  for (const std::vector<int64_t>& sub : widths) text += (text.empty() ? "" : ", ") + to_string(sub);
+  for (const std::vector<int64_t>& sub : widths)
+    text += (text.empty() ? "" : ", ") + to_string(sub);
   return text;
 }
 
@@ -64,9 +65,8 @@ class TargetMaps {
 
   std::vector<AffineMap> run() {
     for (const ParameterState& parameter : state_.parameters) check(parameter);
-    const bool same = std::ranges::all_of(state_.splits, [&](const TensorSplit& split) {
-      return split.ranks() == ranks_;
-    });
+    const bool same = std::ranges::all_of(
+        state_.splits, [&](const TensorSplit& split) { return split.ranks() == ranks_; });
     if (!same) rule_.kv_heads = choose_heads();
     std::vector<AffineMap> maps;
     for (const ParameterState& parameter : state_.parameters) {
@@ -76,8 +76,8 @@ class TargetMaps {
       else if (same)
         maps.push_back(split.map);
       else
-        maps.push_back(split_map(padded_shape(split), split.dim,
-                                 cut(parameter, split, ranks_, rule_)));
+        maps.push_back(
+            split_map(padded_shape(split), split.dim, cut(parameter, split, ranks_, rule_)));
     }
     return maps;
   }
@@ -227,15 +227,17 @@ int64_t TargetMaps::choose_heads() {
       refuse(ErrorCode::kUsage,
              "The widths at tp=" + std::to_string(ranks_) +
                  " depend on the model's number of key-value heads, which no checkpoint records.",
-             all[i]->name, "--num-kv-heads N (num_key_value_heads of the model's config.json; 0: none)",
+             all[i]->name,
+             "--num-kv-heads N (num_key_value_heads of the model's config.json; 0: none)",
              text_of(first[i]) + " for " + std::to_string(first_heads) + ", " + text_of(widths[i]) +
                  " for " + std::to_string(heads),
              "give --num-kv-heads, or --model-config with the model's config.json");
     }
   }
   if (fitting.size() < static_cast<size_t>(kMostHeads) && state_.topology.tensor > 1)
-    inferred_.push_back("tensor-parallel widths: every number of key-value heads that fits the "
-                        "source's widths gives the same");
+    inferred_.push_back(
+        "tensor-parallel widths: every number of key-value heads that fits the "
+        "source's widths gives the same");
   return first_heads;
 }
 
@@ -248,6 +250,7 @@ std::vector<AffineMap> target_maps(const ShardedState& state, int ranks,
 }
 
 Widths widths_of(const TensorSplit& split, const AffineMap& target) {
+  if (target == split.map) return split.widths;
   Widths widths(split.widths.size());
   for (const RankMap& rank : target.ranks) {
     for (size_t i = 0; i < widths.size(); ++i)

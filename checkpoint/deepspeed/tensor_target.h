@@ -23,8 +23,7 @@ struct SplitOptions {
 // Error(kUnsupported) where the source does not say how its tensors are to be cut. What was
 // inferred goes to `inferred`.
 std::vector<AffineMap> target_maps(const ShardedState& state, int ranks,
-                                   const SplitOptions& options,
-                                   std::vector<std::string>* inferred);
+                                   const SplitOptions& options, std::vector<std::string>* inferred);
 
 // The sub-parameters' widths of the target, for universal_checkpoint_info.
 Widths widths_of(const TensorSplit& split, const AffineMap& target);

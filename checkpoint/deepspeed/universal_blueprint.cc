@@ -111,8 +111,7 @@ class UniversalWriter {
     };
     ObjectParts parts;
     parts.newobj = true;
-    parts.callable =
-        pickle.global("deepspeed.checkpoint.universal_checkpoint", "SubparamShape");
+    parts.callable = pickle.global("deepspeed.checkpoint.universal_checkpoint", "SubparamShape");
     parts.args = pickle.tuple({});
     parts.state = builder->dict({{"patterns", copy("patterns")},
                                  {"shape", written},

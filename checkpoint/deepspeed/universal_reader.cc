@@ -81,7 +81,7 @@ class UniversalReader {
   Storage& storage_;
   const ReadOptions& options_;
   bool stage3_ = false;
-  std::map<int, std::vector<int>> files_of_mp_;  // model files by mp rank
+  std::map<int, std::vector<int>> files_of_mp_;                // model files by mp rank
   std::map<std::string, std::map<std::string, int>> folders_;  // parameter → state → file
 };
 
@@ -122,13 +122,14 @@ void UniversalReader::check_mp_ranks() const {
           "copy them from the source checkpoint");
 }
 
-// Trained parameters without leaves; `group` is the number of their entry in param_shapes.
+// Trained parameters without leaves; `group`, at stage 3 `sub_group`, is the number of their entry
+// in param_shapes.
 void UniversalReader::add_shapes(const ModelStates& model, ShardedState* state) const {
   for (size_t i = 0; i < model.param_shapes.size(); ++i) {
     for (const auto& [name, shape] : model.param_shapes[i]) {
       state->parameters.push_back({.name = name,
                                    .shape = shape,
-                                   .group = static_cast<int>(i),
+                                   .group = stage3_ ? 0 : static_cast<int>(i),
                                    .sub_group = stage3_ ? static_cast<int>(i) : -1,
                                    .states = {},
                                    .scalars = {}});
@@ -202,10 +203,9 @@ int UniversalReader::read_stage() const {
 TensorView UniversalReader::tensor_of(const Fields& fields, const std::string& what) const {
   if (const std::optional<TensorView> bare = fields.document().tensor(fields.root())) return *bare;
   if (fields.maybe(fields.root(), "is_expert_param") != kNoNode) {
-    throw Error(ErrorInfo{
-        .code = ErrorCode::kUnsupported,
-        .what = "Expert-parallel universal checkpoints are not supported yet.",
-        .file = fields.document().path()});
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "Expert-parallel universal checkpoints are not supported yet.",
+                          .file = fields.document().path()});
   }
   return fields.tensor(fields.need(fields.root(), "param"), what);
 }
@@ -283,7 +283,8 @@ void UniversalReader::read_groups(const ModelStates& model) {
   for (size_t i = 0; i < state_.parameters.size(); ++i) {
     ParameterState& parameter = state_.parameters[i];
     if (parameter.group < 0) continue;  // frozen
-    parameter.group = group_of[static_cast<size_t>(parameter.group)];
+    const int entry = stage3_ ? parameter.sub_group : parameter.group;
+    parameter.group = group_of[static_cast<size_t>(entry)];
     GroupState& group = state_.groups[static_cast<size_t>(parameter.group)];
     group.flat_order.push_back(static_cast<int>(i));
     group.parameters.push_back(static_cast<int>(i));
