@@ -91,6 +91,9 @@ struct GroupState {
   std::vector<int> flat_order;  // in the order of the saved flat buffers
 };
 
+// How experts are named: as AutoEP's stacks, or one by one by a number among all of a layer.
+enum class ExpertLayout { kNone, kAutoEp, kNative };
+
 enum class Flavour { kZero0, kZero12, kBf16Optimizer, kZero3, kUniversal12, kUniversal3, kWeights };
 
 // Printed: "ZeRO-3", "universal (ZeRO-1/2 form)", …
@@ -105,6 +108,7 @@ struct ShardedState {
   std::string topology_evidence;  // why sp is what it is, when it was inferred
   std::string version;            // ds_version
   bool round_robin = false;
+  ExpertLayout expert_layout = ExpertLayout::kNone;
   bool stepped = false;  // some optimizer state exists
 
   std::vector<SourceFile> files;

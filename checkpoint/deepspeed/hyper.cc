@@ -288,6 +288,8 @@ json hyper_json(const ShardedState& state) {
     const TorchFile& holder = state.document(group.hyper.file);
     json entry = value_of(holder, group.hyper.node, "param_groups");
     entry.erase("params");
+    // "ep_size_4": the degree is the topology's, and stale after a load elsewhere.
+    if (entry.is_object() && entry.value("moe", json(false)) == json(true)) entry.erase("name");
     std::vector<std::string> names;
     for (int number : group.parameters)
       names.push_back(state.parameters[static_cast<size_t>(number)].name);

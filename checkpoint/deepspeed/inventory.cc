@@ -7,7 +7,7 @@
 
 namespace isoshard::checkpoint {
 
-const char* const kCovered = "ZeRO stages 0 to 3, BF16_Optimizer, Ulysses, AutoTP";
+const char* const kCovered = "ZeRO stages 0 to 3, BF16_Optimizer, Ulysses, AutoTP, AutoEP and MoE at stages 1 and 2";
 const char* const kElsewhere =
     "rename a file that only its name makes so, or convert the checkpoint with DeepSpeed "
     "(ds_to_universal.py); docs/SUPPORT.md lists what is covered";
@@ -33,10 +33,10 @@ void refuse_uncovered(const FileName& name, const std::string& file, const std::
   if (name.kind == Kind::kLayer)
     refuse(ErrorCode::kUnsupported, "Pipeline checkpoints are not supported yet.", path, kCovered,
            file, kElsewhere);
-  if (name.kind == Kind::kExpert || name.kind == Kind::kExpertOptim)
+  if (name.kind == Kind::kExpertOptim)
     refuse(ErrorCode::kUnsupported,
-           "Mixture-of-experts checkpoints (native MoE, AutoEP) are not supported yet.", path,
-           kCovered, file, kElsewhere);
+           "Mixture-of-experts checkpoints of stage 0 are not supported yet.", path, kCovered, file,
+           kElsewhere);
 }
 
 void check_forms(const Inventory& inventory, const std::string& folder) {
@@ -61,8 +61,8 @@ Inventory take_inventory(Storage& storage, const std::string& folder) {
   for (const DirectoryEntry& entry : storage.list(folder)) {
     const FileName name = parse_file_name(entry.name);
     refuse_uncovered(name, entry.name, join(folder, entry.name));
-    if (name.kind == Kind::kOther) {
-      inventory.other.push_back(entry.name);
+    if (name.kind == Kind::kOther || name.kind == Kind::kExpert) {
+      (name.kind == Kind::kOther ? inventory.other : inventory.experts).push_back(entry.name);
       continue;
     }
     Inventory::ByRank* where = &inventory.model;

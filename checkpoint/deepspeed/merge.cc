@@ -2,6 +2,7 @@
 #include "checkpoint/deepspeed/merge.h"
 
 #include <algorithm>
+#include <functional>
 #include <map>
 #include <unordered_map>
 
@@ -53,12 +54,28 @@ std::vector<FileFragment> tidy(std::vector<FileFragment> fragments, int64_t tota
 
 class TensorMerge {
  public:
-  TensorMerge(ShardedState* whole, const std::vector<MpPart>& parts, const TensorParallelInfo& info)
-      : whole_(*whole), parts_(parts), info_(info), by_name_(parts.size()) {
+  using SplitOf =
+      std::function<TensorSplit(const std::string&, const std::vector<std::optional<Shape>>&)>;
+
+  TensorMerge(ShardedState* whole, const std::vector<MpPart>& parts, SplitOf split_of)
+      : whole_(*whole), parts_(parts), info_(std::move(split_of)), by_name_(parts.size()) {
     for (size_t t = 0; t < parts.size(); ++t) {
       for (const ParameterState& parameter : parts[t].state.parameters)
         by_name_[t].emplace(parameter.name, &parameter);
     }
+  }
+
+  void run_experts() {
+    check_parts();
+    for (const std::string& name : order()) {
+      merge_parameter(name);
+      const int number = static_cast<int>(whole_.parameters.size()) - 1;
+      const int owner = whole_.parameters.back().group;
+      GroupState& group = whole_.groups[static_cast<size_t>(owner)];
+      group.parameters.push_back(number);
+      group.flat_order.push_back(number);
+    }
+    whole_.stepped = whole_.stepped || first().stepped;
   }
 
   void run() {
@@ -116,7 +133,7 @@ class TensorMerge {
 
   ShardedState& whole_;
   const std::vector<MpPart>& parts_;
-  const TensorParallelInfo& info_;
+  SplitOf info_;
   std::vector<std::unordered_map<std::string, const ParameterState*>> by_name_;
   std::map<std::pair<int, NodeId>, std::string> scalar_texts_;  // parameters share few values
 };
@@ -174,7 +191,7 @@ TensorSplit TensorMerge::split_of(const std::string& name, const Shards& shards)
     const bool empty = shard != nullptr && trained && shard->group < 0 && numel(shard->shape) == 0;
     shapes.push_back(shard == nullptr || empty ? std::nullopt : std::optional<Shape>(shard->shape));
   }
-  return info_.split_of(name, shapes);
+  return info_(name, shapes);
 }
 
 void TensorMerge::merge_parameter(const std::string& name) {
@@ -427,7 +444,20 @@ std::vector<FileFragment> compose(const TensorSplit& split,
 
 void merge_tensor_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
                         const TensorParallelInfo& info) {
-  TensorMerge(whole, parts, info).run();
+  const auto split_of = [&](const std::string& name,
+                            const std::vector<std::optional<Shape>>& shards) {
+    return info.split_of(name, shards);
+  };
+  TensorMerge(whole, parts, split_of).run();
+}
+
+void merge_expert_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
+                        const ExpertInfo& experts) {
+  const auto split_of = [&](const std::string& name,
+                            const std::vector<std::optional<Shape>>& shards) {
+    return experts.split_of(name, shards);
+  };
+  TensorMerge(whole, parts, split_of).run_experts();
 }
 
 }  // namespace isoshard::checkpoint

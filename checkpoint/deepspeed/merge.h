@@ -4,6 +4,7 @@
 
 #include <vector>
 
+#include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/model_states.h"
 #include "checkpoint/deepspeed/tensor_parallel.h"
 
@@ -20,6 +21,11 @@ struct MpPart {
 // fit together. Whether replicas are equal is not looked at: the pairs go to whole->replicas.
 void merge_tensor_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
                         const TensorParallelInfo& info);
+
+// The same for the experts of AutoEP: parts stand in the order of their expert-parallel rank, and
+// their parameters join the groups that `whole` already has.
+void merge_expert_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
+                        const ExpertInfo& experts);
 
 // Fragments of a tensor from those of its shards by rank; nullptr: the shard has no element.
 // Padding rows of a vocabulary are left out.

@@ -33,12 +33,9 @@ std::vector<NamedShapes> read_param_shapes(const Fields& fields, NodeId node) {
 
 void refuse_unsupported(const Fields& fields, const ModelStates& model) {
   const NodeId root = fields.root();
-  if (fields.maybe(root, "num_experts") != kNoNode ||
-      fields.maybe(root, "ds_autoep_layers") != kNoNode) {
-    unsupported(fields,
-                "Mixture-of-experts checkpoints (native MoE, AutoEP) are not supported yet.",
-                "num_experts");
-  }
+  const bool folded = fields.maybe(root, "folding") != kNoNode;
+  if (folded)
+    unsupported(fields, "AutoEP folded with AutoTP is not supported yet.", "folding");
   if (zero_option(fields, model.config, "mics_shard_size", -1) > 0) {
     unsupported(fields, "MiCS checkpoints are not supported.", "mics_shard_size");
   }

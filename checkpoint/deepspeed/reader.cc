@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "checkpoint/cancel.h"
+#include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/inventory.h"
 #include "checkpoint/deepspeed/merge.h"
@@ -126,6 +127,7 @@ class ZeroReader {
   void check_mp_ranks(const ModelStates& model) const;
   void open_rank(int mp, int first, ShardedState* part);
   void read_rank(ShardedState* part, const ModelStates& model);
+  void check_experts(const ExpertInfo& experts, const ModelStates& model) const;
   void read_parts(int first, const TensorParallelInfo& info);
 
   ShardedState& state_;
@@ -190,14 +192,42 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
     read_zero0(part, model, options_, storage_);
     return;
   }
+  const ExpertInfo experts(*part, model);
+  if (experts.present()) check_experts(experts, model);
   if (inventory_.stage3()) {
     read_zero3(part, model);
     compare_ranks(part, model);
+  } else if (experts.present()) {
+    read_zero12_experts(part, model, experts);
+    add_expert_copies(part, experts, open_files(part, storage_, inventory_.experts, options_));
   } else {
     read_zero12(part, model);
   }
-  add_module_entries(part, model);
+  add_module_entries(part, experts.with_router_aliases(*part, model));
   check_scalars(*part);
+}
+
+void ZeroReader::check_experts(const ExpertInfo& experts, const ModelStates& model) const {
+  const auto refuse = [&](const std::string& what, const std::string& entry) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = what,
+                          .file = state_.folder,
+                          .entry = entry,
+                          .expected = kCovered,
+                          .next = kElsewhere});
+  };
+  if (inventory_.stage3())
+    refuse("Mixture-of-experts checkpoints of stage 3 are not supported yet.", "num_experts");
+  if (inventory_.mp_ranks() > 1)
+    refuse("Mixture-of-experts checkpoints with tensor-parallel ranks are not supported yet.",
+           "num_experts");
+  bool native = false;
+  for (const NamedShapes& group : model.param_shapes) {
+    for (const auto& [name, shape] : group)
+      native = native || ExpertInfo::expert_number(name).has_value();
+  }
+  if (native && experts.autoep())
+    refuse("Native MoE and AutoEP layers in one model are not supported yet.", "ds_autoep_layers");
 }
 
 // Every mp rank as a checkpoint of its own, then joined. The list of files wanders along.

@@ -36,7 +36,9 @@ void refuse_topology(const ShardedState& state, const Topology& topology) {
   };
   if (topology.tensor > 1 && topology.sequence > 1)
     no("DeepSpeed has no files for tensor- and sequence-parallel ranks together.");
-  if (topology.expert > 1) no("Resharding to expert-parallel ranks is not supported yet.");
+  if (topology.expert > 1 || state.expert_layout != ExpertLayout::kNone)
+    no("Resharding of mixture-of-experts checkpoints is not supported yet; convert --to universal "
+       "or --to fp32 is.");
   if (topology.pipeline > 1) no("Resharding to pipeline stages is not supported yet.");
   if (state.flavour == Flavour::kWeights) no("Weights alone have no optimizer state to reshard.");
 }

@@ -5,6 +5,7 @@
 #include <numeric>
 #include <set>
 
+#include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/reshard_target.h"
 #include "checkpoint/torch_builder.h"
@@ -34,7 +35,8 @@ class UniversalWriter {
       result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
     } else {
       files_.push_back(stage3_ ? global_state_3() : global_state_12());
-      for (int file : state_.model_files) files_.push_back(copy_of(file));
+      for (int file : state_.model_files)
+        files_.push_back(has_experts() ? expert_model_file(file) : copy_of(file));
     }
     check_paths();
     result.files = std::move(files_);
@@ -62,7 +64,15 @@ class UniversalWriter {
     const NodeId tensor =
         builder.tensor({.shape = shape, .storage = storage, .requires_grad = leaf.requires_grad});
     NodeId root = tensor;
-    if (!bare) {
+    const bool expert =
+        parameter.split >= 0 &&
+        state_.splits[static_cast<size_t>(parameter.split)].kind == SplitKind::kExperts;
+    if (expert) {
+      root = builder.dict({{"param", tensor},
+                           {"cat_dim", builder.pickle.integer(0)},
+                           {"is_expert_param", builder.pickle.boolean(true)},
+                           {"ep_num_experts", builder.pickle.integer(leaf.shape[0])}});
+    } else if (!bare) {
       std::vector<std::pair<std::string, NodeId>> entries;
       if (parameter.split < 0)
         entries.emplace_back("cat_dim", builder.pickle.integer(0));
@@ -171,6 +181,12 @@ class UniversalWriter {
         std::vector<NodeId> zeros(fields.list(entries[i + 1], key).size());
         for (NodeId& zero : zeros) zero = builder.pickle.integer(0);
         items.push_back(builder.pickle.list(std::move(zeros)));
+      } else if (key == "partition_count") {
+        // Also for experts, whose partition group is smaller.
+        const auto dp = static_cast<int64_t>(state_.topology.zero_ranks());
+        std::vector<NodeId> counts(fields.list(entries[i + 1], key).size());
+        for (NodeId& count : counts) count = builder.pickle.integer(dp);
+        items.push_back(builder.pickle.list(std::move(counts)));
       } else {
         items.push_back(builder.copy(document, file, entries[i + 1]));
       }
@@ -197,6 +213,68 @@ class UniversalWriter {
     items.push_back(builder.pickle.string("param_groups"));
     items.push_back(builder.copy(document, file, groups));
     return builder.finish("zero/optimizer_state.pt", builder.pickle.dict(std::move(items)));
+  }
+
+  bool has_experts() const { return state_.expert_layout != ExpertLayout::kNone; }
+
+  // What the converter makes of a model file with experts. AutoEP: the layers' metadata in short.
+  // Native MoE, which it refuses: param_shapes with all experts, as one expert-parallel rank has
+  // them, so that no two experts share a name.
+  FileBlueprint expert_model_file(int file) const {
+    const TorchFile& document = state_.document(file);
+    const Fields fields(document);
+    TorchBuilder builder;
+    MappingCopy root(&builder, state_, {file, fields.root()});
+    if (state_.expert_layout == ExpertLayout::kAutoEp)
+      root.set("universal_checkpoint_info", short_metadata(fields, file, &builder));
+    else
+      root.set("param_shapes", all_shapes(fields, &builder));
+    return builder.finish(state_.files[static_cast<size_t>(file)].relative, root.finish());
+  }
+
+  NodeId short_metadata(const Fields& fields, int file, TorchBuilder* builder) const {
+    Pickle& pickle = builder->pickle;
+    std::vector<NodeId> layers;
+    const NodeId list = autoep_layers(fields, fields.root());
+    for (NodeId entry : fields.list(list, "ds_autoep_layers")) {
+      std::vector<std::pair<std::string, NodeId>> fields_of;
+      for (const char* key : {"moe_layer_id", "module_path", "expert_key_prefix", "num_experts",
+                              "num_local_experts", "ep_size"})
+        fields_of.emplace_back(
+            key, builder->copy(fields.document(), file, fields.need(entry, key)));
+      layers.push_back(builder->dict(std::move(fields_of)));
+    }
+    const NodeId patterns = pickle.list({pickle.string("\\.experts\\.w[123]$")});
+    const NodeId metadata = pickle.list(std::move(layers));
+    const NodeId info = fields.maybe(fields.root(), "universal_checkpoint_info");
+    if (info == kNoNode) {
+      return builder->dict({{"universal_checkpoint_version", pickle.real(0.4)},
+                            {"expert_parameter_patterns", patterns},
+                            {"ds_autoep_layers", metadata}});
+    }
+    MappingCopy copy(builder, state_, {file, info});
+    copy.set("expert_parameter_patterns", patterns);
+    copy.set("ds_autoep_layers", metadata);
+    return copy.finish();
+  }
+
+  NodeId all_shapes(const Fields& fields, TorchBuilder* builder) const {
+    const std::vector<NodeId>& source =
+        fields.list(fields.need(fields.root(), "param_shapes"), "param_shapes");
+    Pickle& pickle = builder->pickle;
+    std::vector<NodeId> groups;
+    for (size_t g = 0; g < source.size(); ++g) {
+      std::vector<NodeId> items;
+      for (int number : state_.groups[g].flat_order) {
+        const ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
+        std::vector<NodeId> sizes;
+        for (int64_t size : parameter.shape) sizes.push_back(pickle.integer(size));
+        items.push_back(pickle.string(parameter.name));
+        items.push_back(pickle.tuple(std::move(sizes)));
+      }
+      groups.push_back(pickle.ordered_dict(std::move(items)));
+    }
+    return pickle.list(std::move(groups));
   }
 
   FileBlueprint copy_of(int file) const {

@@ -40,6 +40,10 @@ class UniversalReader {
       read_parts(info);
     else
       add_shapes(model, &state_);
+    const ExpertInfo experts(state_, model);
+    if (experts.autoep()) stack_experts(experts);
+    if (experts.present())
+      state_.expert_layout = experts.autoep() ? ExpertLayout::kAutoEp : ExpertLayout::kNative;
     for (ParameterState& parameter : state_.parameters) {
       if (parameter.group >= 0) attach_states(&parameter);
     }
@@ -47,7 +51,7 @@ class UniversalReader {
     if (stage3_) add_nested_scalars();
     if (!parts) {
       add_frozen(&state_, model);
-      add_module_entries(&state_, model);
+      add_module_entries(&state_, experts.with_router_aliases(state_, model));
     }
     for (auto& [name, files] : folders_) add_copy(name, files);
   }
@@ -70,6 +74,7 @@ class UniversalReader {
   void check_mp_ranks() const;
   void add_shapes(const ModelStates& model, ShardedState* state) const;
   void read_parts(const TensorParallelInfo& info);
+  void stack_experts(const ExpertInfo& experts);
   void attach_states(ParameterState* parameter);
   TensorView tensor_of(const Fields& fields, const std::string& what) const;
   void read_groups(const ModelStates& model);
@@ -134,6 +139,25 @@ void UniversalReader::add_shapes(const ModelStates& model, ShardedState* state) 
                                    .states = {},
                                    .scalars = {}});
     }
+  }
+}
+
+// param_shapes has one rank's experts; under zero/ lie all of them. No file holds copies.
+void UniversalReader::stack_experts(const ExpertInfo& experts) {
+  state_.topology.expert = static_cast<int>(experts.layers()[0].ep_size);
+  DType dtype = DType::kFloat32;
+  const Fields fields(state_.document(state_.model_files[0]));
+  for (const auto& [name, node] : fields.named(fields.need(fields.root(), "module"), "module"))
+    dtype = fields.tensor(node, name).dtype;
+  for (ParameterState& parameter : state_.parameters) {
+    const ExpertLayer* layer = experts.layer_of(parameter.name);
+    if (layer == nullptr) continue;
+    const std::vector<std::optional<Shape>> shards(static_cast<size_t>(layer->ep_size),
+                                                   parameter.shape);
+    parameter.split = static_cast<int>(state_.splits.size());
+    state_.splits.push_back(experts.split_of(parameter.name, shards));
+    parameter.shape = logical_shape(state_.splits.back());
+    parameter.model_dtype = dtype;
   }
 }
 
@@ -202,11 +226,6 @@ int UniversalReader::read_stage() const {
 // The tensor of a state file: a bare tensor, or {…, param: tensor}.
 TensorView UniversalReader::tensor_of(const Fields& fields, const std::string& what) const {
   if (const std::optional<TensorView> bare = fields.document().tensor(fields.root())) return *bare;
-  if (fields.maybe(fields.root(), "is_expert_param") != kNoNode) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = "Expert-parallel universal checkpoints are not supported yet.",
-                          .file = fields.document().path()});
-  }
   return fields.tensor(fields.need(fields.root(), "param"), what);
 }
 

@@ -18,7 +18,8 @@ struct RankFile {
 
 class Zero12Reader {
  public:
-  Zero12Reader(ShardedState* state, const ModelStates& model) : state_(*state), model_(model) {
+  Zero12Reader(ShardedState* state, const ModelStates& model, const GroupMask& groups)
+      : state_(*state), model_(model), groups_(groups) {
     dp_ = static_cast<int>(state_.optim_files.size());
   }
 
@@ -39,8 +40,12 @@ class Zero12Reader {
     }
     state_.round_robin = !bf16_ && zero_option(Fields(state_.document(model_.file)), model_.config,
                                                "round_robin_gradients", 0) != 0;
-    for (size_t group = 0; group < model_.param_shapes.size(); ++group)
-      read_group(static_cast<int>(group));
+    for (size_t group = 0; group < model_.param_shapes.size(); ++group) {
+      if (groups_.empty() || groups_[group])
+        read_group(static_cast<int>(group));
+      else
+        state_.groups.emplace_back();
+    }
   }
 
  private:
@@ -82,6 +87,7 @@ class Zero12Reader {
 
   ShardedState& state_;
   const ModelStates& model_;
+  const GroupMask& groups_;
   int dp_ = 0;
   bool bf16_ = false;
   std::vector<RankFile> ranks_;
@@ -296,8 +302,8 @@ void Zero12Reader::add_states(size_t rank, int group) {
 
 }  // namespace
 
-void read_zero12(ShardedState* state, const ModelStates& model) {
-  Zero12Reader(state, model).run();
+void read_zero12(ShardedState* state, const ModelStates& model, const GroupMask& groups) {
+  Zero12Reader(state, model, groups).run();
 }
 
 }  // namespace isoshard::checkpoint

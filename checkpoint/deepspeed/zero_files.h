@@ -7,8 +7,10 @@
 
 namespace isoshard::checkpoint {
 
-// Stages 1 and 2, and BF16_Optimizer (stage_1_and_2.py, bf16_optimizer.py).
-void read_zero12(ShardedState* state, const ModelStates& model);
+// Stages 1 and 2, and BF16_Optimizer (stage_1_and_2.py, bf16_optimizer.py). Only the groups of the
+// mask are read, all of them if it is empty: those that the state's optim files partition.
+using GroupMask = std::vector<bool>;
+void read_zero12(ShardedState* state, const ModelStates& model, const GroupMask& groups = {});
 
 // Stage 3 (stage3.py). `model` is rank 0's; the other ranks' files must agree with it.
 void read_zero3(ShardedState* state, const ModelStates& model);

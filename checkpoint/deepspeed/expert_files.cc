@@ -1,0 +1,166 @@
+// Experts of stages 1 and 2: partitions by expert-parallel rank, and one file an expert.
+#include <algorithm>
+#include <map>
+
+#include "checkpoint/deepspeed/experts.h"
+#include "checkpoint/deepspeed/merge.h"
+#include "checkpoint/deepspeed/zero_files.h"
+#include "core/error.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+// partition_count of a group, as rank 0's optimizer file records it.
+int64_t partition_count(const ShardedState& state, size_t group) {
+  const Fields f(state.document(state.optim_files[0]));
+  const NodeId optimizer = f.need(f.root(), "optimizer_state_dict");
+  const std::vector<NodeId>& counts =
+      f.list(f.need(optimizer, "partition_count"), "partition_count");
+  if (group >= counts.size())
+    f.fail("A group has no partition count.", "partition_count", std::to_string(group + 1),
+           std::to_string(counts.size()));
+  return f.integer(counts[group], "partition_count");
+}
+
+// Local experts of each MoE layer: how many numbers follow its path.
+std::map<std::string, int64_t> local_experts(const ShardedState& state) {
+  std::map<std::string, int64_t> counts;
+  for (const ParameterState& parameter : state.parameters) {
+    const auto number = ExpertInfo::expert_number(parameter.name);
+    if (number) counts[number->first] = std::max(counts[number->first], number->second + 1);
+  }
+  return counts;
+}
+
+void name_globally(ShardedState* state, int rank) {
+  const std::map<std::string, int64_t> counts = local_experts(*state);
+  const auto rename = [&](std::string* name) {
+    if (const auto number = ExpertInfo::expert_number(*name))
+      *name = ExpertInfo::global_name(*name, rank, counts.at(number->first));
+  };
+  std::vector<ParameterState> parameters = state->parameters;
+  for (ParameterState& parameter : parameters) rename(&parameter.name);
+  for (Leaf& leaf : state->leaves) rename(&leaf.name);
+  state->set_parameters(std::move(parameters));
+}
+
+// Adds the parameters of `part`, with their leaves, to their groups.
+void append(ShardedState* whole, const ShardedState& part) {
+  const int first = static_cast<int>(whole->leaves.size());
+  whole->leaves.insert(whole->leaves.end(), part.leaves.begin(), part.leaves.end());
+  for (ParameterState parameter : part.parameters) {
+    if (parameter.weight >= 0) parameter.weight += first;
+    for (int& leaf : parameter.states) leaf += first;
+    const int number = static_cast<int>(whole->parameters.size());
+    GroupState& group = whole->groups[static_cast<size_t>(parameter.group)];
+    group.parameters.push_back(number);
+    group.flat_order.push_back(number);
+    whole->parameters.push_back(std::move(parameter));
+  }
+  whole->stepped = whole->stepped || part.stepped;
+}
+
+}  // namespace
+
+void read_zero12_experts(ShardedState* state, const ModelStates& model,
+                         const ExpertInfo& experts) {
+  state->expert_layout = experts.autoep() ? ExpertLayout::kAutoEp : ExpertLayout::kNative;
+  GroupMask dense(model.param_shapes.size(), false), expert(dense);
+  size_t last = 0;
+  for (size_t g = 0; g < model.param_shapes.size(); ++g) {
+    for (const auto& [name, shape] : model.param_shapes[g])
+      (experts.is_expert(name) ? expert : dense)[g] = true;
+    if (dense[g] && expert[g])
+      Fields(state->document(model.file))
+          .fail("An optimizer group holds experts and other parameters.", "param_shapes",
+                "apart", "group " + std::to_string(g));
+    if (expert[g]) last = g;
+  }
+  read_zero12(state, model, dense);
+  if (std::none_of(expert.begin(), expert.end(), [](bool e) { return e; })) return;
+  const int dp = static_cast<int>(state->optim_files.size());
+  const int ranks = experts.expert_ranks(dp, partition_count(*state, last));
+  state->topology.expert = ranks;
+  std::vector<MpPart> parts;
+  for (int rank = 0; rank < ranks; ++rank) {
+    MpPart part{.state = {}, .model = model};
+    part.state.folder = state->folder;
+    part.state.topology = state->topology;
+    part.state.has_places = state->has_places;
+    for (int member : experts.partition_ranks(rank, ranks, dp))
+      part.state.optim_files.push_back(state->optim_files[static_cast<size_t>(member)]);
+    part.state.files = std::move(state->files);
+    read_zero12(&part.state, model, expert);
+    state->files = std::move(part.state.files);
+    if (!experts.autoep()) name_globally(&part.state, rank);
+    parts.push_back(std::move(part));
+  }
+  for (size_t g = 0; g < expert.size(); ++g) {
+    if (expert[g]) state->groups[g].hyper = parts[0].state.groups[g].hyper;
+  }
+  if (experts.autoep()) {
+    merge_expert_ranks(state, parts, experts);
+  } else {
+    for (const MpPart& part : parts) append(state, part.state);
+  }
+}
+
+void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
+                       const std::vector<int>& files) {
+  std::map<std::string, std::pair<int, TensorView>> tensors;
+  for (int file : files) {
+    const Fields f(state->document(file));
+    for (const auto& [name, node] : f.named(f.root(), "expert file")) {
+      if (name == "folding") continue;
+      if (!tensors.emplace(name, std::pair(file, f.tensor(node, name))).second)
+        f.fail("Two files hold the same expert.", quote(name), "one", "two");
+    }
+  }
+  const auto missing = [&](const std::string& name) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kIncomplete,
+        .what = "An expert's file is missing (DeepSpeed: FileNotFoundError).",
+        .file = state->folder,
+        .entry = quote(name),
+        .expected = "layer_<L>_expert_<X>_mp_rank_00_model_states.pt that holds it",
+        .found = std::to_string(files.size()) + " expert files without it",
+        .next = "bring it from the node that wrote it, or use an older checkpoint"});
+  };
+  std::vector<ParameterState> parameters = state->parameters;
+  for (ParameterState& parameter : parameters) {
+    const ExpertLayer* layer = experts.layer_of(parameter.name);
+    if (layer == nullptr && !ExpertInfo::expert_number(parameter.name)) continue;
+    Leaf copy{.name = parameter.name, .state = "param", .shape = parameter.shape, .fragments = {}};
+    const int64_t count = layer == nullptr ? 1 : layer->experts;
+    const int64_t size = numel(parameter.shape) / std::max<int64_t>(count, 1);
+    for (int64_t id = 0; id < count; ++id) {
+      const std::string name =
+          layer == nullptr ? parameter.name : parameter.name + "." + std::to_string(id);
+      const auto found = tensors.find(name);
+      if (found == tensors.end()) missing(name);
+      const auto& [file, view] = found->second;
+      const Fields f(state->document(file));
+      if (numel(view.shape) != size)
+        f.fail("An expert's tensor has another size than its master.", quote(name),
+               std::to_string(size) + " elements", to_string(view.shape));
+      if (id > 0 && view.dtype != copy.dtype)
+        f.fail("Experts of one layer have different dtypes.", quote(name),
+               isoshard::name(copy.dtype), isoshard::name(view.dtype));
+      copy.dtype = view.dtype;
+      for (FileFragment fragment : file_fragments(f.document(), file, view)) {
+        fragment.begin += id * size;
+        copy.fragments.push_back(fragment);
+      }
+      tensors.erase(found);
+    }
+    parameter.model_dtype = copy.dtype;
+    parameter.model_copy = state->add_leaf(std::move(copy));
+  }
+  state->set_parameters(std::move(parameters));
+  if (tensors.empty()) return;
+  const Fields f(state->document(tensors.begin()->second.first));
+  f.fail("An expert file holds what no optimizer group names.", quote(tensors.begin()->first),
+         "absent", "present");
+}
+
+}  // namespace isoshard::checkpoint
