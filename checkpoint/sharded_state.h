@@ -83,6 +83,7 @@ struct Alias {
   std::string name;
   std::string target;
   int model_copy = -1;
+  bool recorded = true;  // in shared_params
 };
 
 struct GroupState {

@@ -44,8 +44,7 @@ std::vector<std::vector<int64_t>> SplitInfo::widths_of(size_t number) const {
   std::vector<std::vector<int64_t>> widths;
   const ModelParameter& parameter = model_.parameters[number];
   std::vector<int64_t> parts = parameter.parts;
-  if (parameter.cut != Cut::kParts)
-    parts = {shape_of(number)[parameter.cut == Cut::kRow ? 1 : 0]};
+  if (parameter.cut != Cut::kParts) parts = {shape_of(number)[parameter.cut == Cut::kRow ? 1 : 0]};
   for (int64_t rows : parts) {
     const std::vector<int> held = reference::owners(rule_of(model_, number), rows, ranks_);
     widths.emplace_back();

@@ -6,7 +6,7 @@
 SOURCE: a save folder, tag folder (ZeRO 1 to 3), universal folder, or pytorch_model.bin. Tensors are
 put together whole and their CRC-64s taken byte by byte; the program adds up CRCs of fragments.
 Prints all sections but `hyper`; --against compares them and the root with what the program prints.
-Not verified: `hyper`, stage 0, several mp ranks. Exit: 0 printed or equal, 1 different, 2 neither.
+Not verified: `hyper`, stage 0, mp ranks, experts. Exit: 0 printed or equal, 1 different, 2 neither.
 """
 import hashlib
 import json
@@ -111,10 +111,9 @@ class Leaves(dict):  # section -> [(name, state, canonical line, elements)]
             names = json.loads(paper.read_text()).get("buffers", []) if paper.exists() else []
             return self.module([{"module": load(str(source)), "buffer_names": names}])
         paths = sorted(map(str, source.glob("*_states.pt")), key=lambda path: (len(path), path))
-        models, optims = ([load(path) for path in paths if path.endswith(f"_{kind}_states.pt")]
-                          for kind in ("model", "optim"))
-        require(models and models[0]["param_shapes"] and not (optims and any(
-            "mp_rank_01" in path for path in paths)), "stage 0, or several mp ranks")
+        models, optims = ([load(p) for p in paths if kind in p] for kind in ("_model_", "_optim_"))
+        outside = models[0].get("num_experts") or optims and "mp_rank_00" not in paths[-1]
+        require(models[0]["param_shapes"] and not outside, "stage 0, mp ranks, or experts")
         if optims:
             self.zero(models[0]["param_shapes"], [file["optimizer_state_dict"] for file in optims])
         else:

@@ -43,9 +43,10 @@ std::vector<std::string> abilities(const ShardedState& state) {
 
 std::string target_text(const ShardedState& state) {
   std::string text = "dp=" + std::to_string(state.topology.data) +
-                     ",sp=" + std::to_string(state.topology.sequence);
-  if (state.topology.tensor > 1) text += ",tp=" + std::to_string(state.topology.tensor);
-  if (state.topology.expert > 1) text += ",ep=" + std::to_string(state.topology.expert);
+                     ",sp=" + std::to_string(state.topology.sequence) +
+                     ",tp=" + std::to_string(state.topology.tensor);
+  if (state.expert_layout != checkpoint::ExpertLayout::kNone)
+    text += ",ep=" + std::to_string(state.topology.expert);
   return text + ",stage=" + std::to_string(state.stage);
 }
 

@@ -62,8 +62,7 @@ void append(ShardedState* whole, const ShardedState& part) {
 
 }  // namespace
 
-void read_zero12_experts(ShardedState* state, const ModelStates& model,
-                         const ExpertInfo& experts) {
+void read_zero12_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts) {
   state->expert_layout = experts.autoep() ? ExpertLayout::kAutoEp : ExpertLayout::kNative;
   GroupMask dense(model.param_shapes.size(), false), expert(dense);
   size_t last = 0;
@@ -72,8 +71,8 @@ void read_zero12_experts(ShardedState* state, const ModelStates& model,
       (experts.is_expert(name) ? expert : dense)[g] = true;
     if (dense[g] && expert[g])
       Fields(state->document(model.file))
-          .fail("An optimizer group holds experts and other parameters.", "param_shapes",
-                "apart", "group " + std::to_string(g));
+          .fail("An optimizer group holds experts and other parameters.", "param_shapes", "apart",
+                "group " + std::to_string(g));
     if (expert[g]) last = g;
   }
   read_zero12(state, model, dense);
@@ -117,14 +116,14 @@ void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
     }
   }
   const auto missing = [&](const std::string& name) {
-    throw Error(ErrorInfo{
-        .code = ErrorCode::kIncomplete,
-        .what = "An expert's file is missing (DeepSpeed: FileNotFoundError).",
-        .file = state->folder,
-        .entry = quote(name),
-        .expected = "layer_<L>_expert_<X>_mp_rank_00_model_states.pt that holds it",
-        .found = std::to_string(files.size()) + " expert files without it",
-        .next = "bring it from the node that wrote it, or use an older checkpoint"});
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kIncomplete,
+                  .what = "An expert's file is missing (DeepSpeed: FileNotFoundError).",
+                  .file = state->folder,
+                  .entry = quote(name),
+                  .expected = "layer_<L>_expert_<X>_mp_rank_00_model_states.pt that holds it",
+                  .found = std::to_string(files.size()) + " expert files without it",
+                  .next = "bring it from the node that wrote it, or use an older checkpoint"});
   };
   std::vector<ParameterState> parameters = state->parameters;
   for (ParameterState& parameter : parameters) {

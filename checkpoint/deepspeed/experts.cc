@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <charconv>
 #include <set>
-#include <tuple>
 
 #include "core/error.h"
 
@@ -138,20 +137,21 @@ ModelStates ExpertInfo::with_router_aliases(const ShardedState& state,
   ModelStates result = model;
   if (!autoep()) return result;
   const Fields fields(state.document(model.file));
-  const auto view_of = [&](NodeId node, const std::string& name) {
-    const TensorView view = fields.tensor(node, name);
-    return std::tuple(view.storage, view.offset, view.shape);
-  };
-  std::map<std::tuple<int, int64_t, Shape>, std::string> routers;
-  for (const auto& [name, node] : model.module) {
-    const ExpertLayer* layer = layer_around(name);
-    if (layer != nullptr && name.starts_with(layer->module_path + ".router."))
-      routers.emplace(view_of(node, name), name);
+  std::map<std::string, Shape> shapes;
+  for (const auto& [name, node] : model.module) shapes[name] = fields.tensor(node, name).shape;
+  std::set<std::string> trained;
+  for (const NamedShapes& group : model.param_shapes) {
+    for (const auto& [name, shape] : group) trained.insert(name);
   }
-  for (const auto& [name, node] : model.module) {
-    const auto router = routers.find(view_of(node, name));
-    if (router != routers.end() && router->second != name)
-      result.shared.emplace(name, router->second);
+  for (const auto& [name, shape] : shapes) {
+    const ExpertLayer* layer = layer_around(name);
+    if (layer == nullptr || trained.contains(name)) continue;
+    const std::string front = layer->module_path.empty() ? "" : layer->module_path + ".";
+    const size_t dot = name.find('.', front.size());
+    if (dot == std::string::npos) continue;
+    const auto router = shapes.find(front + "router" + name.substr(dot));
+    if (router == shapes.end() || router->first == name || router->second != shape) continue;
+    if (result.shared.emplace(name, router->first).second) result.unrecorded.insert(name);
   }
   return result;
 }
@@ -183,15 +183,15 @@ int ExpertInfo::expert_ranks(int dp, int64_t partition_count) const {
   const int64_t found = divides ? dp / partition_count : 0;
   const int64_t expected = layers_.empty() ? found : layers_[0].ep_size;
   if (found > 0 && found == expected) return static_cast<int>(found);
-  throw Error(ErrorInfo{
-      .code = ErrorCode::kMismatch,
-      .what = "The experts' partition group does not fit the expert-parallel size.",
-      .file = path_,
-      .entry = "partition_count of the experts' group",
-      .expected = std::to_string(expected > 0 && dp % expected == 0 ? dp / expected : 1) + " of " +
-                  std::to_string(dp) + " ranks",
-      .found = std::to_string(partition_count),
-      .next = "files of two saves may be mixed; compare their times and steps"});
+  throw Error(
+      ErrorInfo{.code = ErrorCode::kMismatch,
+                .what = "The experts' partition group does not fit the expert-parallel size.",
+                .file = path_,
+                .entry = "partition_count of the experts' group",
+                .expected = std::to_string(expected > 0 && dp % expected == 0 ? dp / expected : 1) +
+                            " of " + std::to_string(dp) + " ranks",
+                .found = std::to_string(partition_count),
+                .next = "files of two saves may be mixed; compare their times and steps"});
 }
 
 std::vector<int> ExpertInfo::partition_ranks(int rank, int expert_ranks, int dp) const {

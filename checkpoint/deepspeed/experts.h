@@ -46,8 +46,8 @@ class ExpertInfo {
   // The AutoEP layer whose module holds this name; nullptr for none.
   const ExpertLayer* layer_around(const std::string& name) const;
 
-  // A model file in which second names of a router (gate.gate.weight beside router.gate.weight, one
-  // tensor) are tied names; shared_params does not list them.
+  // A model file in which second names of a router (gate.gate.weight beside router.gate.weight) are
+  // tied names; shared_params does not list them, and the file holds their bytes twice.
   ModelStates with_router_aliases(const ShardedState& state, const ModelStates& model) const;
 
   // Expert-parallel ranks, given the size of an expert's partition group among `dp` ranks.

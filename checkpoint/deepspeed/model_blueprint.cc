@@ -19,7 +19,7 @@ class ModelWriter {
         state_(target->state),
         rank_(rank.zero),
         tensor_(rank.tensor),
-        buffers_(target->buffers[static_cast<size_t>(rank.tensor)]) {
+        buffers_(buffers_of(*target, rank)) {
     file_ = state_.model_files[0];
     if (!has_same_model_files(*target)) return;
     // A rank's own client state goes along where the ranks are the same.
@@ -54,6 +54,7 @@ class ModelWriter {
     else if (state_.split_file >= 0)
       root.erase("universal_checkpoint_info");
     root.set_if_present("ds_config", target_config(&builder_, target_));
+    if (state_.expert_layout != ExpertLayout::kNone) set_expert_entries(&builder_, target_, &root);
     const std::string path =
         target_.stage == 3 ? model_file_name_of_rank(rank_, tensor_) : model_file_name(tensor_);
     return builder_.finish(path, root.finish());
@@ -65,8 +66,10 @@ class ModelWriter {
     if (target_.stage == 1 || target_.stage == 2) add_flat_storages();
     const TorchFile& document = state_.document(file_);
     const NodeId node = document.pickle().find(document.pickle().root, "module");
-    for (const ParameterState& parameter : state_.parameters)
-      tensors_[parameter.name] = parameter_tensor(parameter);
+    for (const ParameterState& parameter : state_.parameters) {
+      if (!target_.is_expert(number_of(parameter)))
+        tensors_[parameter.name] = parameter_tensor(parameter);
+    }
     for (const BufferState& buffer : state_.buffers)
       tensors_[buffer.name] = leaf_tensor(buffer.leaf);
     for (const Alias& alias : state_.aliases) {
@@ -95,7 +98,9 @@ class ModelWriter {
 
   // Stages 1 and 2: the trained parameters are views of one padded storage a group.
   void add_flat_storages() {
-    for (const TargetBuffer& buffer : buffers_) {
+    for (const TargetBuffer* each : buffers_) {
+      const TargetBuffer& buffer = *each;
+      if (buffer.experts) continue;  // they have files of their own
       StorageFill fill{.dtype = DType::kFloat32,
                        .numel = buffer.partition * target_.ranks,
                        .runs = {},
@@ -155,8 +160,13 @@ class ModelWriter {
   }
 
   NodeId alias_tensor(const Alias& alias) {
-    if (target_.stage != 3) return builder_.tensor(place_of_.at(alias.target));
     const ParameterState* parameter = state_.find_parameter(alias.target);
+    if (!alias.recorded && target_.stage != 3) {  // saved with bytes of its own
+      const int leaf = alias.model_copy >= 0 ? alias.model_copy : model_leaf(*parameter);
+      return builder_.tensor(
+          {.shape = parameter->shape, .storage = own_storage(leaf, parameter->model_dtype)});
+    }
+    if (target_.stage != 3) return builder_.tensor(place_of_.at(alias.target));
     const int storage = builder_.add_storage(
         {.dtype = parameter->model_dtype, .numel = 0, .runs = {}, .copy = {}, .literal = {}});
     return builder_.tensor({.shape = {0}, .storage = storage});
@@ -174,13 +184,21 @@ class ModelWriter {
     return builder_.tensor({.shape = leaf.shape, .storage = own_storage(number, leaf.dtype)});
   }
 
+  // Models with experts get plain tuples.
+  NodeId shape_node(const Shape& shape) {
+    if (state_.expert_layout == ExpertLayout::kNone) return builder_.size_node(shape);
+    std::vector<NodeId> sizes;
+    for (int64_t size : shape) sizes.push_back(builder_.pickle.integer(size));
+    return builder_.pickle.tuple(std::move(sizes));
+  }
+
   NodeId param_shapes() {
     std::vector<NodeId> groups;
-    for (const TargetBuffer& buffer : buffers_) {
+    for (const TargetBuffer* buffer : buffers_) {
       std::vector<NodeId> items;
-      for (int number : buffer.parameters) {
-        items.push_back(builder_.pickle.string(target_.parameter(number).name));
-        items.push_back(builder_.size_node(target_.shard_shape(number, tensor_)));
+      for (int number : buffer->parameters) {
+        items.push_back(builder_.pickle.string(target_.name_of(number, *buffer)));
+        items.push_back(shape_node(target_.shard_shape(number, buffer->shard)));
       }
       groups.push_back(builder_.pickle.ordered_dict(std::move(items)));
     }
@@ -232,7 +250,7 @@ class ModelWriter {
   NodeId shared_params() {
     std::vector<std::pair<std::string, NodeId>> entries;
     for (const Alias& alias : state_.aliases) {
-      if (rank_ == 0 && tensor_ == 0)
+      if (rank_ == 0 && tensor_ == 0 && alias.recorded)
         entries.emplace_back(alias.name, builder_.pickle.string(alias.target));
     }
     return builder_.dict(std::move(entries));
@@ -242,7 +260,7 @@ class ModelWriter {
   const ShardedState& state_;
   int rank_;    // in the partition group
   int tensor_;  // tensor-parallel rank
-  const std::vector<TargetBuffer>& buffers_;
+  std::vector<const TargetBuffer*> buffers_;
   int file_;
   TorchBuilder builder_;
   std::map<std::string, NodeId> tensors_;

@@ -34,8 +34,7 @@ std::vector<NamedShapes> read_param_shapes(const Fields& fields, NodeId node) {
 void refuse_unsupported(const Fields& fields, const ModelStates& model) {
   const NodeId root = fields.root();
   const bool folded = fields.maybe(root, "folding") != kNoNode;
-  if (folded)
-    unsupported(fields, "AutoEP folded with AutoTP is not supported yet.", "folding");
+  if (folded) unsupported(fields, "AutoEP folded with AutoTP is not supported yet.", "folding");
   if (zero_option(fields, model.config, "mics_shard_size", -1) > 0) {
     unsupported(fields, "MiCS checkpoints are not supported.", "mics_shard_size");
   }
@@ -182,7 +181,8 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
       state->buffers.push_back({name, add("buffer")});
     } else if (const auto alias = model.shared.find(name);
                alias != model.shared.end() && !lost.has(alias->second)) {
-      state->aliases.push_back({name, alias->second, stage3 ? -1 : add("param")});
+      state->aliases.push_back(
+          {name, alias->second, stage3 ? -1 : add("param"), !model.unrecorded.contains(name)});
     } else if (alias != model.shared.end() && !lost.keeps(name, alias->second, !stage3)) {
       continue;
     } else if (!stage3 || frozen_shape.count(name) == 0) {

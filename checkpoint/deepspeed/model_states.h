@@ -25,6 +25,7 @@ struct ModelStates {
   bool has_frozen_shapes = false;
   NodeId frozen_fragments = kNoNode;
   std::map<std::string, std::string> shared;  // alias → first name
+  std::set<std::string> unrecorded;           // those of `shared` that shared_params does not list
   std::vector<std::string> shared_order;
   int64_t dp_world = 0;
   int64_t mp_world = 1;

@@ -57,9 +57,8 @@ class OptimWriter {
         state_(target->state),
         builder_(*builder),
         pickle_(builder->pickle),
-        rank_(rank.zero),
-        tensor_(rank.tensor),
-        buffers_(target->buffers[static_cast<size_t>(rank.tensor)]),
+        rank_(rank),
+        buffers_(buffers_of(*target, rank)),
         global_(global_source(state_)) {}
 
   NodeId file_root() {
@@ -73,10 +72,10 @@ class OptimWriter {
     std::vector<std::pair<std::string, NodeId>> entries;
     add_scaler(&entries);
     std::vector<NodeId> paddings, alignments, counts;
-    for (const TargetBuffer& buffer : buffers_) {
+    for (const TargetBuffer* buffer : buffers_) {
       paddings.push_back(pickle_.integer(0));
       alignments.push_back(
-          pickle_.list(std::vector<NodeId>(buffer.parameters.size(), pickle_.integer(0))));
+          pickle_.list(std::vector<NodeId>(buffer->parameters.size(), pickle_.integer(0))));
       counts.push_back(pickle_.integer(target_.ranks));
     }
     entries.emplace_back("clip_grad", clip_grad());
@@ -114,18 +113,20 @@ class OptimWriter {
  private:
   NodeId stage12() {
     std::vector<NodeId> masters, paddings, alignments, counts, slices;
-    for (const TargetBuffer& buffer : buffers_) {
-      const FlatSizes sizes{buffer.partition * target_.ranks, buffer.partition};
-      const int64_t padding =
-          target_.bf16_optimizer ? bf16_partition_padding(buffer.total, sizes, target_.ranks, rank_)
-                                 : partition_padding(buffer.total, buffer.partition, rank_);
+    for (const TargetBuffer* each : buffers_) {
+      const TargetBuffer& buffer = *each;
+      const int rank = rank_in(target_, buffer, rank_);
+      const FlatSizes sizes{buffer.partition * buffer.ranks, buffer.partition};
+      const int64_t padding = target_.bf16_optimizer
+                                  ? bf16_partition_padding(buffer.total, sizes, buffer.ranks, rank)
+                                  : partition_padding(buffer.total, buffer.partition, rank);
       const int64_t length = target_.bf16_optimizer ? buffer.partition : buffer.partition - padding;
       masters.push_back(master(buffer, length));
       paddings.push_back(pickle_.integer(padding));
       std::vector<NodeId> alignment;
       for (int64_t elements : buffer.alignment) alignment.push_back(pickle_.integer(elements));
       alignments.push_back(pickle_.list(std::move(alignment)));
-      counts.push_back(pickle_.integer(target_.ranks));
+      counts.push_back(pickle_.integer(buffer.ranks));
       slices.push_back(slice_map(buffer));
     }
     std::vector<std::pair<std::string, NodeId>> entries;
@@ -152,7 +153,7 @@ class OptimWriter {
     entries.emplace_back("optimizer_state_dict", builder_.dict({{"state", states_by_buffer()},
                                                                 {"param_groups", param_groups()}}));
     std::vector<NodeId> flats;
-    for (const TargetBuffer& buffer : buffers_) flats.push_back(master(buffer, buffer.partition));
+    for (const TargetBuffer* buffer : buffers_) flats.push_back(master(*buffer, buffer->partition));
     entries.emplace_back("fp32_flat_groups", pickle_.list(std::move(flats)));
     return builder_.dict(std::move(entries));
   }
@@ -161,8 +162,8 @@ class OptimWriter {
   NodeId master(const TargetBuffer& buffer, int64_t length) {
     std::vector<int> leaves;
     for (int number : buffer.parameters) leaves.push_back(target_.parameter(number).weight);
-    const int storage = builder_.add_storage(
-        rank_fill(target_, buffer, rank_, leaves, state_.leaf(leaves.at(0)).dtype));
+    const int storage = builder_.add_storage(rank_fill(
+        target_, buffer, rank_in(target_, buffer, rank_), leaves, state_.leaf(leaves.at(0)).dtype));
     const TorchBuilder::TensorSpec spec{
         .shape = {length}, .storage = storage, .requires_grad = true};
     if (target_.stage != 3) return builder_.tensor(spec);
@@ -182,17 +183,18 @@ class OptimWriter {
   }
 
   NodeId slice_map(const TargetBuffer& buffer) {
+    const int rank = rank_in(target_, buffer, rank_);
     std::vector<NodeId> items;
     for (size_t i = 0; i < buffer.parameters.size(); ++i) {
       if (buffer.layouts[i].numel == 0) continue;
-      if (const RankFragment f = fragment_on(buffer.layouts[i], rank_); f.count > 0) {
+      if (const RankFragment f = fragment_on(buffer.layouts[i], rank); f.count > 0) {
         ObjectParts parts;
         parts.newobj = true;
         parts.callable = pickle_.global("deepspeed.utils.tensor_fragment", "fragment_address");
         parts.args = pickle_.tuple({});
         parts.state = builder_.dict(
             {{"numel", pickle_.integer(f.count)}, {"start", pickle_.integer(f.offset_local)}});
-        items.push_back(pickle_.string(target_.parameter(buffer.parameters[i]).name));
+        items.push_back(pickle_.string(target_.name_of(buffer.parameters[i], buffer)));
         items.push_back(pickle_.object(std::move(parts)));
       }
     }
@@ -202,7 +204,7 @@ class OptimWriter {
   NodeId states_by_buffer() {
     std::vector<NodeId> items;
     for (size_t k = 0; k < buffers_.size(); ++k) {
-      const TargetBuffer& buffer = buffers_[k];
+      const TargetBuffer& buffer = *buffers_[k];
       const ParameterState& first = target_.parameter(buffer.parameters[0]);
       if (first.states.empty() && first.scalars.empty()) continue;
       std::vector<std::pair<std::string, NodeId>> entry;
@@ -210,8 +212,9 @@ class OptimWriter {
         entry.emplace_back(scalar.name, agreed_scalar(buffer, scalar));
       for (size_t s = 0; s < first.states.size(); ++s) {
         const Leaf& leaf = state_.leaf(first.states[s]);
-        const int storage = builder_.add_storage(
-            rank_fill(target_, buffer, rank_, leaves_of(target_, buffer, s), leaf.dtype));
+        const int storage =
+            builder_.add_storage(rank_fill(target_, buffer, rank_in(target_, buffer, rank_),
+                                           leaves_of(target_, buffer, s), leaf.dtype));
         entry.emplace_back(leaf.state,
                            builder_.tensor({.shape = {buffer.partition}, .storage = storage}));
       }
@@ -278,10 +281,10 @@ class OptimWriter {
   // This tensor-parallel rank's part of a leaf of a parameter.
   NodeId whole_tensor(int parameter, int number, bool requires_grad) {
     const Leaf& leaf = state_.leaf(number);
-    const Shape shape = target_.shard_shape(parameter, tensor_);
+    const Shape shape = target_.shard_shape(parameter, rank_.tensor);
     StorageFill fill{
         .dtype = leaf.dtype, .numel = numel(shape), .runs = {}, .copy = {}, .literal = {}};
-    target_.add_runs(&fill, parameter, tensor_, {number, 0, fill.numel, 0});
+    target_.add_runs(&fill, parameter, rank_.tensor, {number, 0, fill.numel, 0});
     return builder_.tensor({.shape = shape,
                             .storage = builder_.add_storage(std::move(fill)),
                             .requires_grad = requires_grad});
@@ -298,12 +301,15 @@ class OptimWriter {
           numbers.push_back(pickle_.integer(index++));
       } else {
         for (size_t k = 0; k < buffers_.size(); ++k) {
-          if (buffers_[k].group == static_cast<int>(g))
+          if (buffers_[k]->group == static_cast<int>(g))
             numbers.push_back(pickle_.integer(static_cast<int64_t>(k)));
         }
       }
       MappingCopy copy(&builder_, state_, state_.groups[g].hyper);
       copy.set("params", pickle_.list(std::move(numbers)));
+      if (target_.expert_groups[g])
+        copy.set_if_present("name",
+                            pickle_.string("ep_size_" + std::to_string(target_.topology.expert)));
       groups.push_back(copy.finish());
     }
     return pickle_.list(std::move(groups));
@@ -416,9 +422,8 @@ class OptimWriter {
   const ShardedState& state_;
   TorchBuilder& builder_;
   Pickle& pickle_;
-  int rank_;    // in the partition group
-  int tensor_;  // tensor-parallel rank
-  const std::vector<TargetBuffer>& buffers_;
+  TargetRank rank_;
+  std::vector<const TargetBuffer*> buffers_;
   NodeRef global_;
 };
 

@@ -36,68 +36,77 @@ void refuse_topology(const ShardedState& state, const Topology& topology) {
   };
   if (topology.tensor > 1 && topology.sequence > 1)
     no("DeepSpeed has no files for tensor- and sequence-parallel ranks together.");
-  if (topology.expert > 1 || state.expert_layout != ExpertLayout::kNone)
-    no("Resharding of mixture-of-experts checkpoints is not supported yet; convert --to universal "
-       "or --to fp32 is.");
+  if (topology.expert > 1 && state.expert_layout == ExpertLayout::kNone)
+    no("The checkpoint has no experts that expert-parallel ranks could share.");
+  if (state.expert_layout != ExpertLayout::kNone && topology.tensor > 1)
+    no("Resharding of experts to tensor-parallel ranks is not supported yet.");
   if (topology.pipeline > 1) no("Resharding to pipeline stages is not supported yet.");
   if (state.flavour == Flavour::kWeights) no("Weights alone have no optimizer state to reshard.");
 }
 
-// Where a rank's part of a group stands: the group, the tensor-parallel rank, and the parameters in
-// flat order.
+// A group as one tensor- or expert-parallel rank has it: the parameters in flat order.
 struct Members {
   int group;
-  int tensor_rank;
+  int shard;
+  int ranks;  // of its partition group
+  bool experts;
   std::vector<int> order;
 };
 
+std::vector<TargetBuffer>& list_for(ReshardTarget* target, const Members& members) {
+  auto& lists = members.experts ? target->expert_buffers : target->buffers;
+  return lists[static_cast<size_t>(members.shard)];
+}
+
+TargetBuffer empty_buffer(const Members& members) {
+  return {.group = members.group,
+          .experts = members.experts,
+          .shard = members.shard,
+          .ranks = members.ranks,
+          .parameters = {},
+          .layouts = {},
+          .alignment = {}};
+}
+
 void add_flat_buffer(ReshardTarget* target, const Members& members) {
   const std::vector<int>& order = members.order;
-  TargetBuffer buffer{.group = members.group,
-                      .tensor_rank = members.tensor_rank,
-                      .parameters = order,
-                      .layouts = {},
-                      .alignment = {}};
+  TargetBuffer buffer = empty_buffer(members);
+  buffer.parameters = order;
   for (size_t i = 0; i < order.size(); ++i) {
     const ParameterState& parameter = target->parameter(order[i]);
-    const int64_t count = numel(target->shard_shape(order[i], members.tensor_rank));
+    const int64_t count = numel(target->shard_shape(order[i], members.shard));
     buffer.layouts.push_back(
-        {.numel = count, .ranks = target->ranks, .placement = FlatShard{buffer.total, 1}});
+        {.numel = count, .ranks = members.ranks, .placement = FlatShard{buffer.total, 1}});
     buffer.total += count;
     const bool pads = target->aligned && i + 1 < order.size();
     buffer.alignment.push_back(
         pads ? alignment_padding(buffer.total, item_size_bytes(parameter.model_dtype)) : 0);
     buffer.total += buffer.alignment.back();
   }
-  buffer.partition = flat_sizes(buffer.total, target->ranks).partition;
+  buffer.partition = flat_sizes(buffer.total, members.ranks).partition;
   for (TensorLayout& layout : buffer.layouts)
     std::get<FlatShard>(layout.placement).partition = std::max<int64_t>(buffer.partition, 1);
-  target->buffers[static_cast<size_t>(members.tensor_rank)].push_back(std::move(buffer));
+  list_for(target, members).push_back(std::move(buffer));
 }
 
 void add_slot_buffers(ReshardTarget* target, const Members& members, int64_t sub_group_size) {
   const std::vector<int>& order = members.order;
   std::vector<int64_t> numels;
-  for (int number : order)
-    numels.push_back(numel(target->shard_shape(number, members.tensor_rank)));
+  for (int number : order) numels.push_back(numel(target->shard_shape(number, members.shard)));
   size_t next = 0;
-  for (int count : sub_group_counts(numels, target->ranks, sub_group_size)) {
-    TargetBuffer buffer{.group = members.group,
-                        .tensor_rank = members.tensor_rank,
-                        .parameters = {},
-                        .layouts = {},
-                        .alignment = {}};
+  for (int count : sub_group_counts(numels, members.ranks, sub_group_size)) {
+    TargetBuffer buffer = empty_buffer(members);
     for (int i = 0; i < count; ++i, ++next) {
-      const int64_t slot = slot_size(numels[next], target->ranks);
+      const int64_t slot = slot_size(numels[next], members.ranks);
       buffer.parameters.push_back(order[next]);
       buffer.layouts.push_back(
           {.numel = numels[next],
-           .ranks = target->ranks,
+           .ranks = members.ranks,
            .placement = SlotShard{buffer.partition, std::max<int64_t>(slot, 1)}});
       buffer.partition += slot;
     }
     buffer.total = buffer.partition;
-    target->buffers[static_cast<size_t>(members.tensor_rank)].push_back(std::move(buffer));
+    list_for(target, members).push_back(std::move(buffer));
   }
 }
 
@@ -136,11 +145,14 @@ void check_loss_scaler(const ShardedState& state, int stage,
 
 // The parameters of a group that have elements on a tensor-parallel rank, in flat order. Before
 // 0.19.8 those without stood there too.
-Members members_of(const ReshardTarget& target, int group, int tensor_rank, bool round_robin) {
-  Members members{group, tensor_rank, {}};
+Members members_of(const ReshardTarget& target, int group, int shard, bool round_robin) {
+  const bool experts = target.expert_groups[static_cast<size_t>(group)];
+  const int expert_ranks = target.topology.expert;
+  Members members{group, shard, experts ? target.ranks / expert_ranks : target.ranks, experts, {}};
   for (int number : target.state.groups[static_cast<size_t>(group)].parameters) {
-    const bool empty = numel(target.shard_shape(number, tensor_rank)) == 0 &&
-                       numel(target.parameter(number).shape) != 0;
+    if (experts && !target.holds_expert(shard, number)) continue;
+    const bool empty =
+        numel(target.shard_shape(number, shard)) == 0 && numel(target.parameter(number).shape) != 0;
     if (!empty || !target.writes_alignment) members.order.push_back(number);
   }
   const std::vector<int>& all = target.state.groups[static_cast<size_t>(group)].parameters;
@@ -153,12 +165,12 @@ Members members_of(const ReshardTarget& target, int group, int tensor_rank, bool
         .file = target.state.folder,
         .entry = "group " + std::to_string(group) + ", " + quote(target.parameter(all[0]).name),
         .expected = "an element on every rank",
-        .found = "none on tp rank " + std::to_string(tensor_rank),
+        .found = "none on rank " + std::to_string(shard),
         .next = "take a smaller tp"});
   }
   if (!round_robin) return members;
   std::vector<int> permuted;
-  for (int index : round_robin_order(static_cast<int>(members.order.size()), target.ranks))
+  for (int index : round_robin_order(static_cast<int>(members.order.size()), members.ranks))
     permuted.push_back(members.order[static_cast<size_t>(index)]);
   members.order = std::move(permuted);
   return members;
@@ -176,7 +188,11 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
       .ranks = topology.zero_ranks(),
       .prefix = "",
       .buffers = std::vector<std::vector<TargetBuffer>>(static_cast<size_t>(topology.tensor)),
+      .expert_buffers = {},
+      .expert_partitions = {},
+      .expert_groups = std::vector<bool>(state.groups.size(), false),
       .maps = {},
+      .local_experts = {},
       .inferred = {},
       .synthesised = {},
       .skipped = {}};
@@ -202,9 +218,11 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
   const bool round_robin = stage >= 1 && stage <= 2 && !target.bf16_optimizer &&
                            zero_option(model, config, "round_robin_gradients", 0) != 0;
   const int64_t sub_group_size = zero_option(model, config, "sub_group_size", 1'000'000'000);
-  for (int t = 0; t < topology.tensor; ++t) {
-    for (size_t g = 0; g < state.groups.size(); ++g) {
-      const Members members = members_of(target, static_cast<int>(g), t, round_robin);
+  if (state.expert_layout != ExpertLayout::kNone) prepare_experts(&target);
+  for (size_t g = 0; g < state.groups.size(); ++g) {
+    const int shards = target.expert_groups[g] ? topology.expert : topology.tensor;
+    for (int shard = 0; shard < shards; ++shard) {
+      const Members members = members_of(target, static_cast<int>(g), shard, round_robin);
       if (stage == 3)
         add_slot_buffers(&target, members, sub_group_size);
       else
@@ -222,24 +240,25 @@ bool has_same_model_files(const ReshardTarget& target) {
          static_cast<int>(target.state.model_files.size()) == per_shard * target.topology.tensor;
 }
 
-Shape ReshardTarget::shard_shape(int number, int tensor_rank) const {
-  if (maps.empty()) return parameter(number).shape;
+Shape ReshardTarget::shard_shape(int number, int shard) const {
+  if (maps.empty() || maps[static_cast<size_t>(number)].ranks.empty())
+    return parameter(number).shape;
   const AffineMap& map = maps[static_cast<size_t>(number)];
-  return joined_axes(map.ranks[static_cast<size_t>(tensor_rank)].shard_shape,
+  return joined_axes(map.ranks[static_cast<size_t>(shard)].shard_shape,
                      parameter(number).shape.size());
 }
 
-void ReshardTarget::add_runs(StorageFill* fill, int number, int tensor_rank,
+void ReshardTarget::add_runs(StorageFill* fill, int number, int shard,
                              const LeafRun& shard_run) const {
   if (shard_run.count == 0) return;
-  if (maps.empty()) {
+  if (maps.empty() || maps[static_cast<size_t>(number)].ranks.empty()) {
     fill->runs.push_back(shard_run);
     return;
   }
   const AffineMap& map = maps[static_cast<size_t>(number)];
   const int64_t total = state.leaf(shard_run.leaf).size_elements();
   const int64_t begin = shard_run.begin, end = begin + shard_run.count;
-  for (const MapPiece& piece : map.ranks[static_cast<size_t>(tensor_rank)].pieces) {
+  for (const MapPiece& piece : map.ranks[static_cast<size_t>(shard)].pieces) {
     for (const MapRun& run : piece_runs(piece)) {
       const int64_t from = std::max(begin, run.dest);
       const int64_t source = run.source + (from - run.dest);
@@ -334,6 +353,12 @@ NodeId target_config(TorchBuilder* builder, const ReshardTarget& target) {
     copy.set("tensor_parallel",
              builder->dict({{"autotp_size", builder->pickle.integer(target.topology.tensor)}}));
   }
+  if (const NodeId expert = model.maybe(config, "expert_parallel");
+      expert != kNoNode && model.pickle().is_mapping(expert)) {
+    MappingCopy section(builder, target.state, {file, expert});
+    section.set("autoep_size", builder->pickle.integer(target.topology.expert));
+    copy.set("expert_parallel", section.finish());
+  }
   copy.set_if_present("sequence_parallel_size", builder->pickle.integer(target.topology.sequence));
   return copy.finish();
 }
@@ -346,7 +371,7 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
   for (size_t i = 0; i < leaves.size(); ++i) {
     if (buffer.layouts[i].numel == 0) continue;
     if (const RankFragment f = fragment_on(buffer.layouts[i], rank); f.count > 0) {
-      target.add_runs(&fill, buffer.parameters[i], buffer.tensor_rank,
+      target.add_runs(&fill, buffer.parameters[i], buffer.shard,
                       {leaves[i], f.begin, f.count, f.offset_local});
     }
   }
@@ -368,6 +393,9 @@ TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topolo
       throw_if_cancelled();
       result.files.push_back(optim_blueprint(&target, {tensor, rank}));
     }
+  }
+  if (state.expert_layout != ExpertLayout::kNone) {
+    for (FileBlueprint& file : expert_blueprints(&target)) result.files.push_back(std::move(file));
   }
   result.inferred = target.inferred;
   result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());

@@ -2,6 +2,7 @@
 // writers of model and optimizer files share it. Link 8 of the tensor's journey.
 #pragma once
 
+#include <map>
 #include <set>
 #include <string>
 #include <vector>
@@ -17,10 +18,12 @@
 namespace isoshard::checkpoint {
 
 // One flat buffer of the target: an optimizer group (stages 1, 2) or a sub-group (stage 3) of one
-// tensor-parallel rank.
+// tensor-parallel rank, or of one expert-parallel rank where it holds experts.
 struct TargetBuffer {
   int group = -1;
-  int tensor_rank = 0;
+  bool experts = false;
+  int shard = 0;                      // the tensor- or expert-parallel rank
+  int ranks = 1;                      // that share it: size of its partition group
   std::vector<int> parameters;        // in flat order
   std::vector<TensorLayout> layouts;  // of each parameter's shard
   std::vector<int64_t> alignment;     // padding elements behind each (stages 1, 2)
@@ -38,21 +41,34 @@ struct ReshardTarget {
   bool writes_alignment = false;  // param_alignment_paddings is written (DeepSpeed ≥ 0.19.8)
   bool frozen_excluded = false;   // the source was saved with exclude_frozen_parameters
   std::string prefix;             // "bf16_" or ""
-  // By tensor-parallel rank, then in the order of the optimizer's groups.
+  // By tensor-parallel rank, then in the order of the optimizer's groups; and the groups of
+  // experts by expert-parallel rank.
   std::vector<std::vector<TargetBuffer>> buffers;
-  std::vector<AffineMap> maps;        // by parameter; none for one tensor-parallel rank
-  std::vector<std::string> inferred;  // for the certificate
-  std::set<std::string> synthesised;  // what is written without a source, likewise
-  std::set<std::string> skipped;      // what the target's stage has no place for, likewise
+  std::vector<std::vector<TargetBuffer>> expert_buffers;
+  std::vector<std::vector<int>> expert_partitions;  // their partition groups: ranks among `ranks`
+  std::vector<bool> expert_groups;                  // by group of the optimizer
+  std::vector<AffineMap> maps;  // by parameter; none, or empty, where nothing is cut
+  std::map<std::string, int64_t> local_experts;  // native MoE: of one rank, by layer
+  std::vector<std::string> inferred;             // for the certificate
+  std::set<std::string> synthesised;             // what is written without a source, likewise
+  std::set<std::string> skipped;  // what the target's stage has no place for, likewise
 
   const ParameterState& parameter(int number) const {
     return state.parameters[static_cast<size_t>(number)];
   }
-  // The shape that a tensor-parallel rank has of a parameter.
-  Shape shard_shape(int number, int tensor_rank) const;
+  // The shape that a tensor- or expert-parallel rank has of a parameter.
+  Shape shard_shape(int number, int shard) const;
   // Adds to `fill`, from element `at` on, elements [begin, begin + count) of that rank's shard of a
   // leaf of the parameter; padding rows of a vocabulary stay zero.
-  void add_runs(StorageFill* fill, int number, int tensor_rank, const LeafRun& shard_run) const;
+  void add_runs(StorageFill* fill, int number, int shard, const LeafRun& shard_run) const;
+  bool is_expert(int number) const {
+    const int group = parameter(number).group;
+    return group >= 0 && !expert_groups.empty() && expert_groups[static_cast<size_t>(group)];
+  }
+  // AutoEP: every rank holds some of each stack; native MoE: an expert lies on one.
+  bool holds_expert(int expert_rank, int number) const;
+  // The name that a rank's files give a parameter: native MoE numbers experts by rank.
+  std::string name_of(int number, const TargetBuffer& buffer) const;
   // Rank 0's model file and, where there is one, the file with the optimizer's global state.
   int model_file() const { return state.model_files[0]; }
 };
@@ -60,6 +76,21 @@ struct ReshardTarget {
 // Throws Error(kUnsupported) for topologies that these files cannot have, and as target_maps().
 ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
                           const SplitOptions& splits);
+
+// One file of the target: `tensor` is its tensor-parallel rank, `zero` its rank in the partition
+// group (0 for model files of stages 0 to 2).
+struct TargetRank {
+  int tensor = 0;
+  int zero = 0;
+};
+
+// The buffers of a rank in the order of the optimizer's groups, and its rank in the partition group
+// of one of them.
+std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetRank rank);
+int rank_in(const ReshardTarget& target, const TargetBuffer& buffer, TargetRank rank);
+
+// Which groups hold experts, who holds which, and the partition groups (expert_target.cc).
+void prepare_experts(ReshardTarget* target);
 
 // Copy of a source dictionary whose values may be replaced by key.
 class MappingCopy {
@@ -91,12 +122,12 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
 // universal_checkpoint_info for the target's tensor-parallel ranks (there are several).
 NodeId target_split_info(TorchBuilder* builder, const ReshardTarget& target);
 
-// One file of the target: `tensor` is its tensor-parallel rank, `zero` its rank in the partition
-// group (0 for model files of stages 0 to 2).
-struct TargetRank {
-  int tensor = 0;
-  int zero = 0;
-};
+// An affine map as DeepSpeed writes it.
+NodeId map_node(TorchBuilder* builder, const AffineMap& map);
+// Root entries of a target's model file that speak of experts; and the files of the experts.
+void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, MappingCopy* root);
+std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target);
+
 FileBlueprint model_blueprint(ReshardTarget* target, TargetRank rank);
 FileBlueprint optim_blueprint(ReshardTarget* target, TargetRank rank);
 NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int tensor_rank);

@@ -8,6 +8,24 @@
 namespace isoshard::checkpoint {
 namespace {
 
+NodeId list_of(Pickle* pickle, const std::vector<int64_t>& numbers) {
+  std::vector<NodeId> items;
+  for (int64_t number : numbers) items.push_back(pickle->integer(number));
+  return pickle->list(std::move(items));
+}
+
+NodeId piece_node(TorchBuilder* builder, const MapPiece& piece) {
+  Pickle& pickle = builder->pickle;
+  const auto address = [&](int64_t offset, const Shape& strides) {
+    return pickle.list({pickle.integer(offset), list_of(&pickle, strides)});
+  };
+  return builder->dict(
+      {{"shape", list_of(&pickle, piece.shape)},
+       {"source", address(piece.source_offset, piece.source_stride)},
+       {"dest", address(piece.dest_offset, piece.dest_stride)},
+       {"locations", list_of(&pickle, {piece.locations.begin(), piece.locations.end()})}});
+}
+
 class SplitInfoWriter {
  public:
   SplitInfoWriter(TorchBuilder* builder, const ReshardTarget& target)
@@ -28,11 +46,7 @@ class SplitInfoWriter {
   }
 
  private:
-  NodeId integers(const std::vector<int64_t>& numbers) {
-    std::vector<NodeId> items;
-    for (int64_t number : numbers) items.push_back(pickle_.integer(number));
-    return pickle_.list(std::move(items));
-  }
+  NodeId integers(const std::vector<int64_t>& numbers) { return list_of(&pickle_, numbers); }
 
   // By pattern: the target's widths of the first parameter that matches.
   NodeId sub_param_widths(NodeId source) {
@@ -68,7 +82,7 @@ class SplitInfoWriter {
     std::vector<NodeId> maps(patterns.size(), kNoNode);
     for (size_t i = 0; i < state_.parameters.size(); ++i) {
       const int number = patterns.first(state_.parameters[i].name);
-      if (number >= 0) maps[static_cast<size_t>(number)] = map_node(target_.maps[i]);
+      if (number >= 0) maps[static_cast<size_t>(number)] = map_node(&builder_, target_.maps[i]);
     }
     std::vector<std::pair<std::string, NodeId>> result;
     for (size_t i = 0; i < maps.size(); ++i) {
@@ -76,30 +90,6 @@ class SplitInfoWriter {
     }
     return builder_.dict(
         {{"version", pickle_.integer(1)}, {"params", builder_.dict(std::move(result))}});
-  }
-
-  NodeId map_node(const AffineMap& map) {
-    std::vector<NodeId> ranks;
-    for (size_t t = 0; t < map.ranks.size(); ++t) {
-      std::vector<NodeId> pieces;
-      for (const MapPiece& piece : map.ranks[t].pieces) pieces.push_back(piece_node(piece));
-      ranks.push_back(pickle_.integer(static_cast<int64_t>(t)));
-      ranks.push_back(builder_.dict({{"shard_shape", integers(map.ranks[t].shard_shape)},
-                                     {"pieces", pickle_.list(std::move(pieces))}}));
-    }
-    return builder_.dict({{"logical_shape", integers(map.logical_shape)},
-                          {"ranks", pickle_.dict(std::move(ranks))}});
-  }
-
-  NodeId piece_node(const MapPiece& piece) {
-    const auto address = [&](int64_t offset, const Shape& strides) {
-      return pickle_.list({pickle_.integer(offset), integers(strides)});
-    };
-    return builder_.dict(
-        {{"shape", integers(piece.shape)},
-         {"source", address(piece.source_offset, piece.source_stride)},
-         {"dest", address(piece.dest_offset, piece.dest_stride)},
-         {"locations", integers({piece.locations.begin(), piece.locations.end()})}});
   }
 
   TorchBuilder& builder_;
@@ -110,6 +100,20 @@ class SplitInfoWriter {
 };
 
 }  // namespace
+
+NodeId map_node(TorchBuilder* builder, const AffineMap& map) {
+  Pickle& pickle = builder->pickle;
+  std::vector<NodeId> ranks;
+  for (size_t t = 0; t < map.ranks.size(); ++t) {
+    std::vector<NodeId> pieces;
+    for (const MapPiece& piece : map.ranks[t].pieces) pieces.push_back(piece_node(builder, piece));
+    ranks.push_back(pickle.integer(static_cast<int64_t>(t)));
+    ranks.push_back(builder->dict({{"shard_shape", list_of(&pickle, map.ranks[t].shard_shape)},
+                                   {"pieces", pickle.list(std::move(pieces))}}));
+  }
+  return builder->dict({{"logical_shape", list_of(&pickle, map.logical_shape)},
+                        {"ranks", pickle.dict(std::move(ranks))}});
+}
 
 NodeId target_split_info(TorchBuilder* builder, const ReshardTarget& target) {
   return SplitInfoWriter(builder, target).run();

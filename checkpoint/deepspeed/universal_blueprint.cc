@@ -240,8 +240,8 @@ class UniversalWriter {
       std::vector<std::pair<std::string, NodeId>> fields_of;
       for (const char* key : {"moe_layer_id", "module_path", "expert_key_prefix", "num_experts",
                               "num_local_experts", "ep_size"})
-        fields_of.emplace_back(
-            key, builder->copy(fields.document(), file, fields.need(entry, key)));
+        fields_of.emplace_back(key,
+                               builder->copy(fields.document(), file, fields.need(entry, key)));
       layers.push_back(builder->dict(std::move(fields_of)));
     }
     const NodeId patterns = pickle.list({pickle.string("\\.experts\\.w[123]$")});

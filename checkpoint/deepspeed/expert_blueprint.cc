@@ -1,0 +1,181 @@
+// Experts of a target: AutoEP's metadata in the model file, and one file an expert
+// (deepspeed/runtime/engine.py, _save_moe_checkpoint).
+#include <algorithm>
+#include <charconv>
+#include <map>
+
+#include "checkpoint/deepspeed/experts.h"
+#include "checkpoint/deepspeed/reshard_target.h"
+#include "core/error.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+// ds_autoep_layers as rank 0 of the target writes it: the source's entries, what depends on the
+// topology made anew.
+class LayerWriter {
+ public:
+  LayerWriter(TorchBuilder* builder, const ReshardTarget& target)
+      : builder_(*builder),
+        pickle_(builder->pickle),
+        target_(target),
+        file_(target.model_file()),
+        fields_(target.state.document(file_)),
+        experts_(target.state, read_model_states(target.state, file_)) {}
+
+  NodeId list() {
+    std::vector<NodeId> layers;
+    size_t next = 0;
+    for (NodeId entry : fields_.list(autoep_layers(fields_, fields_.root()), "ds_autoep_layers"))
+      layers.push_back(layer(entry, experts_.layers()[next++]));
+    return pickle_.list(std::move(layers));
+  }
+
+ private:
+  NodeId layer(NodeId entry, const ExpertLayer& layer) {
+    const int64_t ranks = target_.topology.expert, local = layer.experts / ranks;
+    MappingCopy copy(&builder_, target_.state, {file_, entry});
+    copy.set("num_local_experts", pickle_.integer(local));
+    copy.set("ep_size", pickle_.integer(ranks));
+    copy.set_if_present("expert_placement", placement(layer.experts, local));
+    copy.set_if_present("affine_maps", maps(layer));
+    copy.set_if_present("ep_group_name", pickle_.string("ep_size_" + std::to_string(ranks)));
+    copy.set_if_present("ep_rank", pickle_.integer(0));
+    copy.set_if_present("expert_data_parallel_rank", pickle_.integer(0));
+    copy.set_if_present("expert_data_parallel_world_size", pickle_.integer(target_.ranks / ranks));
+    copy.set_if_present("global_expert_start", pickle_.integer(0));
+    copy.set_if_present("global_expert_end", pickle_.integer(local));
+    return copy.finish();
+  }
+
+  NodeId placement(int64_t experts, int64_t local) {
+    std::vector<NodeId> ranks;
+    for (int64_t rank = 0; rank < target_.topology.expert; ++rank) {
+      std::vector<NodeId> ids;
+      for (int64_t id = rank * local; id < (rank + 1) * local; ++id)
+        ids.push_back(pickle_.integer(id));
+      ranks.push_back(builder_.dict(
+          {{"rank", pickle_.integer(rank)}, {"experts", pickle_.list(std::move(ids))}}));
+    }
+    return builder_.dict({{"version", pickle_.integer(1)},
+                          {"num_experts", pickle_.integer(experts)},
+                          {"ep_size", pickle_.integer(target_.topology.expert)},
+                          {"ranks", pickle_.list(std::move(ranks))}});
+  }
+
+  NodeId maps(const ExpertLayer& layer) {
+    std::vector<std::pair<std::string, NodeId>> params;
+    for (size_t i = 0; i < target_.state.parameters.size(); ++i) {
+      const std::string& name = target_.state.parameters[i].name;
+      const ExpertLayer* owner = experts_.layer_of(name);
+      if (owner != nullptr && owner->prefix == layer.prefix)
+        params.emplace_back(name, map_node(&builder_, target_.maps[i]));
+    }
+    return builder_.dict(
+        {{"version", pickle_.integer(1)}, {"params", builder_.dict(std::move(params))}});
+  }
+
+  TorchBuilder& builder_;
+  Pickle& pickle_;
+  const ReshardTarget& target_;
+  int file_;
+  const Fields fields_;
+  const ExpertInfo experts_;
+};
+
+// One expert's file: the tensors of some parameters, cut to this expert.
+class ExpertFile {
+ public:
+  ExpertFile(ReshardTarget* target, int64_t layer, int64_t expert)
+      : target_(*target),
+        path_("layer_" + std::to_string(layer) + "_expert_" + std::to_string(expert) +
+              "_mp_rank_00_model_states.pt") {}
+
+  // Elements [begin, begin + numel(shape)) of the parameter under that name.
+  void add(const std::string& name, const ParameterState& parameter, const Shape& shape,
+           int64_t begin) {
+    int leaf = parameter.model_copy;
+    if (leaf < 0) {
+      leaf = parameter.weight;
+      if (target_.state.leaf(leaf).dtype != parameter.model_dtype)
+        target_.synthesised.insert("module: weights in the model's dtype, cast from the masters");
+    }
+    const int64_t count = numel(shape);
+    StorageFill fill{
+        .dtype = parameter.model_dtype, .numel = count, .runs = {}, .copy = {}, .literal = {}};
+    if (count > 0) fill.runs.push_back({leaf, begin, count, 0});
+    const int storage = builder_.add_storage(std::move(fill));
+    entries_.emplace_back(name, builder_.tensor({.shape = shape, .storage = storage}));
+  }
+
+  FileBlueprint finish() { return builder_.finish(path_, builder_.dict(std::move(entries_))); }
+
+ private:
+  ReshardTarget& target_;
+  std::string path_;
+  TorchBuilder builder_;
+  std::vector<std::pair<std::string, NodeId>> entries_;
+};
+
+// The number of a native layer: that of the file where its experts lie, or else the place of its
+// path among all of them.
+int64_t layer_number(const ShardedState& state, const ParameterState& parameter, size_t otherwise) {
+  if (parameter.model_copy >= 0 && !state.leaf(parameter.model_copy).fragments.empty()) {
+    const int file = state.leaf(parameter.model_copy).fragments[0].file;
+    const std::string& name = state.files[static_cast<size_t>(file)].relative;
+    int64_t number = -1;
+    if (name.starts_with("layer_"))
+      std::from_chars(name.data() + 6, name.data() + name.size(), number);
+    if (number >= 0) return number;
+  }
+  return static_cast<int64_t>(otherwise);
+}
+
+}  // namespace
+
+void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, MappingCopy* root) {
+  if (target.state.expert_layout != ExpertLayout::kAutoEp) return;
+  const int file = target.model_file();
+  const Fields fields(target.state.document(file));
+  Pickle& pickle = builder->pickle;
+  const bool old_key = fields.maybe(fields.root(), "ds_autoep_layers") == kNoNode;
+  root->set(old_key ? "autoep_layers" : "ds_autoep_layers", LayerWriter(builder, target).list());
+  const NodeId info = fields.maybe(fields.root(), "universal_checkpoint_info");
+  if (info == kNoNode) return;
+  MappingCopy copy(builder, target.state, {file, info});
+  copy.set_if_present("expert_parameter_patterns",
+                      pickle.list({pickle.string(".*\\.experts\\.w[123]$")}));
+  copy.set_if_present("ds_autoep_layers", LayerWriter(builder, target).list());
+  root->set("universal_checkpoint_info", copy.finish());
+}
+
+std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target) {
+  const ShardedState& state = target->state;
+  const ExpertInfo experts(state, read_model_states(state, target->model_file()));
+  std::map<std::pair<int64_t, int64_t>, ExpertFile> files;  // by layer and expert
+  const auto file_of = [&](int64_t layer, int64_t expert) -> ExpertFile& {
+    return files.try_emplace({layer, expert}, target, layer, expert).first->second;
+  };
+  std::map<std::string, int64_t> layers;  // native: number by path
+  for (size_t i = 0; i < state.parameters.size(); ++i) {
+    const ParameterState& parameter = state.parameters[i];
+    if (!target->is_expert(static_cast<int>(i))) continue;
+    if (const auto expert = ExpertInfo::expert_number(parameter.name)) {
+      const auto [layer, fresh] = layers.try_emplace(expert->first, 0);
+      if (fresh) layer->second = layer_number(state, parameter, layers.size() - 1);
+      file_of(layer->second, expert->second).add(parameter.name, parameter, parameter.shape, 0);
+      continue;
+    }
+    const ExpertLayer& layer = *experts.layer_of(parameter.name);
+    const Shape shape(parameter.shape.begin() + 1, parameter.shape.end());
+    for (int64_t id = 0; id < layer.experts; ++id) {
+      file_of(layer.layer_id, id)
+          .add(parameter.name + "." + std::to_string(id), parameter, shape, id * numel(shape));
+    }
+  }
+  std::vector<FileBlueprint> result;
+  for (auto& [key, file] : files) result.push_back(file.finish());
+  return result;
+}
+
+}  // namespace isoshard::checkpoint

@@ -1,0 +1,108 @@
+// How a target's expert-parallel ranks share the experts.
+#include <algorithm>
+#include <map>
+
+#include "checkpoint/deepspeed/experts.h"
+#include "checkpoint/deepspeed/reshard_target.h"
+#include "core/error.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+// Experts of one rank; Error(kUnsupported) where they cannot be shared evenly.
+int64_t share_of(const ReshardTarget& target, const std::string& name, int64_t experts) {
+  const int ranks = target.topology.expert;
+  if (experts % ranks == 0 && target.ranks % ranks == 0) return experts / ranks;
+  std::string divisors;
+  for (int64_t d = 1; d <= experts; ++d) {
+    if (experts % d == 0 && target.ranks % d == 0) divisors += " " + std::to_string(d);
+  }
+  throw Error(
+      ErrorInfo{.code = ErrorCode::kUnsupported,
+                .what = "The experts of a layer cannot be shared evenly (DeepSpeed: ValueError).",
+                .file = target.state.folder,
+                .entry = quote(name),
+                .expected = "ep that divides " + std::to_string(experts) +
+                            " experts and dp*sp = " + std::to_string(target.ranks) + ":" + divisors,
+                .found = "ep=" + std::to_string(ranks),
+                .next = "take another ep or dp"});
+}
+
+// The maps of AutoEP's stacks, and how many experts of each native layer a rank holds.
+void share_experts(ReshardTarget* target) {
+  const ShardedState& state = target->state;
+  std::map<std::string, int64_t> totals;
+  target->maps.resize(state.parameters.size());
+  for (size_t i = 0; i < state.parameters.size(); ++i) {
+    const ParameterState& parameter = state.parameters[i];
+    if (!target->is_expert(static_cast<int>(i))) continue;
+    if (const auto expert = ExpertInfo::expert_number(parameter.name)) {
+      totals[expert->first] = std::max(totals[expert->first], expert->second + 1);
+      continue;
+    }
+    const int64_t local = share_of(*target, parameter.name, parameter.shape.at(0));
+    const std::vector<int64_t> widths(static_cast<size_t>(target->topology.expert), local);
+    target->maps[i] = split_map(parameter.shape, 0, {widths});
+  }
+  for (const auto& [layer, experts] : totals)
+    target->local_experts[layer] = share_of(*target, layer, experts);
+}
+
+}  // namespace
+
+void prepare_experts(ReshardTarget* target) {
+  const ShardedState& state = target->state;
+  if (target->stage != 1 && target->stage != 2) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "Resharding of experts is supported at stages 1 and 2 only.",
+                          .file = state.folder,
+                          .expected = "stage=1 or stage=2",
+                          .found = "stage=" + std::to_string(target->stage)});
+  }
+  const ExpertInfo experts(state, read_model_states(state, target->model_file()));
+  for (size_t g = 0; g < state.groups.size(); ++g) {
+    const std::vector<int>& members = state.groups[g].parameters;
+    target->expert_groups[g] =
+        !members.empty() && experts.is_expert(target->parameter(members[0]).name);
+  }
+  share_experts(target);
+  const int ranks = target->topology.expert;
+  target->expert_buffers.resize(static_cast<size_t>(ranks));
+  for (int rank = 0; rank < ranks; ++rank)
+    target->expert_partitions.push_back(experts.partition_ranks(rank, ranks, target->ranks));
+}
+
+std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetRank rank) {
+  std::vector<const TargetBuffer*> result;
+  for (const TargetBuffer& buffer : target.buffers[static_cast<size_t>(rank.tensor)])
+    result.push_back(&buffer);
+  for (size_t e = 0; e < target.expert_partitions.size(); ++e) {
+    const std::vector<int>& members = target.expert_partitions[e];
+    if (std::find(members.begin(), members.end(), rank.zero) == members.end()) continue;
+    for (const TargetBuffer& buffer : target.expert_buffers[e]) result.push_back(&buffer);
+  }
+  std::stable_sort(result.begin(), result.end(), [](const TargetBuffer* a, const TargetBuffer* b) {
+    return a->group < b->group;
+  });
+  return result;
+}
+
+int rank_in(const ReshardTarget& target, const TargetBuffer& buffer, TargetRank rank) {
+  if (!buffer.experts) return rank.zero;
+  const std::vector<int>& members = target.expert_partitions[static_cast<size_t>(buffer.shard)];
+  return static_cast<int>(std::find(members.begin(), members.end(), rank.zero) - members.begin());
+}
+
+bool ReshardTarget::holds_expert(int expert_rank, int number) const {
+  const auto expert = ExpertInfo::expert_number(parameter(number).name);
+  return !expert || expert->second / local_experts.at(expert->first) == expert_rank;
+}
+
+std::string ReshardTarget::name_of(int number, const TargetBuffer& buffer) const {
+  const std::string& name = parameter(number).name;
+  const auto expert = buffer.experts ? ExpertInfo::expert_number(name) : std::nullopt;
+  if (!expert) return name;
+  return ExpertInfo::global_name(name, -buffer.shard, local_experts.at(expert->first));
+}
+
+}  // namespace isoshard::checkpoint
