@@ -31,9 +31,6 @@ void refuse_uncovered(const FileName& name, const std::string& file, const std::
   if (file == "offloaded_tensors")
     refuse(ErrorCode::kUnsupported, "Optimizer state offloaded to NVMe is not supported.", path,
            "no offloaded_tensors folder", "one", "save without NVMe offload");
-  if (name.kind == Kind::kLayer)
-    refuse(ErrorCode::kUnsupported, "Pipeline checkpoints are not supported yet.", path, kCovered,
-           file, kElsewhere);
   if (name.kind == Kind::kExpertOptim)
     refuse(ErrorCode::kUnsupported,
            "Mixture-of-experts checkpoints of stage 0 are not supported yet.", path, kCovered, file,
@@ -62,10 +59,11 @@ Inventory take_inventory(Storage& storage, const std::string& folder) {
   for (const DirectoryEntry& entry : storage.list(folder)) {
     const FileName name = parse_file_name(entry.name);
     refuse_uncovered(name, entry.name, join(folder, entry.name));
-    if (name.kind == Kind::kOther || name.kind == Kind::kExpert) {
-      (name.kind == Kind::kOther ? inventory.other : inventory.experts).push_back(entry.name);
+    if (name.kind == Kind::kOther) inventory.other.push_back(entry.name);
+    if (name.kind == Kind::kExpert) inventory.experts.push_back(entry.name);
+    if (name.kind == Kind::kLayer) inventory.layers.push_back(entry.name);
+    if (name.kind == Kind::kOther || name.kind == Kind::kExpert || name.kind == Kind::kLayer)
       continue;
-    }
     Inventory::ByRank* where = &inventory.model;
     if (name.kind == Kind::kModelOfRank) where = &inventory.model_of_rank[name.mp];
     if (name.kind == Kind::kOptim) where = &inventory.optim[name.mp];

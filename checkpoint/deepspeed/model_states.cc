@@ -67,10 +67,9 @@ ModelStates read_model_states(const ShardedState& state, int file) {
   model.version = fields.text(fields.need(root, "ds_version"), "ds_version");
   model.config = fields.maybe(root, "ds_config");
   refuse_unsupported(fields, model);
-  const NodeId module = fields.maybe(root, "module");
-  if (module == kNoNode)
-    unsupported(fields, "Pipeline checkpoints are not supported yet.", "module is None");
-  model.module = fields.named(module, "module");
+  // None where a pipeline's layers have files of their own.
+  if (const NodeId module = fields.maybe(root, "module"); module != kNoNode)
+    model.module = fields.named(module, "module");
   for (NodeId name : fields.list(fields.need(root, "buffer_names"), "buffer_names")) {
     model.buffer_names.insert(fields.text(name, "buffer_names"));
   }
@@ -234,12 +233,10 @@ int sequence_degree(ShardedState* state, const ModelStates& model, int mp_ranks,
 void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, int sequence_asked) {
   const Fields fields(state->document(model.file));
   const int sequence = sequence_degree(state, model, mp_ranks, sequence_asked);
-  if (model.pp_degree > 1)
-    unsupported(fields, "Pipeline checkpoints are not supported yet.", "pp_degree");
   // Older files do not record the degrees: then every model file is a tensor-parallel rank.
   int64_t tensor = model.has_degrees ? model.tp_degree : mp_ranks;
   if (mp_ranks == 1 && model.mp_world == 1) tensor = 1;
-  if (tensor < 1 || tensor > 100'000 || (model.has_degrees && model.pp_degree < 1))
+  if (tensor < 1 || tensor > 100'000 || model.pp_degree < 1 || model.pp_degree > 100'000)
     fields.fail("The number of ranks is impossible.", "checkpoint_parallel_dimensions", "1 or more",
                 std::to_string(tensor));
   if (model.dp_world % sequence != 0) {
@@ -253,7 +250,8 @@ void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, i
   }
   state->topology = Topology{.data = static_cast<int>(model.dp_world) / sequence,
                              .sequence = sequence,
-                             .tensor = static_cast<int>(tensor)};
+                             .tensor = static_cast<int>(tensor),
+                             .pipeline = static_cast<int>(model.pp_degree)};
   if (!state->topology_evidence.empty()) {
     state->inferred.push_back("sp=" + std::to_string(sequence) + ": " + state->topology_evidence);
   }

@@ -16,6 +16,7 @@
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/inventory.h"
 #include "checkpoint/deepspeed/merge.h"
+#include "checkpoint/deepspeed/pipeline.h"
 #include "checkpoint/deepspeed/zero_files.h"
 #include "checkpoint/format/crc.h"
 #include "core/cast.h"
@@ -113,7 +114,9 @@ class ZeroReader {
     const Fields fields(state_.document(first));
     const TensorParallelInfo info(fields, first,
                                   fields.maybe(fields.root(), "universal_checkpoint_info"));
-    if (mp_ranks == 1 && (inventory_.stage3() || !info.says_anything())) {
+    if (state_.topology.pipeline > 1 || !inventory_.layers.empty()) {
+      read_stages(first);
+    } else if (mp_ranks == 1 && (inventory_.stage3() || !info.says_anything())) {
       open_rank(0, first, &state_);
       read_rank(&state_, model);
     } else {
@@ -128,7 +131,9 @@ class ZeroReader {
   void open_rank(int mp, int first, ShardedState* part);
   void read_rank(ShardedState* part, const ModelStates& model);
   void check_experts(const ExpertInfo& experts, const ModelStates& model) const;
+  std::vector<MpPart> read_mp_ranks(int first);
   void read_parts(int first, const TensorParallelInfo& info);
+  void read_stages(int first);
 
   ShardedState& state_;
   Storage& storage_;
@@ -230,11 +235,11 @@ void ZeroReader::check_experts(const ExpertInfo& experts, const ModelStates& mod
     refuse("Native MoE and AutoEP layers in one model are not supported yet.", "ds_autoep_layers");
 }
 
-// Every mp rank as a checkpoint of its own, then joined. The list of files wanders along.
-void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
+// Every mp rank as a checkpoint of its own. The list of files wanders along.
+std::vector<MpPart> ZeroReader::read_mp_ranks(int first) {
   std::vector<MpPart> parts;
   std::vector<SourceFile> files = std::move(state_.files);
-  for (int mp = 0; mp < state_.topology.tensor; ++mp) {
+  for (int mp = 0; mp < state_.topology.tensor * state_.topology.pipeline; ++mp) {
     throw_if_cancelled();
     MpPart part;
     part.state.folder = state_.folder;
@@ -261,7 +266,30 @@ void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
                                   client_state_json(state_.document(parts[0].model.file)))
       state_.own_client_state.push_back(part.model.file);
   }
-  merge_tensor_ranks(&state_, parts, info);
+  return parts;
+}
+
+void ZeroReader::read_stages(int first) {
+  const auto refuse = [&](const std::string& what, const std::string& found) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = what,
+                          .file = state_.folder,
+                          .expected = kCovered,
+                          .found = found,
+                          .next = kElsewhere});
+  };
+  if (state_.topology.tensor > 1)
+    refuse("Pipeline stages with tensor-parallel ranks are not supported yet.",
+           "tp=" + std::to_string(state_.topology.tensor));
+  if (inventory_.stage3() || inventory_.optim.empty())
+    refuse("Pipelines are supported at stages 1 and 2 only.",
+           inventory_.stage3() ? "stage 3" : "no optimizer files");
+  join_stages(&state_, read_mp_ranks(first));
+  add_layer_copies(&state_, open_files(&state_, storage_, inventory_.layers, options_));
+}
+
+void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
+  merge_tensor_ranks(&state_, read_mp_ranks(first), info);
 }
 
 }  // namespace

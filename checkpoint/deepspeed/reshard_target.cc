@@ -40,7 +40,9 @@ void refuse_topology(const ShardedState& state, const Topology& topology) {
     no("The checkpoint has no experts that expert-parallel ranks could share.");
   if (state.expert_layout != ExpertLayout::kNone && topology.tensor > 1)
     no("Resharding of experts to tensor-parallel ranks is not supported yet.");
-  if (topology.pipeline > 1) no("Resharding to pipeline stages is not supported yet.");
+  if (topology.pipeline > 1 || state.topology.pipeline > 1)
+    no("Resharding of pipeline stages is not supported yet; convert --to universal or --to fp32 "
+       "is.");
   if (state.flavour == Flavour::kWeights) no("Weights alone have no optimizer state to reshard.");
 }
 

@@ -35,8 +35,11 @@ class UniversalReader {
     const Fields fields(state_.document(model.file));
     const TensorParallelInfo info(fields, model.file,
                                   fields.maybe(fields.root(), "universal_checkpoint_info"));
-    const bool parts = mp_ranks > 1 || (!stage3_ && info.says_anything());
-    if (parts)
+    const bool parts = state_.topology.tensor > 1 || (!stage3_ && info.says_anything());
+    const bool stages = state_.topology.pipeline > 1;
+    if (stages)
+      read_stages();
+    else if (parts)
       read_parts(info);
     else
       add_shapes(model, &state_);
@@ -49,7 +52,7 @@ class UniversalReader {
     }
     read_groups(model);
     if (stage3_) add_nested_scalars();
-    if (!parts) {
+    if (!parts && !stages) {
       add_frozen(&state_, model);
       add_module_entries(&state_, experts.with_router_aliases(state_, model));
     }
@@ -74,6 +77,7 @@ class UniversalReader {
   void check_mp_ranks() const;
   void add_shapes(const ModelStates& model, ShardedState* state) const;
   void read_parts(const TensorParallelInfo& info);
+  void read_stages();
   void stack_experts(const ExpertInfo& experts);
   void attach_states(ParameterState* parameter);
   TensorView tensor_of(const Fields& fields, const std::string& what) const;
@@ -97,10 +101,9 @@ void UniversalReader::open_model_files() {
     if (name.kind == FileName::Kind::kModel) plain[{name.mp, 0}] = entry.name;
     if (name.kind == FileName::Kind::kModelOfRank) ranked[{name.mp, name.dp}] = entry.name;
     if (name.kind == FileName::Kind::kLayer || name.kind == FileName::Kind::kExpert) {
-      throw Error(ErrorInfo{
-          .code = ErrorCode::kUnsupported,
-          .what = "Expert- and pipeline-parallel universal checkpoints are not supported yet.",
-          .file = join(state_.folder, entry.name)});
+      throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                            .what = "A file of another form lies in a universal folder.",
+                            .file = join(state_.folder, entry.name)});
     }
   }
   stage3_ = plain.empty();
@@ -118,11 +121,11 @@ void UniversalReader::open_model_files() {
 }
 
 void UniversalReader::check_mp_ranks() const {
-  const int expected = state_.topology.tensor;
+  const int expected = state_.topology.tensor * state_.topology.pipeline;
   if (static_cast<int>(files_of_mp_.size()) == expected &&
       files_of_mp_.rbegin()->first == expected - 1)
     return;
-  missing("The model files are not those of all tensor-parallel ranks.",
+  missing("The model files are not those of all mp ranks.",
           std::to_string(expected) + " mp ranks, found " + std::to_string(files_of_mp_.size()),
           "copy them from the source checkpoint");
 }
@@ -138,6 +141,23 @@ void UniversalReader::add_shapes(const ModelStates& model, ShardedState* state) 
                                    .sub_group = stage3_ ? static_cast<int>(i) : -1,
                                    .states = {},
                                    .scalars = {}});
+    }
+  }
+}
+
+// Names and shapes of every pipeline stage; the layers' own files are not part of this form.
+void UniversalReader::read_stages() {
+  if (state_.topology.tensor > 1 || stage3_) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "Pipeline stages with tensor-parallel ranks, or at stage 3, are "
+                                  "not supported yet.",
+                          .file = state_.folder});
+  }
+  for (const auto& [mp, numbers] : files_of_mp_) {
+    ShardedState stage;
+    add_shapes(read_model_states(state_, numbers[0]), &stage);
+    for (const ParameterState& parameter : stage.parameters) {
+      if (state_.find_parameter(parameter.name) == nullptr) state_.parameters.push_back(parameter);
     }
   }
 }

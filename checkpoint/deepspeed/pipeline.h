@@ -1,0 +1,22 @@
+// Pipeline stages: each mp rank holds some layers; the modules lie in one file a layer
+// (deepspeed/runtime/pipe/module.py, save_state_dict), with names local to the layer. A tied layer
+// lies on several stages, under one name.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "checkpoint/deepspeed/merge.h"
+
+namespace isoshard::checkpoint {
+
+// Adds the parameters of all stages, in order, to `whole`. What two stages hold under one name must
+// agree: the pairs go to whole->replicas.
+void join_stages(ShardedState* whole, const std::vector<MpPart>& stages);
+
+// The layer files (open, by number in the state's files): copies in the model's dtype. Tensor
+// "up.weight" of layer 3 is parameter "3.up.weight", or one of a tied module that has no copy yet;
+// what is neither is a frozen parameter.
+void add_layer_copies(ShardedState* state, const std::vector<int>& files);
+
+}  // namespace isoshard::checkpoint
