@@ -8,6 +8,8 @@
 namespace isoshard {
 namespace {
 
+constexpr int64_t kMostRuns = 100'000'000;
+
 // Sum of (extent − 1) · stride, so that offset + it is the last element; false on overflow.
 bool last_element(const Shape& shape, int64_t offset, const Shape& stride, int64_t* last) {
   *last = offset;
@@ -44,6 +46,20 @@ std::string check_piece(const MapPiece& piece, int64_t whole, int64_t shard) {
   return fits ? "" : "a piece " + to_string(piece.shape) + " leaves its tensor";
 }
 
+// How many axes, from the first, are walked run by run, and the length of a run.
+std::pair<size_t, int64_t> run_length(const MapPiece& piece) {
+  int64_t run = 1;
+  size_t outer = piece.shape.size();
+  while (outer > 0) {
+    const size_t i = outer - 1;
+    const bool joined = piece.source_stride[i] == run && piece.dest_stride[i] == run;
+    if (piece.shape[i] != 1 && !joined) break;
+    run *= piece.shape[i];
+    outer = i;
+  }
+  return {outer, run};
+}
+
 // Whether the first rank that a piece names holds the same block.
 bool first_has_it(const AffineMap& map, const MapPiece& piece) {
   const RankMap& first = map.ranks[static_cast<size_t>(piece.locations.front())];
@@ -68,15 +84,7 @@ bool tile(std::vector<std::pair<int64_t, int64_t>> ranges, int64_t total) {
 
 std::vector<MapRun> piece_runs(const MapPiece& piece) {
   if (numel(piece.shape) == 0) return {};
-  int64_t run = 1;
-  size_t outer = piece.shape.size();
-  while (outer > 0) {
-    const size_t i = outer - 1;
-    const bool joined = piece.source_stride[i] == run && piece.dest_stride[i] == run;
-    if (piece.shape[i] != 1 && !joined) break;
-    run *= piece.shape[i];
-    outer = i;
-  }
+  const auto [outer, run] = run_length(piece);
   std::vector<MapRun> result;
   std::vector<int64_t> index(outer, 0);
   for (;;) {
@@ -158,8 +166,10 @@ AffineMap split_map(const Shape& shape, size_t dim, const Widths& widths) {
 
 bool is_replicated(const AffineMap& map) {
   return std::all_of(map.ranks.begin(), map.ranks.end(), [&](const RankMap& rank) {
-    return rank.pieces.size() == 1 && rank.shard_shape == map.logical_shape &&
-           rank.pieces[0].locations.size() == map.ranks.size();
+    const MapPiece* piece = rank.pieces.size() == 1 ? rank.pieces.data() : nullptr;
+    return piece != nullptr && rank.shard_shape == map.logical_shape &&
+           piece->shape == map.logical_shape && piece->source_stride == piece->dest_stride &&
+           piece->locations.size() == map.ranks.size();
   });
 }
 
@@ -167,6 +177,7 @@ std::string why_impossible(const AffineMap& map) {
   const std::optional<int64_t> whole = checked_numel(map.logical_shape);
   if (!whole) return "an impossible shape " + to_string(map.logical_shape);
   std::vector<std::pair<int64_t, int64_t>> sources;
+  int64_t runs = 0;
   for (size_t rank = 0; rank < map.ranks.size(); ++rank) {
     const std::string where = "rank " + std::to_string(rank) + ": ";
     const RankMap& part = map.ranks[rank];
@@ -177,6 +188,8 @@ std::string why_impossible(const AffineMap& map) {
       if (const std::string why = check_piece(piece, *whole, *shard); !why.empty())
         return where + why;
       held += numel(piece.shape);
+      runs += numel(piece.shape) / std::max<int64_t>(run_length(piece).second, 1);
+      if (runs > kMostRuns) return where + "it is cut into too many runs to be a tensor's split";
       if (held > *shard) return where + "its pieces hold more than the shard";
       const std::vector<int>& at = piece.locations;
       if (at.empty() || !std::is_sorted(at.begin(), at.end()) || at.front() < 0 ||

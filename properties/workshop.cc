@@ -37,6 +37,23 @@ void take_listing_for_ranks(Storage& storage, const std::string& folder, Storage
   }
 }
 
+// The model's heads, if they divide an axis that is cut; others are taken for a mistake, and change
+// no width.
+int64_t heads_told(const Model& model) {
+  using reference::Cut;
+  for (size_t i = 0; model.heads > 0 && i < model.parameters.size(); ++i) {
+    const ModelParameter& parameter = model.parameters[i];
+    if (parameter.cut == Cut::kWhole || rule_of(model, i).heads == 0) continue;
+    std::vector<int64_t> totals = parameter.parts;
+    if (parameter.cut != Cut::kParts)
+      totals = {parameter.shape[parameter.cut == Cut::kRow ? 1 : 0]};
+    for (int64_t total : totals) {
+      if (total % model.heads == 0) return model.heads;
+    }
+  }
+  return 0;
+}
+
 }  // namespace
 
 Workshop::Workshop(const Model& model, Mutant mutant) : model_(model), mutant_(mutant) {
@@ -82,7 +99,7 @@ std::vector<checkpoint::FileBlueprint> Workshop::blueprints(const ShardedState& 
                                                             const Job& job) const {
   const Topology topology{.data = job.data, .sequence = job.sequence, .tensor = job.tensor};
   const checkpoint::ReshardOptions options{
-      .allow_dropped = {}, .splits = {.kv_heads = model_.heads, .grain = model_.grain}};
+      .allow_dropped = {}, .splits = {.kv_heads = heads_told(model_), .grain = model_.grain}};
   std::vector<checkpoint::FileBlueprint> files =
       checkpoint::reshard_blueprints(state, topology, job.stage, options).files;
   mutate_files(mutant_, state, job, &files);

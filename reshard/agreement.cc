@@ -61,7 +61,7 @@ std::vector<std::string> tell_differences(const ShardedState& state, const CopyR
     result.push_back(with_details("Ranks differ in what they hold alike, in " +
                                       std::to_string(details[3].size()) + " of " +
                                       count_of(static_cast<size_t>(report.pairs[3]), "replica") +
-                                      " (DeepSpeed's converter: AssertionError). Rank 0's counts.",
+                                      ". The first rank's counts.",
                                   details[3]));
   }
   return result;

@@ -50,7 +50,9 @@ std::string right_text(const DiffSide& right, const Agreement& agreement, const 
 
 std::string round_robin_reason(Storage& storage, const DiffSide& source, const DiffSide& other,
                                const StreamOptions& stream) {
-  if (!source.state.round_robin) return "";
+  const Topology& topology = source.state.topology;
+  const bool several = topology.tensor > 1 || topology.expert > 1 || topology.pipeline > 1;
+  if (!source.state.round_robin || several) return "";
   const ShardedState believed = checkpoint::as_deepspeed_believes(source.state);
   StreamOptions options = stream;
   options.digest.clear();

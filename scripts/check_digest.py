@@ -113,7 +113,7 @@ class Leaves(dict):  # section -> [(name, state, canonical line, elements)]
         paths = sorted(map(str, source.glob("*_states.pt")), key=lambda path: (len(path), path))
         models, optims = ([load(p) for p in paths if kind in p] for kind in ("_model_", "_optim_"))
         outside = models[0].get("num_experts") or optims and "mp_rank_00" not in paths[-1]
-        require(models[0]["param_shapes"] and not outside, "stage 0, mp ranks, or experts")
+        require(models[0]["module"] and models[0]["param_shapes"] and not outside, "not covered")
         if optims:
             self.zero(models[0]["param_shapes"], [file["optimizer_state_dict"] for file in optims])
         else:

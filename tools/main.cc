@@ -104,15 +104,15 @@ const char* kHelp = R"(isoshard: the same state, whatever the shards
   isoshard digest SOURCE           one value for one state, whatever its topology and format
   isoshard convert SOURCE TARGET --to universal|fp32
 
-  isoshard reshard SOURCE TARGET --to dp=4[,sp=2,stage=3]
+  isoshard reshard SOURCE TARGET --to dp=4[,sp=,tp=,ep=,stage=]
   isoshard show SOURCE NAME        one tensor: values, and which bytes of which file hold them
   isoshard plan convert|reshard …  transfers, bytes, files, memory, before any work
   isoshard ds_to_universal …       and zero_to_fp32 …: with DeepSpeed's own flags
 
 SOURCE: a save folder with latest, a tag folder, a universal folder, a Trainer checkpoint-N, or an
 fp32 file or folder. Each verb has --help. Exit status: 0 done or yes, 1 the answer is no, 2 could
-not, 70 our own bug. Read and written: ZeRO 0 to 3, BF16_Optimizer, Ulysses. Tensor-, expert- and
-pipeline-parallel checkpoints are refused by name in this version.
+not, 70 our own bug. Read and written: ZeRO 0 to 3, BF16_Optimizer, Ulysses, AutoTP, AutoEP, native
+MoE; pipelines are read and converted. docs/SUPPORT.md says what is not, and is refused by name.
 )";
 
 int run(int argc, char** argv, Session* session) {

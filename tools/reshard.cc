@@ -115,6 +115,17 @@ checkpoint::SplitOptions split_options(Session* session, const ReshardFlags& fla
   return options;
 }
 
+void check_vocabulary_flag(const ReshardFlags& flags, const Topology& source,
+                           const Topology& target) {
+  if (flags.splits.vocabulary_rows == 0) return;
+  if (target.tensor > 1 && target.tensor != source.tensor) return;
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUsage,
+      .what = "--padded-vocab-size goes with --to tp=N, for another N above 1.",
+      .found = "tp=" + std::to_string(source.tensor) + " to tp=" + std::to_string(target.tensor),
+      .next = "leave it out"});
+}
+
 void run_reshard(Session* session, const ReshardFlags& flags) {
   if (flags.to.empty() == flags.to_config.empty()) {
     throw Error(ErrorInfo{
@@ -150,6 +161,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   wanted.allow_dropped = {flags.allow_dropped.begin(), flags.allow_dropped.end()};
   if (topology.tensor > 1 && topology.tensor != state.topology.tensor)
     wanted.splits = split_options(session, flags, state, &inferred);
+  check_vocabulary_flag(flags, state.topology, topology);
   checkpoint::TargetFiles files = checkpoint::reshard_blueprints(state, topology, stage, wanted);
   inferred.insert(inferred.end(), files.inferred.begin(), files.inferred.end());
   reshard::ConvertOptions options =
@@ -185,12 +197,12 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
 void add_reshard(CLI::App* app, Session* session) {
   auto flags = std::make_shared<ReshardFlags>();
   CLI::App* verb =
-      app->add_subcommand("reshard", "The same state at another dp, sp, tp or ZeRO stage");
+      app->add_subcommand("reshard", "The same state at another dp, sp, tp, ep or ZeRO stage");
   verb->add_option("SOURCE", flags->source)->required();
   verb->add_option("TARGET", flags->target, "A save folder: TARGET/<tag>/, then TARGET/latest")
       ->required();
   verb->add_option("--to", flags->to,
-                   "dp=4[,sp=2,tp=2,stage=3]; axes left out keep the source's degree");
+                   "dp=4[,sp=2,tp=2,ep=2,stage=3]; axes left out keep the source's degree");
   verb->add_option("--to-config", flags->to_config,
                    "A DeepSpeed config file instead, with --world");
   verb->add_option("--world", flags->world, "Number of ranks for --to-config");

@@ -44,20 +44,43 @@ void name_globally(ShardedState* state, int rank) {
   state->set_parameters(std::move(parameters));
 }
 
-// Adds the parameters of `part`, with their leaves, to their groups.
-void append(ShardedState* whole, const ShardedState& part) {
-  const int first = static_cast<int>(whole->leaves.size());
-  whole->leaves.insert(whole->leaves.end(), part.leaves.begin(), part.leaves.end());
-  for (ParameterState parameter : part.parameters) {
-    if (parameter.weight >= 0) parameter.weight += first;
-    for (int& leaf : parameter.states) leaf += first;
+// Adds the parameters of all ranks, with their leaves, to their groups, in the order that a model
+// of one expert-parallel rank has: layer by layer, every layer's experts by their numbers.
+void join_native(ShardedState* whole, const std::vector<MpPart>& parts) {
+  std::map<std::string, size_t> layers;  // by path, in order of appearance
+  std::vector<std::pair<std::pair<size_t, int64_t>, ParameterState>> all;
+  for (const MpPart& part : parts) {
+    const int first = static_cast<int>(whole->leaves.size());
+    whole->leaves.insert(whole->leaves.end(), part.state.leaves.begin(), part.state.leaves.end());
+    for (ParameterState parameter : part.state.parameters) {
+      if (parameter.weight >= 0) parameter.weight += first;
+      for (int& leaf : parameter.states) leaf += first;
+      const auto number = ExpertInfo::expert_number(parameter.name);
+      const size_t layer = layers.try_emplace(number->first, layers.size()).first->second;
+      all.emplace_back(std::pair(layer, number->second), std::move(parameter));
+    }
+    whole->stepped = whole->stepped || part.state.stepped;
+  }
+  std::stable_sort(all.begin(), all.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  for (auto& [place, parameter] : all) {
     const int number = static_cast<int>(whole->parameters.size());
     GroupState& group = whole->groups[static_cast<size_t>(parameter.group)];
     group.parameters.push_back(number);
     group.flat_order.push_back(number);
     whole->parameters.push_back(std::move(parameter));
   }
-  whole->stepped = whole->stepped || part.stepped;
+}
+
+void refuse_round_robin(const ShardedState& state, const ModelStates& model) {
+  if (!state.round_robin) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                        .what = "Experts under round_robin_gradients are not supported yet.",
+                        .file = state.document(model.file).path(),
+                        .entry = "ds_config zero_optimization round_robin_gradients",
+                        .expected = "false",
+                        .found = "true",
+                        .next = "save again with round_robin_gradients off"});
 }
 
 }  // namespace
@@ -76,6 +99,7 @@ void read_zero12_experts(ShardedState* state, const ModelStates& model, const Ex
     if (expert[g]) last = g;
   }
   read_zero12(state, model, dense);
+  refuse_round_robin(*state, model);
   if (std::none_of(expert.begin(), expert.end(), [](bool e) { return e; })) return;
   const int dp = static_cast<int>(state->optim_files.size());
   const int ranks = experts.expert_ranks(dp, partition_count(*state, last));
@@ -100,7 +124,7 @@ void read_zero12_experts(ShardedState* state, const ModelStates& model, const Ex
   if (experts.autoep()) {
     merge_expert_ranks(state, parts, experts);
   } else {
-    for (const MpPart& part : parts) append(state, part.state);
+    join_native(state, parts);
   }
 }
 
@@ -157,9 +181,15 @@ void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
   }
   state->set_parameters(std::move(parameters));
   if (tensors.empty()) return;
-  const Fields f(state->document(tensors.begin()->second.first));
-  f.fail("An expert file holds what no optimizer group names.", quote(tensors.begin()->first),
-         "absent", "present");
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUnsupported,
+      .what = "An expert file holds what no optimizer group names; frozen experts are not "
+              "supported yet.",
+      .file = state->document(tensors.begin()->second.first).path(),
+      .entry = quote(tensors.begin()->first),
+      .expected = "trained experts alone",
+      .found = std::to_string(tensors.size()) + " tensors without a master",
+      .next = "look whether the file is of another save"});
 }
 
 }  // namespace isoshard::checkpoint

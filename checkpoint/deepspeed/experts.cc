@@ -113,6 +113,8 @@ void ExpertInfo::read_placement(const Fields& fields, NodeId entry, ExpertLayer*
       wrong(std::to_string(layer->local_experts) + " experts on each rank",
             std::to_string(experts.size()));
   }
+  if (static_cast<int64_t>(ranks.size()) != layer->ep_size)
+    wrong(std::to_string(layer->ep_size) + " ranks", std::to_string(ranks.size()));
   if (static_cast<int64_t>(placed.size()) != layer->experts)
     wrong("all " + std::to_string(layer->experts) + " experts", std::to_string(placed.size()));
 }
@@ -167,7 +169,8 @@ std::optional<std::pair<std::string, int64_t>> ExpertInfo::expert_number(const s
   int64_t number = -1;
   const char* end = name.data() + name.size();
   const auto [stop, error] = std::from_chars(name.data() + begin, end, number);
-  if (error != std::errc() || stop == end || *stop != '.' || number < 0) return std::nullopt;
+  if (error != std::errc() || stop == end || *stop != '.' || number < 0 || number > 1'000'000)
+    return std::nullopt;
   return std::pair(name.substr(0, begin), number);
 }
 

@@ -11,9 +11,13 @@ namespace {
 constexpr int64_t kItem = sizeof(float);
 }
 
-MeanFile::MeanFile(std::string title, std::vector<SourceFile> files,
+MeanFile::MeanFile(std::string title, const std::vector<SourceFile>& files,
                    std::vector<std::vector<FileFragment>> tensors)
-    : title_(std::move(title)), files_(std::move(files)), tensors_(std::move(tensors)) {
+    : title_(std::move(title)), tensors_(std::move(tensors)) {
+  for (const std::vector<FileFragment>& tensor : tensors_) {
+    for (const FileFragment& f : tensor)
+      files_.try_emplace(f.file, files[static_cast<size_t>(f.file)]);
+  }
   CHECK(!tensors_.empty() && !tensors_[0].empty(), "a mean of nothing");
   const FileFragment& last = tensors_[0].back();
   size_bytes_ = (last.begin + last.count) * kItem;
@@ -40,7 +44,7 @@ void MeanFile::read_elements(const std::vector<FileFragment>& fragments, int64_t
   for (const FileFragment& f : fragments) {
     const int64_t from = std::max(begin, f.begin), to = std::min(end, f.begin + f.count);
     if (from >= to) continue;
-    files_[static_cast<size_t>(f.file)].bytes().read_at(
+    files_.at(f.file).bytes().read_at(
         f.offset_bytes + (from - f.begin) * kItem,
         std::as_writable_bytes(
             target.subspan(static_cast<size_t>(from - begin), static_cast<size_t>(to - from))));

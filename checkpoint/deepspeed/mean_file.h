@@ -2,6 +2,7 @@
 // parameter_to_average_patterns asks for (deepspeed/checkpoint/ds_to_universal.py).
 #pragma once
 
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,7 +15,7 @@ namespace isoshard::checkpoint {
 // +0 even for one tensor. Copies the handles of the files that the fragments name.
 class MeanFile : public ReadableFile {
  public:
-  MeanFile(std::string title, std::vector<SourceFile> files,
+  MeanFile(std::string title, const std::vector<SourceFile>& files,
            std::vector<std::vector<FileFragment>> tensors);
 
   const std::string& path() const override { return title_; }
@@ -28,7 +29,7 @@ class MeanFile : public ReadableFile {
                      std::span<float> target) const;
 
   std::string title_;
-  std::vector<SourceFile> files_;
+  std::map<int, SourceFile> files_;  // those that the fragments name
   std::vector<std::vector<FileFragment>> tensors_;
   int64_t size_bytes_ = 0;
 };

@@ -151,6 +151,11 @@ void TensorMerge::check_parts() const {
       refuse("Tensor-parallel ranks have different forms.", t, "stage, groups",
              std::string(name(x.flavour)) + ", " + std::to_string(x.groups.size()) + " groups",
              std::string(name(y.flavour)) + ", " + std::to_string(y.groups.size()) + " groups");
+    if (a.tp_degree != b.tp_degree || a.pp_degree != b.pp_degree)
+      refuse("mp ranks disagree on their degrees (DeepSpeed: RuntimeError).", t,
+             "checkpoint_parallel_dimensions",
+             "tp " + std::to_string(a.tp_degree) + ", pp " + std::to_string(a.pp_degree),
+             "tp " + std::to_string(b.tp_degree) + ", pp " + std::to_string(b.pp_degree));
     if (a.dp_world != b.dp_world)
       refuse("Tensor-parallel ranks have different partition groups.", t, "dp_world_size",
              std::to_string(a.dp_world), std::to_string(b.dp_world));
@@ -186,10 +191,14 @@ TensorSplit TensorMerge::split_of(const std::string& name, const Shards& shards)
   std::vector<std::optional<Shape>> shapes;
   const bool trained = std::ranges::any_of(
       shards, [](const ParameterState* shard) { return shard != nullptr && shard->group >= 0; });
-  for (const ParameterState* shard : shards) {
+  for (size_t t = 0; t < shards.size(); ++t) {
+    const ParameterState* shard = shards[t];
+    if (shard == nullptr)
+      refuse("A rank's files do not name a parameter that others hold.", t, quote(name), "present",
+             "absent");
     // Without an element it looks frozen; at stage 3 the module does not tell its shape either.
-    const bool empty = shard != nullptr && trained && shard->group < 0 && numel(shard->shape) == 0;
-    shapes.push_back(shard == nullptr || empty ? std::nullopt : std::optional<Shape>(shard->shape));
+    const bool empty = trained && shard->group < 0 && numel(shard->shape) == 0;
+    shapes.push_back(empty ? std::nullopt : std::optional<Shape>(shard->shape));
   }
   return info_(name, shapes);
 }
@@ -233,6 +242,9 @@ void TensorMerge::merge_parameter(const std::string& name) {
       refuse("Shards have different dtypes.", t, quote(name), isoshard::name(lead->model_dtype),
              isoshard::name(shard->model_dtype));
     if (shard != nullptr && !empty) check_scalars(t, *shard, *lead);
+    if (shard != nullptr && !empty && shard->states.size() != lead->states.size())
+      refuse("Ranks disagree on the optimizer's states.", t, quote(name),
+             std::to_string(lead->states.size()) + " states", std::to_string(shard->states.size()));
     weights.push_back(shard == nullptr || empty ? nullptr : leaf_of(t, shard->weight));
     copies.push_back(shard == nullptr || empty ? nullptr : leaf_of(t, shard->model_copy));
   }
@@ -323,8 +335,10 @@ void TensorMerge::add_replicas(const TensorSplit& split, int whole,
       int first = whole;
       if (!is_replicated(split.map) || split.vocabulary) {
         for (const MapPiece& other : split.map.ranks[lead].pieces) {
-          if (other.source_offset == piece.source_offset && other.locations == piece.locations)
-            first = partial(other, lead);
+          const bool same =
+              other.shape == piece.shape && other.source_offset == piece.source_offset &&
+              other.source_stride == piece.source_stride && other.locations == piece.locations;
+          if (same && first == whole) first = partial(other, lead);
         }
       }
       whole_.replicas.emplace_back(first, partial(piece, t));
@@ -338,6 +352,8 @@ int TensorMerge::add_mean(const TensorSplit& split, Leaf leaf,
     refuse("The mean of an averaged parameter is taken in float32 only.", 0, quote(leaf.name),
            "float32", isoshard::name(leaf.dtype));
   for (size_t t = 0; t < shards.size(); ++t) {
+    if (shards[t] == nullptr)
+      refuse("A rank lacks an averaged parameter.", t, quote(leaf.name), "present", "absent");
     Leaf witness = *shards[t];
     witness.state += ", " + rank_name(t);
     whole_.witnesses.push_back(whole_.add_leaf(std::move(witness)));
@@ -375,14 +391,23 @@ void TensorMerge::merge_groups() {
     for (size_t i = 0; i < part.parameters.size(); ++i)
       place[first().parameters[static_cast<size_t>(part.parameters[i])].name] = i;
     std::stable_sort(group.parameters.begin(), group.parameters.end(), [&](int a, int b) {
-      return place[whole_.parameters[static_cast<size_t>(a)].name] <
-             place[whole_.parameters[static_cast<size_t>(b)].name];
+      const auto at = [&](int number) {  // what rank 0 does not name comes last
+        const auto found = place.find(whole_.parameters[static_cast<size_t>(number)].name);
+        return found == place.end() ? part.parameters.size() : found->second;
+      };
+      return at(a) < at(b);
     });
   }
 }
 
 // No list speaks of buffers: they are the same on every rank, or it is not known what they are.
 void TensorMerge::merge_buffers() {
+  for (size_t t = 1; t < parts_.size(); ++t) {
+    if (parts_[t].state.buffers.size() != first().buffers.size())
+      refuse("Ranks have different buffers.", t, "buffer_names",
+             std::to_string(first().buffers.size()),
+             std::to_string(parts_[t].state.buffers.size()));
+  }
   for (const BufferState& buffer : first().buffers) {
     const int number = whole_.add_leaf(first().leaf(buffer.leaf));
     whole_.buffers.push_back({buffer.name, number});
@@ -404,7 +429,7 @@ void TensorMerge::merge_buffers() {
 
 void TensorMerge::merge_aliases() {
   for (const Alias& alias : first().aliases) {
-    Alias result{alias.name, alias.target, -1};
+    Alias result{alias.name, alias.target, -1, alias.recorded};
     const ParameterState* target = whole_.find_parameter(alias.target);
     if (target != nullptr && alias.model_copy >= 0) {
       const TensorSplit& split = whole_.splits[static_cast<size_t>(target->split)];

@@ -220,6 +220,7 @@ int sequence_degree(ShardedState* state, const ModelStates& model, int mp_ranks,
     return asked;
   }
   if (model.tp_degree <= 1 || model.mp_world != 1 || mp_ranks != 1) return 1;
+  if (model.tp_degree > 1'000'000) return 0;  // refused by the caller
   // The Ulysses helper aliases its model-parallel size to the sequence-parallel one.
   state->topology_evidence = "tp_degree is " + std::to_string(model.tp_degree) +
                              " while mp_world_size is 1 and there is one model shard" +
@@ -236,7 +237,8 @@ void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, i
   // Older files do not record the degrees: then every model file is a tensor-parallel rank.
   int64_t tensor = model.has_degrees ? model.tp_degree : mp_ranks;
   if (mp_ranks == 1 && model.mp_world == 1) tensor = 1;
-  if (tensor < 1 || tensor > 100'000 || model.pp_degree < 1 || model.pp_degree > 100'000)
+  if (tensor < 1 || tensor > 100'000 || sequence < 1 || model.pp_degree < 1 ||
+      tensor * model.pp_degree > 1'000'000 || model.pp_degree > 100'000)
     fields.fail("The number of ranks is impossible.", "checkpoint_parallel_dimensions", "1 or more",
                 std::to_string(tensor));
   if (model.dp_world % sequence != 0) {

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <charconv>
 #include <map>
+#include <optional>
+#include <unordered_map>
 
 #include "checkpoint/deepspeed/reader.h"
 #include "core/error.h"
@@ -31,11 +33,13 @@ class StageUnion {
  private:
   void check(size_t stage) const;
   void add(size_t stage);
+  void check_step(size_t stage, const ParameterState& parameter);
   void add_again(size_t stage, const ParameterState& again, int leaf_shift);
 
   ShardedState& whole_;
   const std::vector<MpPart>& stages_;
   std::map<std::string, size_t> known_;  // number in whole_.parameters
+  std::map<int, std::string> steps_;  // by group: numbers such as step, as the first stage has them
 };
 
 void StageUnion::check(size_t stage) const {
@@ -48,8 +52,8 @@ void StageUnion::check(size_t stage) const {
                         .what = "Two pipeline stages' files do not belong together.",
                         .file = whole_.document(b.file).path(),
                         .entry = "global_steps, ds_version, dp_world_size, number of groups",
-                        .expected = "as in stage 0: step " + std::to_string(a.global_steps) +
-                                    ", " + a.version + ", dp " + std::to_string(a.dp_world),
+                        .expected = "as in stage 0: step " + std::to_string(a.global_steps) + ", " +
+                                    a.version + ", dp " + std::to_string(a.dp_world),
                         .found = "step " + std::to_string(b.global_steps) + ", " + b.version +
                                  ", dp " + std::to_string(b.dp_world),
                         .next = "put the files of one save together"});
@@ -63,6 +67,7 @@ void StageUnion::add(size_t stage) {
   whole_.stepped = whole_.stepped || part.stepped;
   std::vector<int> numbers;  // by number in the part; −1: known already
   for (ParameterState parameter : part.parameters) {
+    check_step(stage, parameter);
     if (known_.contains(parameter.name)) {
       add_again(stage, parameter, shift);
       numbers.push_back(-1);
@@ -70,9 +75,16 @@ void StageUnion::add(size_t stage) {
     }
     if (parameter.weight >= 0) parameter.weight += shift;
     for (int& leaf : parameter.states) leaf += shift;
+    if (parameter.model_copy >= 0) parameter.model_copy += shift;
     known_.emplace(parameter.name, whole_.parameters.size());
     numbers.push_back(static_cast<int>(whole_.parameters.size()));
     whole_.parameters.push_back(std::move(parameter));
+  }
+  for (const BufferState& buffer : part.buffers)
+    whole_.buffers.push_back({buffer.name, buffer.leaf + shift});
+  for (Alias alias : part.aliases) {
+    if (alias.model_copy >= 0) alias.model_copy += shift;
+    whole_.aliases.push_back(std::move(alias));
   }
   for (size_t g = 0; g < part.groups.size(); ++g) {
     const auto append = [&](std::vector<int>* to, const std::vector<int>& from) {
@@ -84,6 +96,23 @@ void StageUnion::add(size_t stage) {
     append(&whole_.groups[g].parameters, part.groups[g].parameters);
     append(&whole_.groups[g].flat_order, part.groups[g].flat_order);
   }
+}
+
+// The same group of all stages stands at the same step.
+void StageUnion::check_step(size_t stage, const ParameterState& parameter) {
+  if (parameter.group < 0) return;
+  std::string text;
+  for (const Scalar& scalar : parameter.scalars)
+    text += scalar.name + " " + scalar_text(whole_, scalar.value) + " ";
+  const auto [known, fresh] = steps_.emplace(parameter.group, text);
+  if (fresh || known->second == text) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                        .what = "Ranks stand at different steps: files of two saves are mixed.",
+                        .file = whole_.document(stages_[stage].model.file).path(),
+                        .entry = quote(parameter.name),
+                        .expected = "as in stage 0: " + known->second,
+                        .found = text,
+                        .next = "put the files of one save together"});
 }
 
 // A tied parameter: the first stage's counts, this one's must be equal.
@@ -127,49 +156,107 @@ void join_stages(ShardedState* whole, const std::vector<MpPart>& stages) {
   StageUnion(whole, stages).run();
 }
 
-void add_layer_copies(ShardedState* state, const std::vector<int>& files) {
-  std::vector<ParameterState> parameters = state->parameters;
-  const auto is_tied = [](const ParameterState& parameter, const std::string& local) {
-    return parameter.name.starts_with("tied_modules.") && parameter.name.ends_with("." + local);
-  };
-  for (int file : files) {
-    const TorchFile& document = state->document(file);
-    const Fields fields(document);
-    const std::string layer = layer_number(state->files[static_cast<size_t>(file)].relative);
-    for (const auto& [local, node] : fields.named(fields.root(), "layer")) {
-      const TensorView view = fields.tensor(node, local);
-      const std::string name = layer + "." + local;
-      auto found = std::find_if(parameters.begin(), parameters.end(),
-                                [&](const ParameterState& p) { return p.name == name; });
-      if (found == parameters.end()) {
-        found = std::find_if(parameters.begin(), parameters.end(), [&](const ParameterState& p) {
-          return is_tied(p, local) && p.shape == view.shape && p.model_copy < 0;
-        });
-      }
-      Leaf leaf{.name = found == parameters.end() ? name : found->name,
-                .state = "param",
-                .dtype = view.dtype,
-                .shape = view.shape,
-                .fragments = file_fragments(document, file, view)};
-      if (found != parameters.end() && found->shape != view.shape)
-        fields.fail("A parameter has two shapes.", quote(name), to_string(found->shape),
-                    to_string(view.shape));
-      const int number = state->add_leaf(std::move(leaf));
-      if (found != parameters.end()) {
-        found->model_copy = number;
-        found->model_dtype = view.dtype;
-        continue;
-      }
-      ParameterState frozen{.name = name,
-                            .shape = view.shape,
-                            .weight = number,
-                            .model_dtype = view.dtype,
-                            .states = {},
-                            .scalars = {}};
-      parameters.push_back(std::move(frozen));
+namespace {
+
+// Finds the parameter of a layer's tensor, and gives it its copy.
+class LayerCopies {
+ public:
+  LayerCopies(ShardedState* state, const std::set<std::string>& buffers)
+      : state_(*state), buffers_(buffers), parameters_(state->parameters) {
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      known_.emplace(parameters_[i].name, i);
+      if (parameters_[i].name.starts_with("tied_modules.")) tied_.push_back(i);
     }
   }
-  state->set_parameters(std::move(parameters));
+
+  void add(int file) {
+    const Fields fields(state_.document(file));
+    const std::string layer = layer_number(state_.files[static_cast<size_t>(file)].relative);
+    for (const auto& [local, node] : fields.named(fields.root(), "layer"))
+      add_tensor(fields, file, layer + "." + local, local, fields.tensor(node, local));
+  }
+
+  void finish() { state_.set_parameters(std::move(parameters_)); }
+
+ private:
+  void add_tensor(const Fields& fields, int file, const std::string& name, const std::string& local,
+                  const TensorView& view);
+  std::optional<size_t> owner_of(const Fields& fields, const std::string& name,
+                                 const std::string& local, const Shape& shape) const;
+
+  ShardedState& state_;
+  const std::set<std::string>& buffers_;
+  std::vector<ParameterState> parameters_;
+  std::unordered_map<std::string, size_t> known_;
+  std::vector<size_t> tied_;
+};
+
+std::optional<size_t> LayerCopies::owner_of(const Fields& fields, const std::string& name,
+                                            const std::string& local, const Shape& shape) const {
+  if (const auto found = known_.find(name); found != known_.end()) return found->second;
+  std::vector<size_t> candidates;
+  for (size_t number : tied_) {
+    const ParameterState& parameter = parameters_[number];
+    if (parameter.shape == shape && parameter.name.ends_with("." + local))
+      candidates.push_back(number);
+  }
+  if (candidates.empty()) return std::nullopt;
+  if (candidates.size() == 1) return candidates[0];
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUnsupported,
+      .what = "A layer's tensor may belong to several tied modules; no file says to which.",
+      .file = fields.document().path(),
+      .entry = quote(name),
+      .expected = "one tied module with a tensor of that name and shape",
+      .found =
+          quote(parameters_[candidates[0]].name) + ", " + quote(parameters_[candidates[1]].name),
+      .next = "give the tied modules tensors of different names"});
+}
+
+void LayerCopies::add_tensor(const Fields& fields, int file, const std::string& name,
+                             const std::string& local, const TensorView& view) {
+  const int leaf = state_.add_leaf({.name = name,
+                                    .state = "param",
+                                    .dtype = view.dtype,
+                                    .shape = view.shape,
+                                    .fragments = file_fragments(fields.document(), file, view)});
+  if (buffers_.contains(name)) {
+    state_.buffers.push_back({name, leaf});
+    return;
+  }
+  const std::optional<size_t> owner = owner_of(fields, name, local, view.shape);
+  if (!owner) {
+    state_.inferred.push_back(quote(name) + ": frozen, as no optimizer group names it");
+    known_.emplace(name, parameters_.size());
+    parameters_.push_back({.name = name,
+                           .shape = view.shape,
+                           .weight = leaf,
+                           .model_dtype = view.dtype,
+                           .states = {},
+                           .scalars = {}});
+    return;
+  }
+  ParameterState& parameter = parameters_[*owner];
+  if (parameter.shape != view.shape)
+    fields.fail("A parameter has two shapes.", quote(name), to_string(parameter.shape),
+                to_string(view.shape));
+  state_.leaf(leaf).name = parameter.name;
+  if (parameter.model_copy >= 0) {  // another stage's copy of a tied module
+    state_.leaf(leaf).state = "layer " + name.substr(0, name.find('.'));
+    state_.replicas.emplace_back(parameter.model_copy, leaf);
+    return;
+  }
+  parameter.model_copy = leaf;
+  parameter.model_dtype = view.dtype;
+}
+
+}  // namespace
+
+void add_layer_copies(ShardedState* state, const std::set<std::string>& buffers,
+                      const std::vector<int>& files) {
+  LayerCopies copies(state, buffers);
+  for (int file : files) copies.add(file);
+  copies.finish();
 }
 
 }  // namespace isoshard::checkpoint

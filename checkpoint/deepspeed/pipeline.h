@@ -3,6 +3,7 @@
 // lies on several stages, under one name.
 #pragma once
 
+#include <set>
 #include <string>
 #include <vector>
 
@@ -16,7 +17,9 @@ void join_stages(ShardedState* whole, const std::vector<MpPart>& stages);
 
 // The layer files (open, by number in the state's files): copies in the model's dtype. Tensor
 // "up.weight" of layer 3 is parameter "3.up.weight", or one of a tied module that has no copy yet;
-// what is neither is a frozen parameter.
-void add_layer_copies(ShardedState* state, const std::vector<int>& files);
+// what is neither is a frozen parameter, or a buffer if `buffers` names it. Error(kUnsupported)
+// where several tied modules could be meant.
+void add_layer_copies(ShardedState* state, const std::set<std::string>& buffers,
+                      const std::vector<int>& files);
 
 }  // namespace isoshard::checkpoint

@@ -28,6 +28,7 @@ void require_source(Storage& storage, const std::string& path, const std::string
 ShardedState read_checkpoint(Storage& storage, const std::string& path, const ReadOptions& options);
 
 // Parts of the above, one a family (each in its own file).
+void read_zero(ShardedState* state, Storage& storage, const ReadOptions& options);
 void read_zero0(ShardedState* state, const ModelStates& model, const ReadOptions& options,
                 Storage& storage);
 void read_universal(ShardedState* state, Storage& storage, const ReadOptions& options);

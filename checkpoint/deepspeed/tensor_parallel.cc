@@ -139,6 +139,9 @@ TensorSplit TensorParallelInfo::split_of(const std::string& name,
                "rank " + std::to_string(t) + ": " + to_string(mapped),
                shards[t] ? to_string(*shards[t]) : "absent");
     }
+    if (const std::string why = why_impossible(map); !why.empty())
+      fields_.fail("The map of a parameter is impossible.", "affine_map " + quote(name),
+                   "pieces that cover " + to_string(map.logical_shape) + " once", why);
     adopt_map(map, name, &split);
     split.shard_dims = dims_of(shards);
     strip_vocabulary(name, &split);
@@ -159,6 +162,8 @@ TensorSplit TensorParallelInfo::split_of(const std::string& name,
     refuse("No rank records the shape of a parameter.", name, "a shape", "none");
   for (const std::optional<Shape>& shard : shards) {
     shapes.push_back(shard ? *shard : Shape());
+    if (!shard && (*first)->empty())
+      refuse("A rank's files do not name a parameter of one element.", name, "present", "absent");
     if (!shard) {  // its files leave out what has no element: the width along some axis is 0
       shapes.back() = **first;
       shapes.back()[rows_.first(name) >= 0 && (*first)->size() > 1 ? 1 : 0] = 0;
@@ -239,6 +244,12 @@ Widths TensorParallelInfo::sub_widths(const SubParams& entry, const std::string&
     const std::vector<NodeId>& sizes = fields_.list(spec, "shape");
     for (NodeId item : fields_.list(node, "sub_param_shard_widths"))
       widths.push_back(fields_.shape(item, "sub_param_shard_widths"));
+    for (const std::vector<int64_t>& sub : widths) {
+      for (int64_t width : sub) {
+        if (width > int64_t{1} << 40 || sub.size() > 1'000'000)
+          refuse("A recorded width is impossible.", name, "at most 2^40", std::to_string(width));
+      }
+    }
     bool fits = widths.size() == sizes.size() && !widths.empty();
     Shape expected;
     for (NodeId size : sizes) expected.push_back(fields_.integer(size, "shape"));

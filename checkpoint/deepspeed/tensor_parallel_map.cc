@@ -59,7 +59,10 @@ void TensorParallelInfo::read_maps() {
 
 MapPiece TensorParallelInfo::read_piece(NodeId node, const std::string& name) const {
   const std::string what = "affine_map " + quote(name);
-  if (fields_.maybe(node, "scale") != kNoNode) {
+  const NodeId scale = fields_.maybe(node, "scale");
+  const bool is_one = scale == kNoNode || (fields_.pickle().kind(scale) == Kind::kFloat &&
+                                           fields_.pickle().real_value(scale) == 1.0);
+  if (!is_one) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
                           .what = "A scaled piece of a map is not supported (DeepSpeed: "
                                   "NotImplementedError for the moments).",
@@ -100,9 +103,6 @@ AffineMap TensorParallelInfo::read_map(NodeId node, const std::string& name) con
     for (NodeId piece : fields_.list(fields_.need(entries[i + 1], "pieces"), what))
       part.pieces.push_back(read_piece(piece, name));
   }
-  if (const std::string why = why_impossible(map); !why.empty())
-    fields_.fail("The map of a parameter is impossible.", what,
-                 "pieces that cover " + to_string(map.logical_shape) + " once", why);
   return map;
 }
 

@@ -64,6 +64,16 @@ class TargetMaps {
   }
 
   std::vector<AffineMap> run() {
+    constexpr int kMostRanks = 256;  // every model file holds all ranks' maps
+    if (ranks_ > kMostRanks)
+      refuse(ErrorCode::kUnsupported, "So many tensor-parallel ranks are not supported.", "--to",
+             "tp of at most " + std::to_string(kMostRanks), std::to_string(ranks_),
+             "take a smaller tp");
+    const bool vocabulary = std::ranges::any_of(
+        state_.splits, [](const TensorSplit& split) { return split.vocabulary; });
+    if (options_.vocabulary_rows > 0 && !vocabulary)
+      refuse(ErrorCode::kUsage, "The checkpoint names no vocabulary that could be padded.",
+             "--padded-vocab-size", "vocabulary_parameter_patterns", "none", "leave it out");
     for (const ParameterState& parameter : state_.parameters) check(parameter);
     const bool same = std::ranges::all_of(
         state_.splits, [&](const TensorSplit& split) { return split.ranks() == ranks_; });
@@ -76,8 +86,8 @@ class TargetMaps {
       else if (same)
         maps.push_back(split.map);
       else
-        maps.push_back(
-            split_map(padded_shape(split), split.dim, cut(parameter, split, ranks_, rule_)));
+        maps.push_back(split_map(padded_shape(split), split.dim,
+                                 cut(parameter, split, /*source=*/false, rule_)));
     }
     return maps;
   }
@@ -101,18 +111,20 @@ class TargetMaps {
 
   void check(const ParameterState& parameter) const;
   Shape padded_shape(const TensorSplit& split) const;
-  Widths cut(const ParameterState& parameter, const TensorSplit& split, int ranks,
+  Widths cut(const ParameterState& parameter, const TensorSplit& split, bool source,
              const RemainderFirst& rule) const;
   int64_t choose_heads();
-  void check_heads(int64_t heads) const;
-  bool gives_source(const RemainderFirst& rule) const;
-  std::vector<const ParameterState*> samples() const;
+  void check_heads(int64_t heads);
+  void check_division(int64_t heads);
+  bool gives_source(const RemainderFirst& rule);
+  const std::vector<const ParameterState*>& samples();
 
   const ShardedState& state_;
   const int ranks_;
   const SplitOptions& options_;
   std::vector<std::string>& inferred_;
   RemainderFirst rule_;
+  std::vector<const ParameterState*> samples_;
 };
 
 void TargetMaps::check(const ParameterState& parameter) const {
@@ -145,11 +157,14 @@ Shape TargetMaps::padded_shape(const TensorSplit& split) const {
   return shape;
 }
 
-Widths TargetMaps::cut(const ParameterState& parameter, const TensorSplit& split, int ranks,
+// Widths of the target, or, to be compared, of the source.
+Widths TargetMaps::cut(const ParameterState& parameter, const TensorSplit& split, bool source,
                        const RemainderFirst& rule) const {
   const std::string layer = layer_of(parameter.name);
+  const int ranks = source ? split.ranks() : ranks_;
+  const Shape shape = source ? split.map.logical_shape : padded_shape(split);
   if (split.kind != SplitKind::kSubParams && split.kind != SplitKind::kTwoSubParams)
-    return {split_widths(rule, padded_shape(split)[split.dim], ranks, layer)};
+    return {split_widths(rule, shape[split.dim], ranks, layer)};
   Widths widths;
   for (const std::vector<int64_t>& sub : split.widths)
     widths.push_back(split_widths(rule, sum(sub), ranks, layer));
@@ -157,9 +172,9 @@ Widths TargetMaps::cut(const ParameterState& parameter, const TensorSplit& split
 }
 
 // One parameter of each sort, as far as widths go: thousands of layers are cut alike.
-std::vector<const ParameterState*> TargetMaps::samples() const {
+const std::vector<const ParameterState*>& TargetMaps::samples() {
+  if (!samples_.empty()) return samples_;
   std::set<std::tuple<int, std::vector<int64_t>, Widths, bool>> seen;
-  std::vector<const ParameterState*> result;
   for (const ParameterState& parameter : state_.parameters) {
     const TensorSplit& split = split_of(parameter);
     if (!is_cut(split)) continue;
@@ -167,26 +182,26 @@ std::vector<const ParameterState*> TargetMaps::samples() const {
     const bool heads =
         split_widths({.kv_heads = 1}, 2, 2, layer_of(parameter.name)) == std::vector<int64_t>{2, 0};
     if (seen.emplace(static_cast<int>(split.kind), padded_shape(split), split.widths, heads).second)
-      result.push_back(&parameter);
+      samples_.push_back(&parameter);
   }
-  return result;
+  return samples_;
 }
 
-bool TargetMaps::gives_source(const RemainderFirst& rule) const {
-  const std::vector<const ParameterState*> all = samples();
+bool TargetMaps::gives_source(const RemainderFirst& rule) {
+  const std::vector<const ParameterState*>& all = samples();
   return std::all_of(all.begin(), all.end(), [&](const ParameterState* parameter) {
     const TensorSplit& split = split_of(*parameter);
-    return split.ranks() == 1 || cut(*parameter, split, split.ranks(), rule) == split.widths;
+    return split.ranks() == 1 || cut(*parameter, split, /*source=*/true, rule) == split.widths;
   });
 }
 
-void TargetMaps::check_heads(int64_t heads) const {
+void TargetMaps::check_heads(int64_t heads) {
   RemainderFirst rule = rule_;
   rule.kv_heads = heads;
   for (const ParameterState* parameter : samples()) {
     const TensorSplit& split = split_of(*parameter);
     if (split.ranks() == 1) continue;
-    const Widths predicted = cut(*parameter, split, split.ranks(), rule);
+    const Widths predicted = cut(*parameter, split, /*source=*/true, rule);
     if (predicted == split.widths) continue;
     Widths ceil;
     for (const std::vector<int64_t>& sub : split.widths)
@@ -203,21 +218,40 @@ void TargetMaps::check_heads(int64_t heads) const {
   }
 }
 
+// Heads that divide the axis of no layer made of heads are those of another model.
+void TargetMaps::check_division(int64_t heads) {
+  if (heads == 0) return;
+  const ParameterState* layer = nullptr;  // any that heads count for
+  for (const ParameterState* parameter : samples()) {
+    const RemainderFirst one{.kv_heads = 1};
+    if (split_widths(one, 2, 2, layer_of(parameter->name)) != std::vector<int64_t>{2, 0}) continue;
+    layer = parameter;
+    for (const std::vector<int64_t>& sub : split_of(*parameter).widths) {
+      if (sum(sub) % heads == 0) return;
+    }
+  }
+  if (layer == nullptr) return;
+  refuse(ErrorCode::kUsage, "The number of key-value heads divides no layer of heads.", layer->name,
+         "a divisor of " + text_of(split_of(*layer).widths) + ", summed", std::to_string(heads),
+         "give num_key_value_heads of the model's config.json");
+}
+
 // The number of key-value heads: told, or such that every number that fits the source gives the
 // same target.
 int64_t TargetMaps::choose_heads() {
   if (options_.kv_heads >= 0) {
     check_heads(options_.kv_heads);
+    check_division(options_.kv_heads);
     return options_.kv_heads;
   }
-  const std::vector<const ParameterState*> all = samples();
+  const std::vector<const ParameterState*>& all = samples();
   std::map<int64_t, std::vector<Widths>> fitting;
   for (int64_t heads = 0; heads <= kMostHeads; ++heads) {
     RemainderFirst rule = rule_;
     rule.kv_heads = heads;
     if (!gives_source(rule)) continue;
     for (const ParameterState* parameter : all)
-      fitting[heads].push_back(cut(*parameter, split_of(*parameter), ranks_, rule));
+      fitting[heads].push_back(cut(*parameter, split_of(*parameter), /*source=*/false, rule));
   }
   if (fitting.empty()) check_heads(0);
   const auto& [first_heads, first] = *fitting.begin();

@@ -346,6 +346,15 @@ std::vector<FileFragment> slice_of(const ShardedState& state, const std::vector<
 ShardedState as_deepspeed_believes(const ShardedState& state) {
   ShardedState believed = state;
   if (!state.round_robin) return believed;
+  const Topology& t = state.topology;
+  if (t.tensor > 1 || t.expert > 1 || t.pipeline > 1) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "What DeepSpeed makes of round_robin_gradients over several mp ranks is not "
+                "imitated.",
+        .file = state.folder,
+        .next = "leave --as-deepspeed out: the true slices are written"});
+  }
   for (const GroupState& group : state.groups) {
     const size_t states =
         1 + state.parameters[static_cast<size_t>(group.flat_order.at(0))].states.size();
@@ -377,6 +386,17 @@ TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptio
                           .file = state.folder,
                           .expected = "a ZeRO checkpoint",
                           .found = name(state.flavour)});
+  }
+  const auto frozen = std::find_if(state.parameters.begin(), state.parameters.end(),
+                                   [](const ParameterState& p) { return p.group < 0; });
+  if (state.topology.pipeline > 1 && (!state.buffers.empty() || frozen != state.parameters.end())) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "The universal form of a pipeline has no place for buffers and frozen parameters "
+                "(DeepSpeed drops them).",
+        .file = state.folder,
+        .entry = quote(state.buffers.empty() ? frozen->name : state.buffers[0].name),
+        .next = "convert --to fp32 keeps them"});
   }
   return UniversalWriter(state, options).run();
 }

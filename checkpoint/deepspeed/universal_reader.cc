@@ -45,6 +45,7 @@ class UniversalReader {
       add_shapes(model, &state_);
     const ExpertInfo experts(state_, model);
     if (experts.autoep()) stack_experts(experts);
+    if (experts.present()) give_dtype(model, experts);
     if (experts.present())
       state_.expert_layout = experts.autoep() ? ExpertLayout::kAutoEp : ExpertLayout::kNative;
     for (ParameterState& parameter : state_.parameters) {
@@ -79,6 +80,7 @@ class UniversalReader {
   void read_parts(const TensorParallelInfo& info);
   void read_stages();
   void stack_experts(const ExpertInfo& experts);
+  void give_dtype(const ModelStates& model, const ExpertInfo& experts);
   void attach_states(ParameterState* parameter);
   TensorView tensor_of(const Fields& fields, const std::string& what) const;
   void read_groups(const ModelStates& model);
@@ -165,10 +167,6 @@ void UniversalReader::read_stages() {
 // param_shapes has one rank's experts; under zero/ lie all of them. No file holds copies.
 void UniversalReader::stack_experts(const ExpertInfo& experts) {
   state_.topology.expert = static_cast<int>(experts.layers()[0].ep_size);
-  DType dtype = DType::kFloat32;
-  const Fields fields(state_.document(state_.model_files[0]));
-  for (const auto& [name, node] : fields.named(fields.need(fields.root(), "module"), "module"))
-    dtype = fields.tensor(node, name).dtype;
   for (ParameterState& parameter : state_.parameters) {
     const ExpertLayer* layer = experts.layer_of(parameter.name);
     if (layer == nullptr) continue;
@@ -177,7 +175,20 @@ void UniversalReader::stack_experts(const ExpertInfo& experts) {
     parameter.split = static_cast<int>(state_.splits.size());
     state_.splits.push_back(experts.split_of(parameter.name, shards));
     parameter.shape = logical_shape(state_.splits.back());
-    parameter.model_dtype = dtype;
+  }
+}
+
+// Experts are in no file of this form in the model's dtype: it is that of the other parameters.
+void UniversalReader::give_dtype(const ModelStates& model, const ExpertInfo& experts) {
+  const Fields fields(state_.document(model.file));
+  std::optional<DType> dtype;
+  for (const auto& [name, node] : model.module) {
+    const ParameterState* parameter = state_.find_parameter(name);
+    if (!dtype && parameter != nullptr && parameter->group >= 0)
+      dtype = fields.tensor(node, name).dtype;
+  }
+  for (ParameterState& parameter : state_.parameters) {
+    if (dtype && experts.is_expert(parameter.name)) parameter.model_dtype = *dtype;
   }
 }
 
@@ -333,6 +344,14 @@ void UniversalReader::read_groups(const ModelStates& model) {
   const bool permuted = f.maybe(f.root(), "zero_stage") != kNoNode;
   if (stage3_ || !permuted || zero_option(m, model.config, "round_robin_gradients", 0) == 0) return;
   state_.round_robin = true;
+  if (state_.expert_layout != ExpertLayout::kNone) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "A universal form of experts under round_robin_gradients is not supported yet.",
+        .file = state_.folder,
+        .entry = "round_robin_gradients",
+        .next = "reshard the original checkpoint instead"});
+  }
   for (GroupState& group : state_.groups) {
     const std::vector<int> order = round_robin_order(static_cast<int>(group.flat_order.size()),
                                                      static_cast<int>(model.dp_world));

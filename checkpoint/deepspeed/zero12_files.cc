@@ -108,6 +108,11 @@ void Zero12Reader::read_group(int group) {
   for (size_t rank = 0; rank < ranks_.size(); ++rank) {
     const Fields f = fields(rank);
     const int64_t padding = f.integer(group_item(rank, "group_paddings", group), "group_paddings");
+    const int64_t count = f.integer(group_item(rank, "partition_count", group), "partition_count");
+    if (count != dp_)
+      f.fail("A group's partition count differs from the number of files.",
+             "partition_count[" + std::to_string(group) + "]", std::to_string(dp_),
+             std::to_string(count));
     const int r = static_cast<int>(rank);
     const int64_t expected = bf16_ ? bf16_partition_padding(total_, sizes_, dp_, r)
                                    : partition_padding(total_, sizes_.partition, r);

@@ -1,0 +1,386 @@
+// A tag folder of partition files: every mp rank is read by the form of its files, then joined.
+#include <algorithm>
+#include <map>
+#include <set>
+
+#include "checkpoint/cancel.h"
+#include "checkpoint/deepspeed/experts.h"
+#include "checkpoint/deepspeed/hyper.h"
+#include "checkpoint/deepspeed/inventory.h"
+#include "checkpoint/deepspeed/merge.h"
+#include "checkpoint/deepspeed/pipeline.h"
+#include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/deepspeed/zero_files.h"
+#include "core/check.h"
+#include "core/error.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+void check_scalars(const ShardedState& state) {
+  // Every rank's optimizer must stand at the same step.
+  std::map<std::string, std::pair<std::string, std::string>> first;  // state[k] name → value, file
+  for (int file : state.optim_files) {
+    const Fields f(state.document(file));
+    const NodeId optimizer = f.need(f.root(), "optimizer_state_dict");
+    const NodeId base = state.flavour == Flavour::kZero3
+                            ? f.need(optimizer, "optimizer_state_dict")
+                            : f.need(optimizer, "base_optimizer_state");
+    const std::vector<NodeId>& entries = f.pickle().entries(f.need(base, "state"));
+    for (size_t i = 0; i + 1 < entries.size(); i += 2) {
+      const std::string index = std::to_string(f.integer(entries[i], "state key"));
+      for (const auto& [key, node] : sort_optimizer_state(f, entries[i + 1], "state").scalars) {
+        const std::string value = scalar_text(state, {file, node});
+        const auto [known, fresh] =
+            first.emplace(index + " " + key, std::pair(value, f.document().path()));
+        if (fresh || known->second.first == value) continue;
+        throw Error(
+            ErrorInfo{.code = ErrorCode::kMismatch,
+                      .what = "Ranks stand at different steps: files of two saves are mixed.",
+                      .file = f.document().path(),
+                      .entry = "state[" + index + "][" + quote(key) + "]",
+                      .expected = known->second.first + " as in " + known->second.second,
+                      .found = value,
+                      .next = "put the files of one save together"});
+      }
+    }
+  }
+}
+
+// What ranks above 0 hold of their own at stage 3: client state and buffers. Their pickles are
+// dropped where they say nothing that rank 0's does not.
+void compare_ranks(ShardedState* state, const ModelStates& model) {
+  const std::string first = client_state_json(state->document(model.file)).dump();
+  const auto crc_of = [&](int file, const std::string& name) -> int64_t {
+    const Fields f(state->document(file));
+    const TensorView view = f.tensor(f.need(f.need(f.root(), "module"), name), name);
+    return f.document().record(view.storage).crc32;
+  };
+  bool same_buffers = true;
+  for (size_t rank = 1; rank < state->model_files.size(); ++rank) {
+    const int file = state->model_files[rank];
+    for (const std::string& name : model.buffer_names) {
+      same_buffers = same_buffers && crc_of(file, name) == crc_of(model.file, name);
+    }
+    const bool same = client_state_json(state->document(file)).dump() == first;
+    if (!same) state->own_client_state.push_back(file);
+  }
+  if (!same_buffers) {
+    state->notices.push_back("buffers differ between ranks; rank 0's are used, as DeepSpeed does");
+    state->skipped.push_back("buffers of ranks other than 0, which differ from rank 0's");
+  }
+}
+
+// Files above the first need no pickle any more: what was read of it stands in the state.
+void drop_pickles(ShardedState* state) {
+  std::set<int> keep(state->own_client_state.begin(), state->own_client_state.end());
+  keep.insert(state->model_files[0]);
+  if (!state->optim_files.empty()) keep.insert(state->optim_files[0]);
+  for (const ParameterState& parameter : state->parameters) {
+    for (const Scalar& scalar : parameter.scalars) keep.insert(scalar.value.file);
+  }
+  for (const std::vector<int>* files : {&state->model_files, &state->optim_files}) {
+    for (int file : *files) {
+      if (!keep.contains(file)) state->files[static_cast<size_t>(file)].torch->drop_pickle();
+    }
+  }
+}
+
+// What all mp ranks must say alike: hyper-parameters, scheduler, scaler, counters.
+nlohmann::json shared_hyper(const ShardedState& part) {
+  nlohmann::json hyper = hyper_json(part);
+  hyper.erase("client_state");
+  if (hyper.contains("param_groups")) {
+    for (nlohmann::json& group : hyper["param_groups"]) group.erase("names");
+  }
+  return hyper;
+}
+
+[[noreturn]] void refuse_hyper(const MpPart& part, const nlohmann::json& expected,
+                               const nlohmann::json& found) {
+  for (const auto& [key, value] : expected.items()) {
+    if (found.contains(key) && found[key] == value) continue;
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kMismatch,
+        .what = "mp ranks differ in what they must say alike: files of two saves are mixed.",
+        .file = part.state.document(part.model.file).path(),
+        .entry = key,
+        .expected = "as in mp rank 0: " + value.dump().substr(0, 200),
+        .found = found.value(key, nlohmann::json()).dump().substr(0, 200),
+        .next = "put the files of one save together; compare the files' times and steps"});
+  }
+  CHECK(false, "no difference to tell");
+}
+
+class ZeroReader {
+ public:
+  ZeroReader(ShardedState* state, Storage& storage, const ReadOptions& options)
+      : state_(*state),
+        storage_(storage),
+        options_(options),
+        inventory_(take_inventory(storage, state->folder)) {}
+
+  void run() {
+    tell_others();
+    const int first = open_files(&state_, storage_, {inventory_.first_model()}, options_)[0];
+    const ModelStates model = with_degrees(read_model_states(state_, first));
+    state_.version = model.version;
+    const auto mp_ranks = static_cast<int>(inventory_.mp_ranks());
+    set_topology(&state_, model, mp_ranks, options_.sequence_degree);
+    check_mp_ranks(model);
+    const Fields fields(state_.document(first));
+    const TensorParallelInfo info(fields, first,
+                                  fields.maybe(fields.root(), "universal_checkpoint_info"));
+    if (state_.topology.pipeline > 1 || !inventory_.layers.empty()) {
+      read_stages(first);
+    } else if (mp_ranks == 1 && (inventory_.stage3() || !info.says_anything())) {
+      open_rank(0, first, &state_);
+      read_rank(&state_, model);
+    } else {
+      read_parts(first, info);
+    }
+    drop_pickles(&state_);
+  }
+
+ private:
+  void tell_others();
+  ModelStates with_degrees(ModelStates model) const;
+  void check_mp_ranks(const ModelStates& model) const;
+  void open_rank(int mp, int first, ShardedState* part);
+  void read_rank(ShardedState* part, const ModelStates& model);
+  void check_experts(const ExpertInfo& experts, const ModelStates& model) const;
+  std::vector<MpPart> read_mp_ranks(int first);
+  void read_parts(int first, const TensorParallelInfo& info);
+  void read_stages(int first);
+
+  ShardedState& state_;
+  Storage& storage_;
+  const ReadOptions& options_;
+  const Inventory inventory_;
+};
+
+void ZeroReader::tell_others() {
+  for (const std::string& name : inventory_.other) {
+    if (name != "MANIFEST.json" && name != "certificate.json") {
+      state_.notices.push_back(
+          "a file that is no part of a DeepSpeed checkpoint lies in the folder: " + quote(name));
+    }
+  }
+}
+
+// Older pipelines do not record their degrees: the files of layer 1 count the tensor-parallel
+// ranks.
+ModelStates ZeroReader::with_degrees(ModelStates model) const {
+  if (model.has_degrees || inventory_.layers.empty()) return model;
+  const auto ranks = std::ranges::count_if(
+      inventory_.layers, [](const std::string& name) { return name.starts_with("layer_01-"); });
+  model.tp_degree = std::max<int64_t>(1, ranks);
+  model.pp_degree = static_cast<int64_t>(inventory_.mp_ranks()) / model.tp_degree;
+  model.has_degrees = true;
+  return model;
+}
+
+// The model files are those of mp ranks 0 … tp·pp−1, and no optimizer file is of another.
+void ZeroReader::check_mp_ranks(const ModelStates& model) const {
+  const int64_t expected = state_.topology.tensor * state_.topology.pipeline;
+  std::map<int, std::string> firsts = inventory_.model, optims;
+  for (const auto& [mp, ranks] : inventory_.model_of_rank) firsts[mp] = ranks.begin()->second;
+  for (const auto& [mp, ranks] : inventory_.optim) optims[mp] = ranks.begin()->second;
+  complete(firsts, expected, state_.folder, "model");
+  if (model.has_param_shapes) complete(optims, expected, state_.folder, "optimizer");
+}
+
+// Opens the files of one mp rank; `first` is its first model file, or −1 if that is not open yet.
+void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
+  const std::string folder = state_.folder;
+  std::vector<std::string> models = {inventory_.stage3() ? "" : inventory_.model.at(mp)};
+  const std::string of_rank = mp == 0 ? "" : " (mp rank " + std::to_string(mp) + ")";
+  if (inventory_.stage3()) {
+    const int64_t dp = state_.topology.zero_ranks();
+    models = complete(inventory_.model_of_rank.at(mp), dp, folder, "model" + of_rank);
+  }
+  if (first >= 0) {
+    part->model_files = {first};
+    models.erase(models.begin());
+  }
+  for (int file : open_files(part, storage_, models, options_)) part->model_files.push_back(file);
+  const auto optim = inventory_.optim.find(mp);
+  if (optim == inventory_.optim.end()) return;
+  const Fields fields(part->document(part->model_files[0]));
+  if (fields.maybe(fields.root(), "param_shapes") == kNoNode) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "Optimizer files lie beside a model file without param_shapes (bf16 pipeline or "
+                "stale files).",
+        .file = folder,
+        .expected = "no optimizer files at stage 0",
+        .found = optim->second.begin()->second,
+        .next = "remove stale files after looking at them"});
+  }
+  const int64_t dp = state_.topology.zero_ranks();
+  part->optim_files = open_files(
+      part, storage_, complete(optim->second, dp, folder, "optimizer" + of_rank), options_);
+}
+
+void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
+  if (!inventory_.stage3() && !model.has_param_shapes) {
+    if (!inventory_.experts.empty()) check_experts(ExpertInfo(*part, model), model);
+    read_zero0(part, model, options_, storage_);
+    return;
+  }
+  const ExpertInfo experts(*part, model);
+  if (experts.present() || !inventory_.experts.empty()) check_experts(experts, model);
+  if (inventory_.stage3()) {
+    read_zero3(part, model);
+    compare_ranks(part, model);
+  } else if (experts.present()) {
+    read_zero12_experts(part, model, experts);
+    add_expert_copies(part, experts, open_files(part, storage_, inventory_.experts, options_));
+  } else {
+    read_zero12(part, model);
+  }
+  add_module_entries(part, experts.with_router_aliases(*part, model));
+  check_scalars(*part);
+}
+
+void ZeroReader::check_experts(const ExpertInfo& experts, const ModelStates& model) const {
+  const auto refuse = [&](const std::string& what, const std::string& entry) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = what,
+                          .file = state_.folder,
+                          .entry = entry,
+                          .expected = kCovered,
+                          .next = kElsewhere});
+  };
+  if (!experts.present())
+    refuse("Experts that the optimizer does not train (frozen) are not supported yet.",
+           inventory_.experts[0]);
+  if (inventory_.stage3())
+    refuse("Mixture-of-experts checkpoints of stage 3 are not supported yet.", "num_experts");
+  if (inventory_.mp_ranks() > 1)
+    refuse("Mixture-of-experts checkpoints with tensor-parallel ranks are not supported yet.",
+           "num_experts");
+  bool native = false;
+  for (const NamedShapes& group : model.param_shapes) {
+    for (const auto& [name, shape] : group)
+      native = native || ExpertInfo::expert_number(name).has_value();
+  }
+  if (native && experts.autoep())
+    refuse("Native MoE and AutoEP layers in one model are not supported yet.", "ds_autoep_layers");
+}
+
+// Every mp rank as a checkpoint of its own. The list of files wanders along.
+std::vector<MpPart> ZeroReader::read_mp_ranks(int first) {
+  std::vector<MpPart> parts;
+  nlohmann::json first_hyper;
+  std::vector<SourceFile> files = std::move(state_.files);
+  for (int mp = 0; mp < state_.topology.tensor * state_.topology.pipeline; ++mp) {
+    throw_if_cancelled();
+    MpPart part;
+    part.state.folder = state_.folder;
+    part.state.topology = state_.topology;
+    part.state.has_places = state_.has_places;
+    part.state.version = state_.version;
+    part.state.files = std::move(files);
+    open_rank(mp, mp == 0 ? first : -1, &part.state);
+    part.model = read_model_states(part.state, part.state.model_files[0]);
+    read_rank(&part.state, part.model);
+    nlohmann::json hyper = shared_hyper(part.state);
+    if (mp == 0)
+      first_hyper = std::move(hyper);
+    else if (hyper != first_hyper)
+      refuse_hyper(part, first_hyper, hyper);
+    files = std::move(part.state.files);
+    parts.push_back(std::move(part));
+  }
+  state_.files = std::move(files);
+  for (const MpPart& part : parts) {
+    const ShardedState& from = part.state;
+    const auto append = [](std::vector<int>* to, const std::vector<int>& list) {
+      to->insert(to->end(), list.begin(), list.end());
+    };
+    append(&state_.model_files, from.model_files);
+    append(&state_.optim_files, from.optim_files);
+    append(&state_.own_client_state, from.own_client_state);
+    const auto add_once = [](std::vector<std::string>* to, const std::vector<std::string>& list) {
+      for (const std::string& text : list) {
+        if (std::find(to->begin(), to->end(), text) == to->end()) to->push_back(text);
+      }
+    };
+    add_once(&state_.notices, from.notices);
+    add_once(&state_.skipped, from.skipped);
+    add_once(&state_.inferred, from.inferred);
+    add_once(&state_.not_verified, from.not_verified);
+    if (&part != &parts[0] && client_state_json(state_.document(part.model.file)) !=
+                                  client_state_json(state_.document(parts[0].model.file)))
+      state_.own_client_state.push_back(part.model.file);
+  }
+  return parts;
+}
+
+void ZeroReader::read_stages(int first) {
+  const auto refuse = [&](const std::string& what, const std::string& found) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = what,
+                          .file = state_.folder,
+                          .expected = kCovered,
+                          .found = found,
+                          .next = kElsewhere});
+  };
+  if (state_.topology.tensor > 1)
+    refuse("Pipeline stages with tensor-parallel ranks are not supported yet.",
+           "tp=" + std::to_string(state_.topology.tensor));
+  if (inventory_.stage3() || inventory_.optim.empty())
+    refuse("Pipelines are supported at stages 1 and 2 only.",
+           inventory_.stage3() ? "stage 3" : "no optimizer files");
+  const std::vector<MpPart> stages = read_mp_ranks(first);
+  join_stages(&state_, stages);
+  std::set<std::string> buffers;
+  for (const MpPart& stage : stages)
+    buffers.insert(stage.model.buffer_names.begin(), stage.model.buffer_names.end());
+  add_layer_copies(&state_, buffers, open_files(&state_, storage_, inventory_.layers, options_));
+  for (const ParameterState& parameter : state_.parameters) {
+    if (parameter.group < 0 || parameter.model_copy >= 0) continue;
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kIncomplete,
+                  .what = "The checkpoint is incomplete: a layer's file is missing.",
+                  .file = state_.folder,
+                  .entry = quote(parameter.name),
+                  .expected = "layer_NN-model_states.pt of its layer",
+                  .found = std::to_string(inventory_.layers.size()) + " layer files without it",
+                  .next = "bring it from the node that wrote it, or use an older checkpoint"});
+  }
+}
+
+void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
+  if (state_.topology.tensor > 1 && !info.says_anything()) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "The checkpoint has several tensor-parallel ranks and does not say how its tensors "
+                "are cut (DeepSpeed: AssertionError, or joined along axis 0 whatever they are).",
+        .file = state_.document(first).path(),
+        .entry = "universal_checkpoint_info",
+        .expected = "lists of patterns, or affine_map",
+        .found = info.present() ? "nothing that speaks of a parameter" : "absent",
+        .next = "save again with a DeepSpeed that records it (AutoTP: 0.18.9 or newer)"});
+  }
+  const std::vector<MpPart> parts = read_mp_ranks(first);
+  for (const MpPart& part : parts) {
+    if (part.state.expert_layout == ExpertLayout::kNone) continue;
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "Experts beside tensor-parallel patterns are not supported yet.",
+                          .file = state_.document(part.model.file).path(),
+                          .entry = "universal_checkpoint_info",
+                          .expected = kCovered,
+                          .next = kElsewhere});
+  }
+  merge_tensor_ranks(&state_, parts, info);
+}
+
+}  // namespace
+
+void read_zero(ShardedState* state, Storage& storage, const ReadOptions& options) {
+  ZeroReader(state, storage, options).run();
+}
+
+}  // namespace isoshard::checkpoint
