@@ -21,9 +21,13 @@ class UniversalReader {
 
   void run() {
     open_model_files();
-    const ModelStates model = read_model_states(state_, state_.model_files[0]);
+    ModelStates model = read_model_states(state_, state_.model_files[0]);
     state_.version = model.version;
     const auto mp_ranks = static_cast<int>(files_of_mp_.size());
+    if (!model.has_degrees && model.module.empty()) {  // an older pipeline
+      model.pp_degree = mp_ranks;
+      model.has_degrees = true;
+    }
     set_topology(&state_, model, mp_ranks, options_.sequence_degree);
     check_mp_ranks();
     if (!model.has_param_shapes) {
