@@ -46,6 +46,8 @@ EXPERTS = {
     "autoep_ep2_to_ep4_dp4": (8, 4),
     "autoep_z1_ep2_dp2": (8, 2),
     "autoep_z2_ep4_dp4": (8, 4),
+    "moe2_ep2_to_ep1_dp2": (4, 1),
+    "moe2_z1_ep2_dp4": (4, 2),
     "moe_z1_ep2_dp4": (4, 2),
     "moe_z2_ep2_dp2": (4, 2),
 }.get(CASE)
