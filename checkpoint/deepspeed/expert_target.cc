@@ -65,6 +65,17 @@ void prepare_experts(ReshardTarget* target) {
     target->expert_groups[g] =
         !members.empty() && experts.is_expert(target->parameter(members[0]).name);
   }
+  const auto groups = std::ranges::count(target->expert_groups, true);
+  if (groups > 1 && target->topology.expert != state.topology.expert) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "The experts lie in several optimizer groups, whose borders depend on ep.",
+        .file = state.folder,
+        .entry = "param_groups",
+        .expected = "one group of experts, or ep=" + std::to_string(state.topology.expert),
+        .found = std::to_string(groups) + " groups, ep=" + std::to_string(target->topology.expert),
+        .next = "convert to universal and let DeepSpeed load it at the new ep"});
+  }
   share_experts(target);
   const int ranks = target->topology.expert;
   target->expert_buffers.resize(static_cast<size_t>(ranks));
