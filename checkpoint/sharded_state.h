@@ -141,6 +141,10 @@ struct ShardedState {
   const TorchFile& document(int file) const { return *files[static_cast<size_t>(file)].torch; }
   Leaf& leaf(int number) { return leaves[static_cast<size_t>(number)]; }
   const Leaf& leaf(int number) const { return leaves[static_cast<size_t>(number)]; }
+  // Of a parameter that is cut over mp ranks, or was: its `split` is not −1.
+  const TensorSplit& split_of(const ParameterState& parameter) const {
+    return splits[static_cast<size_t>(parameter.split)];
+  }
   int add_leaf(Leaf leaf);
   void set_parameters(std::vector<ParameterState> list);  // replaces all of them
   // Not thread-safe while parameters are being added; read_checkpoint() leaves the index complete.

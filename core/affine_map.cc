@@ -2,6 +2,7 @@
 #include "core/affine_map.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "core/check.h"
 
@@ -162,6 +163,17 @@ AffineMap split_map(const Shape& shape, size_t dim, const Widths& widths) {
     map.ranks.push_back(std::move(part));
   }
   return map;
+}
+
+int64_t total_width(const std::vector<int64_t>& sub) {
+  return std::accumulate(sub.begin(), sub.end(), int64_t{0});
+}
+
+std::string widths_text(const Widths& widths) {
+  std::string text;
+  for (const std::vector<int64_t>& sub : widths)
+    text += (text.empty() ? "" : ", ") + to_string(sub);
+  return text;
 }
 
 bool is_replicated(const AffineMap& map) {

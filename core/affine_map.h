@@ -62,6 +62,8 @@ AffineMap replicated_map(const Shape& shape, int ranks);
 // widths[i][t] of each, one behind another. A plain split has one sub-parameter.
 using Widths = std::vector<std::vector<int64_t>>;
 AffineMap split_map(const Shape& shape, size_t dim, const Widths& widths);
+int64_t total_width(const std::vector<int64_t>& sub);  // of one sub-parameter
+std::string widths_text(const Widths& widths);
 
 // True if every rank holds all of the tensor.
 bool is_replicated(const AffineMap& map);

@@ -1,10 +1,10 @@
 // Experts of a target: AutoEP's metadata in the model file, and one file an expert
 // (deepspeed/runtime/engine.py, _save_moe_checkpoint).
 #include <algorithm>
-#include <charconv>
 #include <map>
 
 #include "checkpoint/deepspeed/experts.h"
+#include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reshard_target.h"
 #include "core/error.h"
 
@@ -94,12 +94,7 @@ class ExpertFile {
   // Elements [begin, begin + numel(shape)) of the parameter under that name.
   void add(const std::string& name, const ParameterState& parameter, const Shape& shape,
            int64_t begin) {
-    int leaf = parameter.model_copy;
-    if (leaf < 0) {
-      leaf = parameter.weight;
-      if (target_.state.leaf(leaf).dtype != parameter.model_dtype)
-        target_.synthesised.insert("module: weights in the model's dtype, cast from the masters");
-    }
+    const int leaf = target_.model_leaf(parameter);
     const int64_t count = numel(shape);
     StorageFill fill{
         .dtype = parameter.model_dtype, .numel = count, .runs = {}, .copy = {}, .literal = {}};
@@ -123,10 +118,7 @@ int64_t layer_number(const ShardedState& state, const ParameterState& parameter,
   if (parameter.model_copy >= 0 && !state.leaf(parameter.model_copy).fragments.empty()) {
     const int file = state.leaf(parameter.model_copy).fragments[0].file;
     const std::string& name = state.files[static_cast<size_t>(file)].relative;
-    int64_t number = -1;
-    if (name.starts_with("layer_"))
-      std::from_chars(name.data() + 6, name.data() + name.size(), number);
-    if (number >= 0) return number;
+    if (const auto number = layer_in_file_name(name)) return *number;
   }
   return static_cast<int64_t>(otherwise);
 }
@@ -138,14 +130,15 @@ void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, Mapp
   const int file = target.model_file();
   const Fields fields(target.state.document(file));
   Pickle& pickle = builder->pickle;
+  LayerWriter layers(builder, target);
   const bool old_key = fields.maybe(fields.root(), "ds_autoep_layers") == kNoNode;
-  root->set(old_key ? "autoep_layers" : "ds_autoep_layers", LayerWriter(builder, target).list());
+  root->set(old_key ? "autoep_layers" : "ds_autoep_layers", layers.list());
   const NodeId info = fields.maybe(fields.root(), "universal_checkpoint_info");
   if (info == kNoNode) return;
   MappingCopy copy(builder, target.state, {file, info});
   copy.set_if_present("expert_parameter_patterns",
                       pickle.list({pickle.string(".*\\.experts\\.w[123]$")}));
-  copy.set_if_present("ds_autoep_layers", LayerWriter(builder, target).list());
+  copy.set_if_present("ds_autoep_layers", layers.list());
   root->set("universal_checkpoint_info", copy.finish());
 }
 

@@ -37,6 +37,7 @@ class ExpertInfo {
 
   bool present() const { return autoep() || native_; }
   bool autoep() const { return !layers_.empty(); }
+  bool native() const { return native_; }
   const std::vector<ExpertLayer>& layers() const { return layers_; }
 
   // A parameter of the optimizer that is (part of) an expert.

@@ -3,8 +3,8 @@
 
 #include <algorithm>
 #include <functional>
-#include <map>
 #include <unordered_map>
+#include <unordered_set>
 
 #include "checkpoint/deepspeed/mean_file.h"
 #include "checkpoint/deepspeed/reader.h"
@@ -58,7 +58,11 @@ class TensorMerge {
       std::function<TensorSplit(const std::string&, const std::vector<std::optional<Shape>>&)>;
 
   TensorMerge(ShardedState* whole, const std::vector<MpPart>& parts, SplitOf split_of)
-      : whole_(*whole), parts_(parts), info_(std::move(split_of)), by_name_(parts.size()) {
+      : whole_(*whole),
+        parts_(parts),
+        split_by_shapes_(std::move(split_of)),
+        by_name_(parts.size()),
+        scalar_texts_(*whole) {
     for (size_t t = 0; t < parts.size(); ++t) {
       for (const ParameterState& parameter : parts[t].state.parameters)
         by_name_[t].emplace(parameter.name, &parameter);
@@ -97,7 +101,7 @@ class TensorMerge {
   }
 
  private:
-  using Shards = std::vector<const ParameterState*>;  // by rank; nullptr: not named there
+  using Shards = std::vector<const ParameterState*>;  // by rank
 
   const ShardedState& first() const { return parts_[0].state; }
   static void add_once(std::vector<std::string>* list, const std::string& text) {
@@ -133,9 +137,9 @@ class TensorMerge {
 
   ShardedState& whole_;
   const std::vector<MpPart>& parts_;
-  SplitOf info_;
+  const SplitOf split_by_shapes_;
   std::vector<std::unordered_map<std::string, const ParameterState*>> by_name_;
-  std::map<std::pair<int, NodeId>, std::string> scalar_texts_;  // parameters share few values
+  ScalarTexts scalar_texts_;
 };
 
 void TensorMerge::check_parts() const {
@@ -162,26 +166,19 @@ void TensorMerge::check_parts() const {
   }
 }
 
-// Every name once: rank 0's order, and what only others name behind its neighbour there.
+// Every name once: rank 0's order, then what only others name, which is refused by its turn.
 std::vector<std::string> TensorMerge::order() const {
   std::vector<std::string> result;
-  std::unordered_map<std::string, bool> known;
+  std::unordered_set<std::string> known;
   // shared_params stands in rank 0's file only; elsewhere a second name looks like a frozen one.
-  for (const Alias& alias : first().aliases) known[alias.name] = true;
+  for (const Alias& alias : first().aliases) known.insert(alias.name);
   for (const ParameterState& parameter : first().parameters) {
     result.push_back(parameter.name);
-    known[parameter.name] = true;
+    known.insert(parameter.name);
   }
   for (size_t t = 1; t < parts_.size(); ++t) {
-    std::string before;
     for (const ParameterState& parameter : parts_[t].state.parameters) {
-      if (!known[parameter.name]) {
-        known[parameter.name] = true;
-        const auto at = std::find(result.begin(), result.end(), before);
-        result.insert(before.empty() || at == result.end() ? result.begin() : at + 1,
-                      parameter.name);
-      }
-      before = parameter.name;
+      if (known.insert(parameter.name).second) result.push_back(parameter.name);
     }
   }
   return result;
@@ -189,18 +186,14 @@ std::vector<std::string> TensorMerge::order() const {
 
 TensorSplit TensorMerge::split_of(const std::string& name, const Shards& shards) const {
   std::vector<std::optional<Shape>> shapes;
-  const bool trained = std::ranges::any_of(
-      shards, [](const ParameterState* shard) { return shard != nullptr && shard->group >= 0; });
-  for (size_t t = 0; t < shards.size(); ++t) {
-    const ParameterState* shard = shards[t];
-    if (shard == nullptr)
-      refuse("A rank's files do not name a parameter that others hold.", t, quote(name), "present",
-             "absent");
+  const bool trained =
+      std::ranges::any_of(shards, [](const ParameterState* shard) { return shard->group >= 0; });
+  for (const ParameterState* shard : shards) {
     // Without an element it looks frozen; at stage 3 the module does not tell its shape either.
     const bool empty = trained && shard->group < 0 && numel(shard->shape) == 0;
     shapes.push_back(empty ? std::nullopt : std::optional<Shape>(shard->shape));
   }
-  return info_(name, shapes);
+  return split_by_shapes_(name, shapes);
 }
 
 void TensorMerge::merge_parameter(const std::string& name) {
@@ -209,9 +202,11 @@ void TensorMerge::merge_parameter(const std::string& name) {
   size_t lead_rank = 0;
   for (size_t t = 0; t < parts_.size(); ++t) {
     const auto found = by_name_[t].find(name);
-    shards.push_back(found == by_name_[t].end() ? nullptr : found->second);
-    const ParameterState* shard = shards.back();
-    if (shard == nullptr) continue;
+    if (found == by_name_[t].end())
+      refuse("A rank's files do not name a parameter that others hold.", t, quote(name), "present",
+             "absent");
+    const ParameterState* shard = found->second;
+    shards.push_back(shard);
     if (lead == nullptr || (lead->group < 0 && shard->group >= 0)) {
       lead = shard;
       lead_rank = t;
@@ -231,22 +226,22 @@ void TensorMerge::merge_parameter(const std::string& name) {
   for (size_t t = 0; t < shards.size(); ++t) {
     const ParameterState* shard = shards[t];
     // What the optimizer does not own although it owns other shards has no element.
-    const bool empty = shard != nullptr && lead->group >= 0 && shard->group < 0;
+    const bool empty = lead->group >= 0 && shard->group < 0;
     if (empty && numel(shard->shape) != 0)
       refuse("A shard is trained on one rank and frozen on another.", t, quote(name),
              "as in " + rank_name(lead_rank), "frozen");
-    if (shard != nullptr && !empty && shard->group != lead->group)
+    if (!empty && shard->group != lead->group)
       refuse("A parameter stands in different groups.", t, quote(name),
              "group " + std::to_string(lead->group), "group " + std::to_string(shard->group));
-    if (shard != nullptr && shard->model_dtype != lead->model_dtype)
+    if (shard->model_dtype != lead->model_dtype)
       refuse("Shards have different dtypes.", t, quote(name), isoshard::name(lead->model_dtype),
              isoshard::name(shard->model_dtype));
-    if (shard != nullptr && !empty) check_scalars(t, *shard, *lead);
-    if (shard != nullptr && !empty && shard->states.size() != lead->states.size())
+    if (!empty) check_scalars(t, *shard, *lead);
+    if (!empty && shard->states.size() != lead->states.size())
       refuse("Ranks disagree on the optimizer's states.", t, quote(name),
              std::to_string(lead->states.size()) + " states", std::to_string(shard->states.size()));
-    weights.push_back(shard == nullptr || empty ? nullptr : leaf_of(t, shard->weight));
-    copies.push_back(shard == nullptr || empty ? nullptr : leaf_of(t, shard->model_copy));
+    weights.push_back(empty ? nullptr : leaf_of(t, shard->weight));
+    copies.push_back(empty ? nullptr : leaf_of(t, shard->model_copy));
   }
   if (lead->weight >= 0) result.weight = merge_leaves(split, name, weights);
   if (lead->model_copy >= 0 && split.kind != SplitKind::kAveraged)
@@ -256,7 +251,7 @@ void TensorMerge::merge_parameter(const std::string& name) {
     std::vector<const Leaf*> leaves;
     for (size_t t = 0; t < shards.size(); ++t) {
       const Leaf* found = nullptr;
-      for (int number : shards[t] == nullptr ? std::vector<int>() : shards[t]->states) {
+      for (int number : shards[t]->states) {
         if (leaf_of(t, number)->state == state) found = leaf_of(t, number);
       }
       leaves.push_back(found);
@@ -269,18 +264,8 @@ void TensorMerge::merge_parameter(const std::string& name) {
 // Shards of one parameter stand at the same step.
 void TensorMerge::check_scalars(size_t rank, const ParameterState& shard,
                                 const ParameterState& lead) {
-  const auto scalar_value = [&](NodeRef value) -> const std::string& {
-    std::string& text = scalar_texts_[{value.file, value.node}];
-    if (text.empty()) text = scalar_text(whole_, value);
-    return text;
-  };
-  const auto text_of = [&](const ParameterState& parameter) {
-    std::string text;
-    for (const Scalar& scalar : parameter.scalars)
-      text += scalar.name + " " + scalar_value(scalar.value) + " ";
-    return text;
-  };
-  const std::string expected = text_of(lead), found = text_of(shard);
+  const std::string expected = scalar_texts_.of(lead.scalars);
+  const std::string found = scalar_texts_.of(shard.scalars);
   if (expected != found)
     refuse("Ranks stand at different steps: files of two saves are mixed.", rank, quote(lead.name),
            expected, found);
@@ -313,11 +298,12 @@ int TensorMerge::merge_leaves(const TensorSplit& split, const std::string& name,
 
 void TensorMerge::add_replicas(const TensorSplit& split, int whole,
                                const std::vector<const Leaf*>& shards) {
-  const Leaf original = whole_.leaf(whole);
+  const std::string name = whole_.leaf(whole).name;
+  const DType dtype = whole_.leaf(whole).dtype;
   const auto partial = [&](const MapPiece& piece, size_t rank) {
-    Leaf leaf{.name = original.name,
+    Leaf leaf{.name = name,
               .state = rank_name(rank),
-              .dtype = original.dtype,
+              .dtype = dtype,
               .shape = piece.shape,
               .fragments = {}};
     int64_t at = 0;
@@ -432,7 +418,7 @@ void TensorMerge::merge_aliases() {
     Alias result{alias.name, alias.target, -1, alias.recorded};
     const ParameterState* target = whole_.find_parameter(alias.target);
     if (target != nullptr && alias.model_copy >= 0) {
-      const TensorSplit& split = whole_.splits[static_cast<size_t>(target->split)];
+      const TensorSplit& split = whole_.split_of(*target);
       std::vector<const Leaf*> shards;
       for (size_t t = 0; t < parts_.size(); ++t) {
         const std::vector<Alias>& others = parts_[t].state.aliases;
@@ -469,20 +455,12 @@ std::vector<FileFragment> compose(const TensorSplit& split,
 
 void merge_tensor_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
                         const TensorParallelInfo& info) {
-  const auto split_of = [&](const std::string& name,
-                            const std::vector<std::optional<Shape>>& shards) {
-    return info.split_of(name, shards);
-  };
-  TensorMerge(whole, parts, split_of).run();
+  TensorMerge(whole, parts, std::bind_front(&TensorParallelInfo::split_of, &info)).run();
 }
 
 void merge_expert_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
                         const ExpertInfo& experts) {
-  const auto split_of = [&](const std::string& name,
-                            const std::vector<std::optional<Shape>>& shards) {
-    return experts.split_of(name, shards);
-  };
-  TensorMerge(whole, parts, split_of).run_experts();
+  TensorMerge(whole, parts, std::bind_front(&ExpertInfo::split_of, &experts)).run_experts();
 }
 
 }  // namespace isoshard::checkpoint

@@ -112,7 +112,7 @@ class ModelWriter {
         fill.dtype = parameter.model_dtype;
         const int64_t offset = std::get<FlatShard>(buffer.layouts[i].placement).group_offset;
         target_.add_runs(&fill, buffer.parameters[i], tensor_,
-                         {model_leaf(parameter), 0, buffer.layouts[i].numel, offset});
+                         {target_.model_leaf(parameter), 0, buffer.layouts[i].numel, offset});
         places.emplace_back(buffer.parameters[i], offset);
       }
       const int storage = builder_.add_storage(std::move(fill));
@@ -122,15 +122,6 @@ class ModelWriter {
 
   int number_of(const ParameterState& parameter) const {
     return static_cast<int>(&parameter - state_.parameters.data());
-  }
-
-  // The copy in the model's dtype where one is stored, otherwise the master, which is cast.
-  int model_leaf(const ParameterState& parameter) {
-    if (parameter.model_copy >= 0) return parameter.model_copy;
-    if (state_.leaf(parameter.weight).dtype != parameter.model_dtype) {
-      target_.synthesised.insert("module: weights in the model's dtype, cast from the masters");
-    }
-    return parameter.weight;
   }
 
   NodeId parameter_tensor(const ParameterState& parameter) {
@@ -150,7 +141,7 @@ class ModelWriter {
                        .runs = {},
                        .copy = {},
                        .literal = {}};
-      target_.add_runs(&fill, number, tensor_, {model_leaf(parameter), 0, fill.numel, 0});
+      target_.add_runs(&fill, number, tensor_, {target_.model_leaf(parameter), 0, fill.numel, 0});
       spec = {.shape = shape, .storage = builder_.add_storage(std::move(fill))};
       // An empty shard stays the slice that it is of the whole tensor.
       if (numel(shape) == 0 && shape.size() == parameter.shape.size())
@@ -162,7 +153,7 @@ class ModelWriter {
   NodeId alias_tensor(const Alias& alias) {
     const ParameterState* parameter = state_.find_parameter(alias.target);
     if (!alias.recorded && target_.stage != 3) {  // saved with bytes of its own
-      const int leaf = alias.model_copy >= 0 ? alias.model_copy : model_leaf(*parameter);
+      const int leaf = alias.model_copy >= 0 ? alias.model_copy : target_.model_leaf(*parameter);
       return builder_.tensor(
           {.shape = parameter->shape, .storage = own_storage(leaf, parameter->model_dtype)});
     }

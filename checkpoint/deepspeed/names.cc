@@ -3,7 +3,10 @@
 
 #include <re2/re2.h>
 
+#include <charconv>
 #include <cstdio>
+#include <string_view>
+#include <system_error>
 
 namespace isoshard::checkpoint {
 namespace {
@@ -40,6 +43,17 @@ FileName parse_file_name(const std::string& name) {
     result.kind = Kind::kLayer;
   }
   return result;
+}
+
+std::optional<int64_t> layer_in_file_name(const std::string& name) {
+  constexpr std::string_view kPrefix = "layer_";
+  int64_t number = 0;
+  if (!name.starts_with(kPrefix) ||
+      std::from_chars(name.data() + kPrefix.size(), name.data() + name.size(), number).ec !=
+          std::errc() ||
+      number < 0)
+    return std::nullopt;
+  return number;
 }
 
 std::string model_file_name(int mp) { return "mp_rank_" + two_digits(mp) + "_model_states.pt"; }

@@ -5,6 +5,8 @@
 //   [bf16_|fp16_]zero_pp_rank_D_mp_rank_XX_optim_states.pt     stages 1, 2, 3
 #pragma once
 
+#include <cstdint>
+#include <optional>
 #include <string>
 
 namespace isoshard::checkpoint {
@@ -18,6 +20,9 @@ struct FileName {
 };
 
 FileName parse_file_name(const std::string& name);
+
+// The number behind "layer_": 3 for "layer_03-model_states.pt".
+std::optional<int64_t> layer_in_file_name(const std::string& name);
 
 std::string model_file_name(int mp);
 std::string model_file_name_of_rank(int dp, int mp);

@@ -2,11 +2,11 @@
 #include "checkpoint/deepspeed/pipeline.h"
 
 #include <algorithm>
-#include <charconv>
 #include <map>
 #include <optional>
 #include <unordered_map>
 
+#include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "core/error.h"
 
@@ -16,7 +16,7 @@ namespace {
 class StageUnion {
  public:
   StageUnion(ShardedState* whole, const std::vector<MpPart>& stages)
-      : whole_(*whole), stages_(stages) {}
+      : whole_(*whole), stages_(stages), scalar_texts_(*whole) {}
 
   void run() {
     const ShardedState& first = stages_[0].state;
@@ -38,6 +38,7 @@ class StageUnion {
 
   ShardedState& whole_;
   const std::vector<MpPart>& stages_;
+  ScalarTexts scalar_texts_;
   std::map<std::string, size_t> known_;  // number in whole_.parameters
   std::map<int, std::string> steps_;  // by group: numbers such as step, as the first stage has them
 };
@@ -101,9 +102,7 @@ void StageUnion::add(size_t stage) {
 // The same group of all stages stands at the same step.
 void StageUnion::check_step(size_t stage, const ParameterState& parameter) {
   if (parameter.group < 0) return;
-  std::string text;
-  for (const Scalar& scalar : parameter.scalars)
-    text += scalar.name + " " + scalar_text(whole_, scalar.value) + " ";
+  const std::string text = scalar_texts_.of(parameter.scalars);
   const auto [known, fresh] = steps_.emplace(parameter.group, text);
   if (fresh || known->second == text) return;
   throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
@@ -143,13 +142,6 @@ void StageUnion::add_again(size_t stage, const ParameterState& again, int leaf_s
   }
 }
 
-// The number in "layer_03-model_states.pt".
-std::string layer_number(const std::string& file) {
-  int64_t number = 0;
-  std::from_chars(file.data() + 6, file.data() + file.size(), number);
-  return std::to_string(number);
-}
-
 }  // namespace
 
 void join_stages(ShardedState* whole, const std::vector<MpPart>& stages) {
@@ -171,7 +163,8 @@ class LayerCopies {
 
   void add(int file) {
     const Fields fields(state_.document(file));
-    const std::string layer = layer_number(state_.files[static_cast<size_t>(file)].relative);
+    const std::string& path = state_.files[static_cast<size_t>(file)].relative;
+    const std::string layer = std::to_string(layer_in_file_name(path).value_or(0));
     for (const auto& [local, node] : fields.named(fields.root(), "layer"))
       add_tensor(fields, file, layer + "." + local, local, fields.tensor(node, local));
   }

@@ -116,6 +116,16 @@ std::string scalar_text(const ShardedState& state, NodeRef ref) {
   return buffer;
 }
 
+std::string ScalarTexts::of(const std::vector<Scalar>& scalars) {
+  std::string result;
+  for (const Scalar& scalar : scalars) {
+    std::string& text = texts_[{scalar.value.file, scalar.value.node}];
+    if (text.empty()) text = scalar_text(state_, scalar.value);
+    result += scalar.name + " " + text + " ";
+  }
+  return result;
+}
+
 void require_source(Storage& storage, const std::string& path, const std::string& tag) {
   // Opening says best what a path is that is neither: nothing, a pipe, a circle of links.
   if (!storage.is_directory(path)) {

@@ -2,8 +2,11 @@
 // payloads stay on the disk. Link 7 of the tensor's journey: read back, or refused with a reason.
 #pragma once
 
+#include <map>
 #include <set>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "checkpoint/deepspeed/model_states.h"
 #include "checkpoint/deepspeed/source.h"
@@ -45,5 +48,16 @@ std::vector<int> open_files(ShardedState* state, Storage& storage,
 // The value of a scalar as text: "3" for 3, 3.0 and tensor(3.); hexadecimal floats where not whole;
 // "None". Reads the payload of a 0-d tensor and checks its CRC.
 std::string scalar_text(const ShardedState& state, NodeRef value);
+
+// All scalars of a parameter as text. Parameters share few values: each is read once.
+class ScalarTexts {
+ public:
+  explicit ScalarTexts(const ShardedState& state) : state_(state) {}  // which outlives this
+  std::string of(const std::vector<Scalar>& scalars);                 // "step 3 "
+
+ private:
+  const ShardedState& state_;
+  std::map<std::pair<int, NodeId>, std::string> texts_;
+};
 
 }  // namespace isoshard::checkpoint

@@ -242,6 +242,13 @@ bool has_same_model_files(const ReshardTarget& target) {
          static_cast<int>(target.state.model_files.size()) == per_shard * target.topology.tensor;
 }
 
+int ReshardTarget::model_leaf(const ParameterState& parameter) {
+  if (parameter.model_copy >= 0) return parameter.model_copy;
+  if (state.leaf(parameter.weight).dtype != parameter.model_dtype)
+    synthesised.insert("module: weights in the model's dtype, cast from the masters");
+  return parameter.weight;
+}
+
 Shape ReshardTarget::shard_shape(int number, int shard) const {
   if (maps.empty() || maps[static_cast<size_t>(number)].ranks.empty())
     return parameter(number).shape;

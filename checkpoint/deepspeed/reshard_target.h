@@ -61,6 +61,8 @@ struct ReshardTarget {
   // Adds to `fill`, from element `at` on, elements [begin, begin + count) of that rank's shard of a
   // leaf of the parameter; padding rows of a vocabulary stay zero.
   void add_runs(StorageFill* fill, int number, int shard, const LeafRun& shard_run) const;
+  // The leaf of the copy in the model's dtype, or else of the master, which is cast.
+  int model_leaf(const ParameterState& parameter);
   bool is_expert(int number) const {
     const int group = parameter(number).group;
     return group >= 0 && !expert_groups.empty() && expert_groups[static_cast<size_t>(group)];

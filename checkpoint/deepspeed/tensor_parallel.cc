@@ -2,19 +2,11 @@
 #include "checkpoint/deepspeed/tensor_parallel.h"
 
 #include <algorithm>
-#include <numeric>
 
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
 namespace {
-
-std::string widths_text(const Widths& widths) {
-  std::string text;
-  for (const std::vector<int64_t>& sub : widths)
-    text += (text.empty() ? "" : ", ") + to_string(sub);
-  return text;
-}
 
 // Dimensions of the shard tensors; 0 if no rank names one.
 size_t dims_of(const std::vector<std::optional<Shape>>& shards) {
@@ -22,10 +14,6 @@ size_t dims_of(const std::vector<std::optional<Shape>>& shards) {
     if (shard) return shard->size();
   }
   return 0;
-}
-
-int64_t sum(const std::vector<int64_t>& numbers) {
-  return std::accumulate(numbers.begin(), numbers.end(), int64_t{0});
 }
 
 }  // namespace
@@ -224,7 +212,7 @@ TensorSplit TensorParallelInfo::by_lists(const std::string& name,
   }
   split.widths = {widths};
   if (split.kind == SplitKind::kTwoSubParams) split.widths.push_back(second);
-  for (const std::vector<int64_t>& sub : split.widths) whole[split.dim] += sum(sub);
+  for (const std::vector<int64_t>& sub : split.widths) whole[split.dim] += total_width(sub);
   split.map = split_map(whole, split.dim, split.widths);
   return split;
 }
@@ -254,7 +242,8 @@ Widths TensorParallelInfo::sub_widths(const SubParams& entry, const std::string&
     Shape expected;
     for (NodeId size : sizes) expected.push_back(fields_.integer(size, "shape"));
     for (size_t i = 0; fits && i < widths.size(); ++i) {
-      fits = static_cast<int64_t>(widths[i].size()) == ranks && sum(widths[i]) == expected[i];
+      fits =
+          static_cast<int64_t>(widths[i].size()) == ranks && total_width(widths[i]) == expected[i];
     }
     if (!fits)
       refuse("The recorded widths of a fused parameter do not add up (DeepSpeed: AssertionError).",
@@ -299,7 +288,7 @@ void TensorParallelInfo::cut_sub_params(const SubParams& entry, const std::strin
   for (size_t i = 0; i < shape.size(); ++i) {
     int64_t extent = 0;
     if (i == split->dim) {
-      for (const std::vector<int64_t>& sub : split->widths) extent += sum(sub);
+      for (const std::vector<int64_t>& sub : split->widths) extent += total_width(sub);
     } else {
       extent = fields_.integer(shape[i], "shape");
     }

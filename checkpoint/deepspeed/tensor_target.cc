@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <map>
-#include <numeric>
 #include <set>
 #include <tuple>
 
@@ -15,17 +14,6 @@ namespace isoshard::checkpoint {
 namespace {
 
 constexpr int64_t kMostHeads = 1024;
-
-int64_t sum(const std::vector<int64_t>& numbers) {
-  return std::accumulate(numbers.begin(), numbers.end(), int64_t{0});
-}
-
-std::string text_of(const Widths& widths) {
-  std::string text;
-  for (const std::vector<int64_t>& sub : widths)
-    text += (text.empty() ? "" : ", ") + to_string(sub);
-  return text;
-}
 
 // The module that DeepSpeed names when it cuts a parameter.
 std::string layer_of(const std::string& parameter) {
@@ -94,7 +82,7 @@ class TargetMaps {
 
  private:
   const TensorSplit& split_of(const ParameterState& parameter) const {
-    return state_.splits[static_cast<size_t>(parameter.split)];
+    return state_.split_of(parameter);
   }
 
   [[noreturn]] void refuse(ErrorCode code, const std::string& what, const std::string& name,
@@ -167,7 +155,7 @@ Widths TargetMaps::cut(const ParameterState& parameter, const TensorSplit& split
     return {split_widths(rule, shape[split.dim], ranks, layer)};
   Widths widths;
   for (const std::vector<int64_t>& sub : split.widths)
-    widths.push_back(split_widths(rule, sum(sub), ranks, layer));
+    widths.push_back(split_widths(rule, total_width(sub), ranks, layer));
   return widths;
 }
 
@@ -205,15 +193,15 @@ void TargetMaps::check_heads(int64_t heads) {
     if (predicted == split.widths) continue;
     Widths ceil;
     for (const std::vector<int64_t>& sub : split.widths)
-      ceil.push_back(ceil_widths(sum(sub), split.ranks()));
+      ceil.push_back(ceil_widths(total_width(sub), split.ranks()));
     const bool chunked = ceil == split.widths;
     refuse(ErrorCode::kMismatch,
            std::string("The rule for the target's widths does not give the source's own widths") +
                (chunked ? ": those are torch.chunk's, which AutoTP never writes." : "."),
            parameter->name,
-           text_of(predicted) + " (remainder first, " + std::to_string(heads) +
+           widths_text(predicted) + " (remainder first, " + std::to_string(heads) +
                " key-value heads, grain " + std::to_string(rule.grain) + ")",
-           text_of(split.widths) + (chunked ? " (ceil)" : ""),
+           widths_text(split.widths) + (chunked ? " (ceil)" : ""),
            "give the model's --num-kv-heads and --tp-grain-size; tp=1 needs neither");
   }
 }
@@ -227,12 +215,12 @@ void TargetMaps::check_division(int64_t heads) {
     if (split_widths(one, 2, 2, layer_of(parameter->name)) != std::vector<int64_t>{2, 0}) continue;
     layer = parameter;
     for (const std::vector<int64_t>& sub : split_of(*parameter).widths) {
-      if (sum(sub) % heads == 0) return;
+      if (total_width(sub) % heads == 0) return;
     }
   }
   if (layer == nullptr) return;
   refuse(ErrorCode::kUsage, "The number of key-value heads divides no layer of heads.", layer->name,
-         "a divisor of " + text_of(split_of(*layer).widths) + ", summed", std::to_string(heads),
+         "a divisor of " + widths_text(split_of(*layer).widths) + ", summed", std::to_string(heads),
          "give num_key_value_heads of the model's config.json");
 }
 
@@ -263,8 +251,8 @@ int64_t TargetMaps::choose_heads() {
                  " depend on the model's number of key-value heads, which no checkpoint records.",
              all[i]->name,
              "--num-kv-heads N (num_key_value_heads of the model's config.json; 0: none)",
-             text_of(first[i]) + " for " + std::to_string(first_heads) + ", " + text_of(widths[i]) +
-                 " for " + std::to_string(heads),
+             widths_text(first[i]) + " for " + std::to_string(first_heads) + ", " +
+                 widths_text(widths[i]) + " for " + std::to_string(heads),
              "give --num-kv-heads, or --model-config with the model's config.json");
     }
   }
@@ -315,7 +303,7 @@ void adopt_splits(ShardedState* state, const ShardedState& other) {
     if (match->shape != parameter.shape)
       refuse(parameter.name, to_string(parameter.shape), to_string(match->shape));
     parameter.split = static_cast<int>(state->splits.size());
-    state->splits.push_back(other.splits[static_cast<size_t>(match->split)]);
+    state->splits.push_back(other.split_of(*match));
     if (state->splits.back().sub_file >= 0)
       state->splits.back().sub_file = static_cast<int>(state->files.size());
   }

@@ -2,7 +2,6 @@
 #include "checkpoint/deepspeed/universal_blueprint.h"
 
 #include <algorithm>
-#include <numeric>
 #include <set>
 
 #include "checkpoint/deepspeed/experts.h"
@@ -59,14 +58,12 @@ class UniversalWriter {
     TorchBuilder builder;
     const int storage = add_leaf(&builder, number, leaf.dtype);
     Shape shape = bare ? Shape{leaf.size_elements()} : leaf.shape;
-    if (parameter.split >= 0)
-      shape = converted_shape(state_.splits[static_cast<size_t>(parameter.split)]);
+    if (parameter.split >= 0) shape = converted_shape(state_.split_of(parameter));
     const NodeId tensor =
         builder.tensor({.shape = shape, .storage = storage, .requires_grad = leaf.requires_grad});
     NodeId root = tensor;
     const bool expert =
-        parameter.split >= 0 &&
-        state_.splits[static_cast<size_t>(parameter.split)].kind == SplitKind::kExperts;
+        parameter.split >= 0 && state_.split_of(parameter).kind == SplitKind::kExperts;
     if (expert) {
       root = builder.dict({{"param", tensor},
                            {"cat_dim", builder.pickle.integer(0)},
@@ -77,7 +74,7 @@ class UniversalWriter {
       if (parameter.split < 0)
         entries.emplace_back("cat_dim", builder.pickle.integer(0));
       else
-        add_split_keys(state_.splits[static_cast<size_t>(parameter.split)], &builder, &entries);
+        add_split_keys(state_.split_of(parameter), &builder, &entries);
       entries.emplace_back("param", tensor);
       root = builder.dict(std::move(entries));
     }
@@ -110,7 +107,7 @@ class UniversalWriter {
         extents.push_back(pickle.integer(fields.integer(extent, "shape")));
       std::vector<NodeId> sizes;
       for (const std::vector<int64_t>& sub : split.widths)
-        sizes.push_back(pickle.integer(std::accumulate(sub.begin(), sub.end(), int64_t{0})));
+        sizes.push_back(pickle.integer(total_width(sub)));
       extents[split.dim] = pickle.tuple(std::move(sizes));
       written = pickle.tuple(std::move(extents));
     } else {

@@ -268,9 +268,7 @@ void UniversalReader::attach_states(ParameterState* parameter) {
   const std::string& name = parameter->name;
   const Shape& shape = parameter->shape;
   const bool bare_flat = stage3_ && parameter->split < 0;
-  const Shape stored = parameter->split < 0
-                           ? shape
-                           : converted_shape(state_.splits[static_cast<size_t>(parameter->split)]);
+  const Shape stored = parameter->split < 0 ? shape : converted_shape(state_.split_of(*parameter));
   const auto found = folders_.find(name);
   if (found == folders_.end() || found->second.count("fp32") == 0) {
     missing("A parameter's folder or its fp32.pt is missing.", "zero/" + name + "/fp32.pt",

@@ -112,6 +112,17 @@ nlohmann::json shared_hyper(const ShardedState& part) {
   CHECK(false, "no difference to tell");
 }
 
+[[noreturn]] void refuse_uncovered(const std::string& what, const std::string& file,
+                                   const std::string& entry, const std::string& found = "") {
+  throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                        .what = what,
+                        .file = file,
+                        .entry = entry,
+                        .expected = kCovered,
+                        .found = found,
+                        .next = kElsewhere});
+}
+
 class ZeroReader {
  public:
   ZeroReader(ShardedState* state, Storage& storage, const ReadOptions& options)
@@ -148,7 +159,7 @@ class ZeroReader {
   void check_mp_ranks(const ModelStates& model) const;
   void open_rank(int mp, int first, ShardedState* part);
   void read_rank(ShardedState* part, const ModelStates& model);
-  void check_experts(const ExpertInfo& experts, const ModelStates& model) const;
+  void check_experts(const ExpertInfo& experts) const;
   std::vector<MpPart> read_mp_ranks(int first);
   void read_parts(int first, const TensorParallelInfo& info);
   void read_stages(int first);
@@ -224,12 +235,12 @@ void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
 
 void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
   if (!inventory_.stage3() && !model.has_param_shapes) {
-    if (!inventory_.experts.empty()) check_experts(ExpertInfo(*part, model), model);
+    if (!inventory_.experts.empty()) check_experts(ExpertInfo(*part, model));
     read_zero0(part, model, options_, storage_);
     return;
   }
   const ExpertInfo experts(*part, model);
-  if (experts.present() || !inventory_.experts.empty()) check_experts(experts, model);
+  if (experts.present() || !inventory_.experts.empty()) check_experts(experts);
   if (inventory_.stage3()) {
     read_zero3(part, model);
     compare_ranks(part, model);
@@ -243,14 +254,9 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
   check_scalars(*part);
 }
 
-void ZeroReader::check_experts(const ExpertInfo& experts, const ModelStates& model) const {
+void ZeroReader::check_experts(const ExpertInfo& experts) const {
   const auto refuse = [&](const std::string& what, const std::string& entry) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = what,
-                          .file = state_.folder,
-                          .entry = entry,
-                          .expected = kCovered,
-                          .next = kElsewhere});
+    refuse_uncovered(what, state_.folder, entry);
   };
   if (!experts.present())
     refuse("Experts that the optimizer does not train (frozen) are not supported yet.",
@@ -260,12 +266,7 @@ void ZeroReader::check_experts(const ExpertInfo& experts, const ModelStates& mod
   if (inventory_.mp_ranks() > 1)
     refuse("Mixture-of-experts checkpoints with tensor-parallel ranks are not supported yet.",
            "num_experts");
-  bool native = false;
-  for (const NamedShapes& group : model.param_shapes) {
-    for (const auto& [name, shape] : group)
-      native = native || ExpertInfo::expert_number(name).has_value();
-  }
-  if (native && experts.autoep())
+  if (experts.native() && experts.autoep())
     refuse("Native MoE and AutoEP layers in one model are not supported yet.", "ds_autoep_layers");
 }
 
@@ -320,12 +321,7 @@ std::vector<MpPart> ZeroReader::read_mp_ranks(int first) {
 
 void ZeroReader::read_stages(int first) {
   const auto refuse = [&](const std::string& what, const std::string& found) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = what,
-                          .file = state_.folder,
-                          .expected = kCovered,
-                          .found = found,
-                          .next = kElsewhere});
+    refuse_uncovered(what, state_.folder, "", found);
   };
   if (state_.topology.tensor > 1)
     refuse("Pipeline stages with tensor-parallel ranks are not supported yet.",
@@ -366,13 +362,9 @@ void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
   }
   const std::vector<MpPart> parts = read_mp_ranks(first);
   for (const MpPart& part : parts) {
-    if (part.state.expert_layout == ExpertLayout::kNone) continue;
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = "Experts beside tensor-parallel patterns are not supported yet.",
-                          .file = state_.document(part.model.file).path(),
-                          .entry = "universal_checkpoint_info",
-                          .expected = kCovered,
-                          .next = kElsewhere});
+    if (part.state.expert_layout != ExpertLayout::kNone)
+      refuse_uncovered("Experts beside tensor-parallel patterns are not supported yet.",
+                       state_.document(part.model.file).path(), "universal_checkpoint_info");
   }
   merge_tensor_ranks(&state_, parts, info);
 }
