@@ -137,6 +137,7 @@ struct ShardedState {
   std::vector<std::string> inferred;      // "what: evidence"
   bool has_places = true;                 // leaves have their fragments
   bool partial = false;                   // select_names() has left something out
+  bool model_files_only = false;          // the optimizer's files were not opened, if there are any
 
   const TorchFile& document(int file) const { return *files[static_cast<size_t>(file)].torch; }
   Leaf& leaf(int number) { return leaves[static_cast<size_t>(number)]; }

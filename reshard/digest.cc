@@ -32,6 +32,8 @@ std::string state_text(const std::string& text) {
 
 std::string shape_text(const Shape& shape) { return nlohmann::json(shape).dump(); }
 
+constexpr const char* kNotOpened = "the optimizer's files were not opened";
+
 class Builder {
  public:
   Builder(const ShardedState& state, const std::vector<LeafCrc>& crcs)
@@ -128,6 +130,8 @@ class Builder {
     SectionDigest result{.section = "hyper", .hex = "", .absent = ""};
     if (state_.partial) {
       result.absent = "some names only were asked for";
+    } else if (state_.model_files_only) {
+      result.absent = kNotOpened;
     } else if (state_.flavour == Flavour::kWeights) {
       result.absent = "this format holds weights only";
     } else {
@@ -141,9 +145,10 @@ class Builder {
       if (lines_.count(section) == 0)
         digest->sections.push_back({.section = section, .hex = "", .absent = reason});
     };
-    absent("steps", weights          ? "this format holds weights only"
-                    : state_.stepped ? "the optimizer counts no steps"
-                                     : "the optimizer never stepped");
+    absent("steps", weights                   ? "this format holds weights only"
+                    : state_.model_files_only ? kNotOpened
+                    : state_.stepped          ? "the optimizer counts no steps"
+                                              : "the optimizer never stepped");
     absent("buffers", weights          ? "this format does not tell buffers from weights"
                       : state_.partial ? "none was asked for"
                                        : "the model has none");

@@ -3,6 +3,7 @@
 
     peer.py [--venv DIR] [--program PATH] [--versions 0.19.8,…] [--cases REGEX] [--out DIR]
     peer.py --report-only [--out DIR]
+    peer.py --export [--venv DIR] [--program PATH]
 
 Real engines in real processes (CPU, gloo, one process a rank) load what isoshard wrote from the
 checkpoints of traces/deepspeed. Each case becomes a line of OUT/results.jsonl, the last run of a
@@ -16,6 +17,9 @@ report says which cases are not there. Groups of facts:
     loader     where DeepSpeed itself is wrong, whatever it is given
     matrix     each recorded checkpoint through DeepSpeed's tools and through ours
     reading    what this version of DeepSpeed saves, converted by its tools and by ours
+
+--export asks the real transformers instead whether it loads what `isoshard export` wrote
+(scripts/peer_hf.py, in the same environment, with transformers installed).
 
 Without --venv an environment is made in build/peer/venv (5 GB, a few minutes). Further versions of
 DeepSpeed are laid over it (`pip install --target`) in the folder beside it. Not part of
@@ -39,6 +43,7 @@ import peer_report
 from peer_tools import RECORDINGS, REFERENCE, ROOT, Peer
 
 VERSIONS = (REFERENCE, "0.18.9", "0.16.9")
+TRANSFORMERS = "transformers==5.6.2"
 PINS = "torch==2.13.0 numpy packaging psutil ninja setuptools wheel".split()
 
 
@@ -97,6 +102,14 @@ def make_environment(folder):
     return python
 
 
+def export(options):
+    python = os.path.abspath(make_environment(options.venv))
+    if subprocess.call([python, "-c", "import transformers"], stderr=subprocess.DEVNULL):
+        subprocess.check_call([python, "-m", "pip", "install", "--quiet", TRANSFORMERS])
+    return subprocess.call([python, os.path.join(ROOT, "scripts", "peer_hf.py"), "--program",
+                            os.path.abspath(options.program)])
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -110,7 +123,10 @@ def main(arguments):
     parser.add_argument("--out", default=os.path.join(build, "peer", "out"))
     parser.add_argument("--keep", action="store_true", help="keep every folder that was written")
     parser.add_argument("--report-only", action="store_true")
+    parser.add_argument("--export", action="store_true", help="only what transformers loads")
     options = parser.parse_args(arguments)
+    if options.export:
+        return export(options)
     options.out, versions = os.path.abspath(options.out), options.versions.split(",")
     os.makedirs(options.out, exist_ok=True)
     path = os.path.join(options.out, "results.jsonl")

@@ -105,8 +105,9 @@ const char* kHelp = R"(isoshard: the same state, whatever the shards
   isoshard convert SOURCE TARGET --to universal|fp32
 
   isoshard reshard SOURCE TARGET --to dp=4[,sp=,tp=,ep=,stage=]
+  isoshard export SOURCE TARGET    a folder that from_pretrained loads
   isoshard show SOURCE NAME        one tensor: values, and which bytes of which file hold them
-  isoshard plan convert|reshard …  transfers, bytes, files, memory, before any work
+  isoshard plan convert …          or reshard, export: bytes, files, memory, before any work
   isoshard ds_to_universal …       and zero_to_fp32 …: with DeepSpeed's own flags
 
 SOURCE: a save folder with latest, a tag folder, a universal folder, a Trainer checkpoint-N, or an

@@ -128,6 +128,17 @@ void read_zero12_experts(ShardedState* state, const ModelStates& model, const Ex
   }
 }
 
+void refuse_missing_expert(const ShardedState& state, const std::string& name, size_t files) {
+  throw Error(
+      ErrorInfo{.code = ErrorCode::kIncomplete,
+                .what = "An expert's file is missing (DeepSpeed: FileNotFoundError).",
+                .file = state.folder,
+                .entry = quote(name),
+                .expected = "layer_<L>_expert_<X>_mp_rank_00_model_states.pt that holds it",
+                .found = std::to_string(files) + " expert files without it",
+                .next = "bring it from the node that wrote it, or use an older checkpoint"});
+}
+
 void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
                        const std::vector<int>& files) {
   std::map<std::string, std::pair<int, TensorView>> tensors;
@@ -139,16 +150,6 @@ void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
         f.fail("Two files hold the same expert.", quote(name), "one", "two");
     }
   }
-  const auto missing = [&](const std::string& name) {
-    throw Error(
-        ErrorInfo{.code = ErrorCode::kIncomplete,
-                  .what = "An expert's file is missing (DeepSpeed: FileNotFoundError).",
-                  .file = state->folder,
-                  .entry = quote(name),
-                  .expected = "layer_<L>_expert_<X>_mp_rank_00_model_states.pt that holds it",
-                  .found = std::to_string(files.size()) + " expert files without it",
-                  .next = "bring it from the node that wrote it, or use an older checkpoint"});
-  };
   std::vector<ParameterState> parameters = state->parameters;
   for (ParameterState& parameter : parameters) {
     const ExpertLayer* layer = experts.layer_of(parameter.name);
@@ -160,7 +161,7 @@ void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
       const std::string name =
           layer == nullptr ? parameter.name : parameter.name + "." + std::to_string(id);
       const auto found = tensors.find(name);
-      if (found == tensors.end()) missing(name);
+      if (found == tensors.end()) refuse_missing_expert(*state, name, files.size());
       const auto& [file, view] = found->second;
       const Fields f(state->document(file));
       if (numel(view.shape) != size)

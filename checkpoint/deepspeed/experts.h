@@ -82,6 +82,10 @@ NodeId autoep_layers(const Fields& fields, NodeId holder);
 // rank by rank and joined. The dense groups are read by read_zero12 into `state`.
 void read_zero12_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts);
 
+// Throws Error(kIncomplete): none of `files` expert files holds the tensor.
+[[noreturn]] void refuse_missing_expert(const ShardedState& state, const std::string& name,
+                                        size_t files);
+
 // The per-expert files (open, by number in the state's files): copies in the model's dtype.
 void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
                        const std::vector<int>& files);

@@ -334,6 +334,16 @@ void TensorMerge::add_replicas(const TensorSplit& split, int whole,
 
 int TensorMerge::add_mean(const TensorSplit& split, Leaf leaf,
                           const std::vector<const Leaf*>& shards) {
+  if (whole_.model_files_only) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "A parameter is the mean of its ranks' own values: the model "
+                                  "files hold no value for all.",
+                          .file = whole_.document(parts_[0].model.file).path(),
+                          .entry = quote(leaf.name),
+                          .expected = "the optimizer's masters",
+                          .found = "model files alone",
+                          .next = "take the mean of the masters: export --dtype fp32"});
+  }
   if (leaf.dtype != DType::kFloat32)
     refuse("The mean of an averaged parameter is taken in float32 only.", 0, quote(leaf.name),
            "float32", isoshard::name(leaf.dtype));

@@ -20,7 +20,10 @@ struct ReadOptions {
   std::string param_order;     // --param-order FILE, stage 0 only
   bool allow_renamed = false;  // accept a file whose archive prefix names another file
   int workers = 2;
-  bool prove = true;   // stage 0: read payloads to prove an inferred mapping (inspect does not)
+  bool prove = true;  // stage 0: read payloads to prove an inferred mapping (inspect does not)
+  // Stages 0 to 2: optimizer files stay closed; every parameter is its copy in the model's dtype,
+  // and frozen. No meaning at stage 3, where the masters are the only weights, and in other forms.
+  bool model_files_only = false;
   bool places = true;  // where each element lies; inspect does without it at stage 3
 };
 

@@ -27,6 +27,11 @@ DType output_dtype(DType dtype, bool integers_too) {
   return is_floating(dtype) || integers_too ? DType::kFloat32 : dtype;
 }
 
+// What a tensor that lies there as `stored`, and in the model as `model`, is written as.
+DType entry_dtype(DType stored, DType model, bool integers_too, const WeightsOptions& options) {
+  return options.model_dtype ? model : output_dtype(stored, integers_too);
+}
+
 std::vector<Entry> entries_of(const ShardedState& state, const WeightsOptions& options) {
   std::vector<Entry> result;
   const auto add = [&](const std::string& name, int leaf, DType dtype, bool grad) {
@@ -34,19 +39,21 @@ std::vector<Entry> entries_of(const ShardedState& state, const WeightsOptions& o
     result.push_back({name, leaf, dtype, grad, "", bytes});
   };
   for (const BufferState& buffer : state.buffers) {
-    add(buffer.name, buffer.leaf,
-        output_dtype(state.leaf(buffer.leaf).dtype, options.buffers_in_fp32), false);
+    const DType stored = state.leaf(buffer.leaf).dtype;
+    add(buffer.name, buffer.leaf, entry_dtype(stored, stored, options.buffers_in_fp32, options),
+        false);
   }
   for (const ParameterState& parameter : state.parameters) {
     if (parameter.group >= 0 || options.exclude_frozen) continue;
     const DType stored = state.leaf(parameter.weight).dtype;
     add(parameter.name, parameter.weight,
-        options.frozen_keep_dtype ? stored : output_dtype(stored, false), false);
+        options.frozen_keep_dtype ? stored : entry_dtype(stored, stored, false, options), false);
   }
   for (const GroupState& group : state.groups) {
     for (int number : group.flat_order) {
       const ParameterState& parameter = state.parameters[static_cast<size_t>(number)];
-      add(parameter.name, parameter.weight, output_dtype(state.leaf(parameter.weight).dtype, false),
+      add(parameter.name, parameter.weight,
+          entry_dtype(state.leaf(parameter.weight).dtype, parameter.model_dtype, false, options),
           true);
     }
   }

@@ -15,6 +15,7 @@ struct WeightsOptions {
   bool safetensors = true;
   int64_t max_shard_bytes = 5'000'000'000;  // 0: one file
   bool exclude_frozen = false;
+  bool model_dtype = false;        // every tensor in the model's dtype, and not in fp32
   bool buffers_in_fp32 = false;    // integers and booleans too (DeepSpeed ≤ 0.16.9)
   bool frozen_keep_dtype = false;  // DeepSpeed ≤ 0.16.9
   bool ordered_dict = false;       // DeepSpeed 0.14.5

@@ -111,6 +111,7 @@ void Zero0Reader::run() {
   state_.stage = 0;
   read_module();
   const NodeId optimizer = fields_.maybe(fields_.root(), "optimizer");
+  if (options_.model_files_only) return add_frozen();
   if (optimizer == kNoNode) {
     state_.notices.push_back("the file holds no optimizer: every parameter is taken as frozen");
   } else {

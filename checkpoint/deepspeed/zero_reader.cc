@@ -8,6 +8,7 @@
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/inventory.h"
 #include "checkpoint/deepspeed/merge.h"
+#include "checkpoint/deepspeed/module_weights.h"
 #include "checkpoint/deepspeed/pipeline.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/zero_files.h"
@@ -132,6 +133,7 @@ class ZeroReader {
         inventory_(take_inventory(storage, state->folder)) {}
 
   void run() {
+    state_.model_files_only = closed();
     tell_others();
     const int first = open_files(&state_, storage_, {inventory_.first_model()}, options_)[0];
     const ModelStates model = with_degrees(read_model_states(state_, first));
@@ -157,7 +159,10 @@ class ZeroReader {
   void tell_others();
   ModelStates with_degrees(ModelStates model) const;
   void check_mp_ranks(const ModelStates& model) const;
+  // The optimizer's files are not opened.
+  bool closed() const { return options_.model_files_only && !inventory_.stage3(); }
   void open_rank(int mp, int first, ShardedState* part);
+  void read_module(ShardedState* part, const ModelStates& model, const ExpertInfo& experts);
   void read_rank(ShardedState* part, const ModelStates& model);
   void check_experts(const ExpertInfo& experts) const;
   std::vector<MpPart> read_mp_ranks(int first);
@@ -198,7 +203,7 @@ void ZeroReader::check_mp_ranks(const ModelStates& model) const {
   for (const auto& [mp, ranks] : inventory_.model_of_rank) firsts[mp] = ranks.begin()->second;
   for (const auto& [mp, ranks] : inventory_.optim) optims[mp] = ranks.begin()->second;
   complete(firsts, expected, state_.folder, "model");
-  if (model.has_param_shapes) complete(optims, expected, state_.folder, "optimizer");
+  if (model.has_param_shapes && !closed()) complete(optims, expected, state_.folder, "optimizer");
 }
 
 // Opens the files of one mp rank; `first` is its first model file, or −1 if that is not open yet.
@@ -216,7 +221,7 @@ void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
   }
   for (int file : open_files(part, storage_, models, options_)) part->model_files.push_back(file);
   const auto optim = inventory_.optim.find(mp);
-  if (optim == inventory_.optim.end()) return;
+  if (optim == inventory_.optim.end() || closed()) return;
   const Fields fields(part->document(part->model_files[0]));
   if (fields.maybe(fields.root(), "param_shapes") == kNoNode) {
     throw Error(ErrorInfo{
@@ -241,6 +246,7 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
   }
   const ExpertInfo experts(*part, model);
   if (experts.present() || !inventory_.experts.empty()) check_experts(experts);
+  if (closed()) return read_module(part, model, experts);
   if (inventory_.stage3()) {
     read_zero3(part, model);
     compare_ranks(part, model);
@@ -252,6 +258,22 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
   }
   add_module_entries(part, experts.with_router_aliases(*part, model));
   check_scalars(*part);
+}
+
+void ZeroReader::read_module(ShardedState* part, const ModelStates& model,
+                             const ExpertInfo& experts) {
+  part->flavour = Flavour::kZero12;
+  part->stage =
+      static_cast<int>(zero_option(Fields(part->document(model.file)), model.config, "stage", 1));
+  const std::vector<int> files = open_files(part, storage_, inventory_.experts, options_);
+  if (experts.present()) {
+    part->expert_layout = experts.autoep() ? ExpertLayout::kAutoEp : ExpertLayout::kNative;
+    if (experts.autoep()) part->topology.expert = static_cast<int>(experts.layers()[0].ep_size);
+  }
+  list_parameters(part, model, experts, files);
+  if (experts.present()) add_expert_copies(part, experts, files);
+  add_module_entries(part, experts.with_router_aliases(*part, model));
+  promote_copies(part);
 }
 
 void ZeroReader::check_experts(const ExpertInfo& experts) const {
@@ -326,7 +348,7 @@ void ZeroReader::read_stages(int first) {
   if (state_.topology.tensor > 1)
     refuse("Pipeline stages with tensor-parallel ranks are not supported yet.",
            "tp=" + std::to_string(state_.topology.tensor));
-  if (inventory_.stage3() || inventory_.optim.empty())
+  if (inventory_.stage3() || (inventory_.optim.empty() && !closed()))
     refuse("Pipelines are supported at stages 1 and 2 only.",
            inventory_.stage3() ? "stage 3" : "no optimizer files");
   const std::vector<MpPart> stages = read_mp_ranks(first);
@@ -335,8 +357,10 @@ void ZeroReader::read_stages(int first) {
   for (const MpPart& stage : stages)
     buffers.insert(stage.model.buffer_names.begin(), stage.model.buffer_names.end());
   add_layer_copies(&state_, buffers, open_files(&state_, storage_, inventory_.layers, options_));
+  promote_copies(&state_);
   for (const ParameterState& parameter : state_.parameters) {
-    if (parameter.group < 0 || parameter.model_copy >= 0) continue;
+    const bool frozen = parameter.group < 0;
+    if ((frozen ? parameter.weight : parameter.model_copy) >= 0) continue;
     throw Error(
         ErrorInfo{.code = ErrorCode::kIncomplete,
                   .what = "The checkpoint is incomplete: a layer's file is missing.",

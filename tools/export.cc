@@ -1,0 +1,202 @@
+// isoshard export: a folder that from_pretrained loads, proven equal to the checkpoint's weights.
+#include <set>
+
+#include "checkpoint/deepspeed/hf_experts.h"
+#include "checkpoint/deepspeed/side_files.h"
+#include "checkpoint/deepspeed/weights_blueprint.h"
+#include "core/error.h"
+#include "tools/conversion.h"
+#include "tools/session.h"
+
+namespace isoshard::tools {
+namespace {
+
+using checkpoint::ShardedState;
+
+struct ExportFlags {
+  std::string source, target, to = "hf", dtype = "model", config, max_shard_size = "5GB";
+  bool no_config = false;
+  ConversionFlags common;
+};
+
+[[noreturn]] void refuse(const std::string& what, const std::string& file, const std::string& found,
+                         const std::string& next) {
+  throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                        .what = what,
+                        .file = file,
+                        .found = found,
+                        .safe = "nothing was written",
+                        .next = next});
+}
+
+// Names that no model of Hugging Face has: from_pretrained would leave such weights at random.
+void refuse_foreign_names(const ShardedState& state) {
+  const std::string next = "isoshard convert --to fp32 writes them under DeepSpeed's names";
+  if (state.topology.pipeline > 1)
+    refuse("A pipeline names its parameters by layer number, not as the model does.", state.folder,
+           quote(state.parameters[0].name), next);
+}
+
+// The name of a tied output embedding; empty if there is none.
+std::string tied_head(const ShardedState& state) {
+  for (const checkpoint::Alias& alias : state.aliases) {
+    for (const std::string& name : {alias.name, alias.target}) {
+      if (name.find("lm_head") != std::string::npos || name.find("embed_out") != std::string::npos)
+        return name;
+    }
+  }
+  return "";
+}
+
+void check_ties(const ShardedState& state, const nlohmann::json& config,
+                const std::string& folder) {
+  const std::string head = tied_head(state);
+  const auto says = [](const nlohmann::json& holder, bool value) {
+    const auto found = holder.find("tie_word_embeddings");
+    return found != holder.end() && found->is_boolean() && found->get<bool>() == value;
+  };
+  const nlohmann::json text = config.value("text_config", nlohmann::json::object());
+  if (head.empty() || !says(config, false) || (text.is_object() && says(text, true))) return;
+  refuse(
+      "The checkpoint ties the output embedding, and config.json says that it is not tied: "
+      "from_pretrained would leave it at random.",
+      checkpoint::join(folder, "config.json"), quote(head) + ", tie_word_embeddings false",
+      "name a folder with the config of the model that was trained (--config)");
+}
+
+// The model's config and the folder it lies in; both empty with --no-config.
+struct ModelFolder {
+  std::string path;
+  nlohmann::json config;
+};
+
+ModelFolder find_model(Session* session, const ExportFlags& flags, const ShardedState& state) {
+  if (flags.no_config) return {};
+  std::string folder = flags.config;
+  if (folder.empty()) folder = checkpoint::folder_of_config(session->storage, state);
+  if (folder.empty()) folder = checkpoint::parent_folder(state.folder);
+  return {folder, checkpoint::read_model_config(session->storage, folder)};
+}
+
+std::string text_of(const nlohmann::json& config, const char* key) {
+  const bool there = config.is_object() && config.contains(key) && config[key].is_string();
+  return there ? config[key].get<std::string>() : "";
+}
+
+// What is no weight, under the names it has.
+std::vector<checkpoint::FileBlueprint> side_blueprints(Session* session, const ExportFlags& flags,
+                                                       const ModelFolder& model,
+                                                       ShardedState* state,
+                                                       nlohmann::json* certificate) {
+  check_ties(*state, model.config, model.path);
+  const std::vector<std::string> names =
+      checkpoint::side_files(session->storage, model.path, model.config);
+  std::string list;
+  for (const std::string& name : names) {
+    list += (list.empty() ? "" : ", ") + name;
+    (*certificate)["carried"].push_back(name);
+  }
+  session->say("carried      " + list);
+  const char* key = model.config.contains("dtype") ? "dtype" : "torch_dtype";
+  const std::string recorded = text_of(model.config, key);
+  if (flags.dtype == "fp32" && !recorded.empty() && recorded != "float32") {
+    session->notice("notice: config.json says " + std::string(key) + " " + quote(recorded) +
+                    ": from_pretrained casts to it unless it is given dtype=torch.float32");
+  }
+  return checkpoint::copy_side_files(state, session->storage, model.path, names);
+}
+
+void tell_files(Session* session, const ShardedState& state, const ExportFlags& flags,
+                nlohmann::json* certificate) {
+  const bool optimizer = !state.optim_files.empty();
+  const std::string text =
+      std::to_string(state.files.size()) + " files opened, " +
+      std::to_string(state.optim_files.size()) + " of the optimizer" +
+      (optimizer && flags.dtype == "model" ? ", which holds the only weights there are" : "");
+  session->say("source       " + text);
+  (*certificate)["source"]["files_opened"] = state.files.size();
+  (*certificate)["source"]["optimizer_files_opened"] = state.optim_files.size();
+  if (!optimizer)
+    (*certificate)["source"]["weights"] =
+        "the model's own copies, in its dtype; not compared with "
+        "the optimizer's masters";
+}
+
+// "bfloat16", or several.
+std::string dtypes_of(const std::vector<checkpoint::FileBlueprint>& files) {
+  std::set<std::string> names;
+  for (const checkpoint::FileBlueprint& file : files) {
+    for (const checkpoint::StorageFill& fill : file.storages) names.insert(name(fill.dtype));
+  }
+  std::string text;
+  for (const std::string& name : names) text += (text.empty() ? "" : ", ") + name;
+  return text;
+}
+
+void run_export(Session* session, const ExportFlags& flags) {
+  if (flags.no_config && !flags.config.empty())
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "--config and --no-config contradict each other."});
+  refuse_overlap(session, flags.source, flags.target);
+  session->read.model_files_only = flags.dtype == "model";
+  ShardedState state = open_to_convert(session, flags.source, flags.common);
+  refuse_foreign_names(state);
+  const ModelFolder model = find_model(session, flags, state);
+  nlohmann::json certificate = source_certificate(state, flags.source);
+  reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
+  refuse_unfinished(session, state.folder, flags.common.force, &options);
+  tell_files(session, state, flags, &certificate);
+  if (state.expert_layout == checkpoint::ExpertLayout::kAutoEp) {
+    const std::vector<std::string> renamed =
+        checkpoint::name_experts_for_hf(&state, text_of(model.config, "model_type"));
+    session->say("renamed      " + std::to_string(renamed.size()) +
+                 " tensors of AutoEP layers, as the certificate lists");
+    for (const std::string& text : renamed) certificate["renamed"].push_back(text);
+  }
+  checkpoint::TargetFiles made = checkpoint::weights_blueprints(
+      state, {.max_shard_bytes = checkpoint::parse_size(flags.max_shard_size),
+              .model_dtype = flags.dtype == "model"});
+  const std::string dtypes = dtypes_of(made.files);
+  session->say("weights      " + dtypes);
+  for (const std::string& text : made.skipped) certificate["skipped"].push_back(text);
+  certificate["target"]["format"] = "Hugging Face model folder, " + dtypes;
+  options.weights_only = true;
+  certificate["buffers"] = nlohmann::json::array();
+  for (const checkpoint::BufferState& buffer : state.buffers)
+    certificate["buffers"].push_back(buffer.name);
+  if (!flags.no_config) {
+    std::vector<checkpoint::FileBlueprint> side =
+        side_blueprints(session, flags, model, &state, &certificate);
+    made.files.insert(made.files.end(), std::make_move_iterator(side.begin()),
+                      std::make_move_iterator(side.end()));
+  }
+  options.certificate = std::move(certificate);
+  finish_conversion(session, state, std::move(made.files), flags.common, &options);
+}
+
+}  // namespace
+
+void add_export(CLI::App* app, Session* session) {
+  auto flags = std::make_shared<ExportFlags>();
+  CLI::App* verb =
+      app->add_subcommand("export", "The model's weights as a folder that from_pretrained loads");
+  verb->add_option("SOURCE", flags->source)->required();
+  verb->add_option("TARGET", flags->target, "A folder")->required();
+  verb->add_option("--to", flags->to)->check(CLI::IsMember({"hf"}))->capture_default_str();
+  verb->add_option("--dtype", flags->dtype,
+                   "model: as the model computes, at stages 0 to 2 without opening the optimizer's "
+                   "files; fp32: the masters")
+      ->check(CLI::IsMember({"model", "fp32"}))
+      ->capture_default_str();
+  verb->add_option("--config", flags->config,
+                   "Folder with config.json and the tokenizer's files (default: beside the tag "
+                   "folder, then in it)");
+  verb->add_flag("--no-config", flags->no_config, "Weights alone");
+  verb->add_option("--max-shard-size", flags->max_shard_size, "Size of one file")
+      ->capture_default_str();
+  add_conversion_flags(verb, &flags->common);
+  add_source_flags(verb, session);
+  verb->callback([session, flags] { run_export(session, *flags); });
+}
+
+}  // namespace isoshard::tools
