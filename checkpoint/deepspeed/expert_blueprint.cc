@@ -11,12 +11,13 @@
 namespace isoshard::checkpoint {
 namespace {
 
-// ds_autoep_layers as rank 0 of the target writes it: the source's entries, what depends on the
+// ds_autoep_layers as a rank of the target writes it: the source's entries, what depends on the
 // topology made anew.
 class LayerWriter {
  public:
-  LayerWriter(TorchBuilder* builder, const ReshardTarget& target)
-      : builder_(*builder),
+  LayerWriter(TorchBuilder* builder, const ReshardTarget& target, int zero)
+      : zero_(zero),
+        builder_(*builder),
         pickle_(builder->pickle),
         target_(target),
         file_(target.model_file()),
@@ -40,12 +41,29 @@ class LayerWriter {
     copy.set_if_present("expert_placement", placement(layer.experts, local));
     copy.set_if_present("affine_maps", maps(layer));
     copy.set_if_present("ep_group_name", pickle_.string("ep_size_" + std::to_string(ranks)));
-    copy.set_if_present("ep_rank", pickle_.integer(0));
-    copy.set_if_present("expert_data_parallel_rank", pickle_.integer(0));
+    const auto [expert_rank, replica] = place();
+    const bool stage3 = target_.stage == 3;
+    if (stage3 || target_.state.stage == 3) {
+      copy.set("checkpoint_format",
+               pickle_.string(stage3 ? "zero3_partitioned" : "per_expert_files"));
+      copy.set("checkpoint_format_version", stage3 ? pickle_.integer(1) : pickle_.none());
+    }
+    copy.set_if_present("ep_rank", pickle_.integer(expert_rank));
+    copy.set_if_present("expert_data_parallel_rank", pickle_.integer(replica));
     copy.set_if_present("expert_data_parallel_world_size", pickle_.integer(target_.ranks / ranks));
-    copy.set_if_present("global_expert_start", pickle_.integer(0));
-    copy.set_if_present("global_expert_end", pickle_.integer(local));
+    copy.set_if_present("global_expert_start", pickle_.integer(expert_rank * local));
+    copy.set_if_present("global_expert_end", pickle_.integer((expert_rank + 1) * local));
     return copy.finish();
+  }
+
+  // Expert-parallel rank, and rank in its partition group.
+  std::pair<int64_t, int64_t> place() const {
+    for (size_t e = 0; e < target_.expert_partitions.size(); ++e) {
+      const std::vector<int>& members = target_.expert_partitions[e];
+      const auto found = std::find(members.begin(), members.end(), zero_);
+      if (found != members.end()) return {static_cast<int64_t>(e), found - members.begin()};
+    }
+    return {0, 0};
   }
 
   NodeId placement(int64_t experts, int64_t local) {
@@ -75,6 +93,7 @@ class LayerWriter {
         {{"version", pickle_.integer(1)}, {"params", builder_.dict(std::move(params))}});
   }
 
+  int zero_;  // rank in the partition group of the dense parameters
   TorchBuilder& builder_;
   Pickle& pickle_;
   const ReshardTarget& target_;
@@ -125,12 +144,13 @@ int64_t layer_number(const ShardedState& state, const ParameterState& parameter,
 
 }  // namespace
 
-void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, MappingCopy* root) {
+void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int zero,
+                        MappingCopy* root) {
   if (target.state.expert_layout != ExpertLayout::kAutoEp) return;
   const int file = target.model_file();
   const Fields fields(target.state.document(file));
   Pickle& pickle = builder->pickle;
-  LayerWriter layers(builder, target);
+  LayerWriter layers(builder, target, zero);
   const bool old_key = fields.maybe(fields.root(), "ds_autoep_layers") == kNoNode;
   root->set(old_key ? "autoep_layers" : "ds_autoep_layers", layers.list());
   const NodeId info = fields.maybe(fields.root(), "universal_checkpoint_info");

@@ -14,6 +14,11 @@ namespace {
 int64_t partition_count(const ShardedState& state, size_t group) {
   const Fields f(state.document(state.optim_files[0]));
   const NodeId optimizer = f.need(f.root(), "optimizer_state_dict");
+  if (state.stage == 3) {
+    const NodeId entry = partition_group(f, optimizer, static_cast<int64_t>(group));
+    const NodeId holder = entry == kNoNode ? optimizer : entry;
+    return f.integer(f.need(holder, "partition_count"), "partition_count");
+  }
   const std::vector<NodeId>& counts =
       f.list(f.need(optimizer, "partition_count"), "partition_count");
   if (group >= counts.size())
@@ -83,9 +88,39 @@ void refuse_round_robin(const ShardedState& state, const ModelStates& model) {
                         .next = "save again with round_robin_gradients off"});
 }
 
+// At stage 3 every rank's model file says which expert-parallel rank it is, and which replica.
+void check_expert_ranks(const ShardedState& state, int expert_rank,
+                        const std::vector<int>& members) {
+  for (size_t replica = 0; replica < members.size(); ++replica) {
+    const int file = state.model_files[static_cast<size_t>(members[replica])];
+    const Fields f(state.document(file));
+    const std::vector<NodeId>& layers = f.list(autoep_layers(f, f.root()), "ds_autoep_layers");
+    for (NodeId layer : layers) {
+      const auto check = [&](const char* key, int64_t expected) {
+        const int64_t found = f.integer(f.need(layer, key), key);
+        if (found != expected)
+          f.fail(
+              "A rank's experts are not those of its place among the ranks (DeepSpeed: "
+              "RuntimeError).",
+              key, std::to_string(expected), std::to_string(found));
+      };
+      check("ep_rank", expert_rank);
+      check("expert_data_parallel_rank", static_cast<int64_t>(replica));
+      check("expert_data_parallel_world_size", static_cast<int64_t>(members.size()));
+      if (f.text(f.need(layer, "checkpoint_format"), "checkpoint_format") != "zero3_partitioned" ||
+          f.integer(f.need(layer, "checkpoint_format_version"), "checkpoint_format_version") != 1)
+        f.fail(
+            "AutoEP at stage 3 in another format than the partition-native one (DeepSpeed: "
+            "NotImplementedError).",
+            "checkpoint_format", "zero3_partitioned, version 1", "another");
+    }
+  }
+}
+
 }  // namespace
 
-void read_zero12_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts) {
+void read_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,
+                  bool stage3) {
   state->expert_layout = experts.autoep() ? ExpertLayout::kAutoEp : ExpertLayout::kNative;
   GroupMask dense(model.param_shapes.size(), false), expert(dense);
   size_t last = 0;
@@ -98,7 +133,10 @@ void read_zero12_experts(ShardedState* state, const ModelStates& model, const Ex
                 "group " + std::to_string(g));
     if (expert[g]) last = g;
   }
-  read_zero12(state, model, dense);
+  if (stage3)
+    read_zero3(state, model, dense);
+  else
+    read_zero12(state, model, dense);
   refuse_round_robin(*state, model);
   if (std::none_of(expert.begin(), expert.end(), [](bool e) { return e; })) return;
   const int dp = static_cast<int>(state->optim_files.size());
@@ -110,15 +148,20 @@ void read_zero12_experts(ShardedState* state, const ModelStates& model, const Ex
     part.state.folder = state->folder;
     part.state.topology = state->topology;
     part.state.has_places = state->has_places;
-    for (int member : experts.partition_ranks(rank, ranks, dp))
+    const std::vector<int> members = experts.partition_ranks(rank, ranks, dp);
+    if (stage3) check_expert_ranks(*state, rank, members);
+    for (int member : members)
       part.state.optim_files.push_back(state->optim_files[static_cast<size_t>(member)]);
     part.state.files = std::move(state->files);
-    read_zero12(&part.state, model, expert);
+    if (stage3)
+      read_zero3_part(&part.state, model, expert, members);
+    else
+      read_zero12(&part.state, model, expert);
     state->files = std::move(part.state.files);
     if (!experts.autoep()) name_globally(&part.state, rank);
     parts.push_back(std::move(part));
   }
-  for (size_t g = 0; g < expert.size(); ++g) {
+  for (size_t g = 0; g < expert.size() && !stage3; ++g) {  // at stage 3 sub-groups are counted
     if (expert[g]) state->groups[g].hyper = parts[0].state.groups[g].hyper;
   }
   if (experts.autoep()) {
@@ -137,6 +180,22 @@ void refuse_missing_expert(const ShardedState& state, const std::string& name, s
                 .expected = "layer_<L>_expert_<X>_mp_rank_00_model_states.pt that holds it",
                 .found = std::to_string(files) + " expert files without it",
                 .next = "bring it from the node that wrote it, or use an older checkpoint"});
+}
+
+void give_expert_dtype(ShardedState* state, const ModelStates& model, const ExpertInfo& experts) {
+  const Fields fields(state->document(model.file));
+  std::optional<DType> dtype;
+  for (const auto& [name, node] : model.module) {
+    const ParameterState* parameter = state->find_parameter(name);
+    if (!dtype && parameter != nullptr && parameter->group >= 0)
+      dtype = fields.tensor(node, name).dtype;
+  }
+  if (!dtype) return;
+  std::vector<ParameterState> parameters = state->parameters;
+  for (ParameterState& parameter : parameters) {
+    if (experts.is_expert(parameter.name)) parameter.model_dtype = *dtype;
+  }
+  state->set_parameters(std::move(parameters));
 }
 
 void add_expert_copies(ShardedState* state, const ExpertInfo& experts,

@@ -52,11 +52,14 @@ void share_experts(ReshardTarget* target) {
 
 void prepare_experts(ReshardTarget* target) {
   const ShardedState& state = target->state;
-  if (target->stage != 1 && target->stage != 2) {
+  const bool native = state.expert_layout == ExpertLayout::kNative;
+  if (target->stage == 0 || (target->stage == 3 && native)) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = "Resharding of experts is supported at stages 1 and 2 only.",
+                          .what = target->stage == 0
+                                      ? "Resharding of experts to stage 0 is not supported yet."
+                                      : "DeepSpeed has no native MoE at stage 3 (AssertionError).",
                           .file = state.folder,
-                          .expected = "stage=1 or stage=2",
+                          .expected = native ? "stage=1 or stage=2" : "stage=1, 2 or 3",
                           .found = "stage=" + std::to_string(target->stage)});
   }
   const ExpertInfo experts(state, read_model_states(state, target->model_file()));
@@ -81,6 +84,30 @@ void prepare_experts(ReshardTarget* target) {
   target->expert_buffers.resize(static_cast<size_t>(ranks));
   for (int rank = 0; rank < ranks; ++rank)
     target->expert_partitions.push_back(experts.partition_ranks(rank, ranks, target->ranks));
+}
+
+std::vector<std::string> creation_order(const ReshardTarget& target) {
+  const ShardedState& state = target.state;
+  const ExpertInfo experts(state, read_model_states(state, target.model_file()));
+  std::vector<std::string> names;
+  const ExpertLayer* open = nullptr;  // the layer whose router is passing by
+  const auto close = [&] {
+    for (const char* stack : {".w1", ".w2", ".w3"}) {
+      if (open != nullptr && state.find_parameter(open->prefix + stack) != nullptr)
+        names.push_back(open->prefix + stack);
+    }
+    open = nullptr;
+  };
+  for (const std::string& name : state.module_order) {
+    if (state.find_parameter(name) == nullptr) continue;
+    const ExpertLayer* layer = experts.layer_around(name);
+    const bool router = layer != nullptr && name.starts_with(layer->module_path + ".router.");
+    if (open != nullptr && (!router || layer != open)) close();
+    names.push_back(name);
+    if (router) open = layer;
+  }
+  close();
+  return names;
 }
 
 std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetRank rank) {

@@ -78,9 +78,13 @@ class ExpertInfo {
 // AutoEP layers of a model file: ds_autoep_layers, or the older autoep_layers; kNoNode if none.
 NodeId autoep_layers(const Fields& fields, NodeId holder);
 
-// Experts of a stage-1 or stage-2 checkpoint: the groups of the optimizer that hold them are read
-// rank by rank and joined. The dense groups are read by read_zero12 into `state`.
-void read_zero12_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts);
+// Experts of stages 1 to 3: the groups of the optimizer that hold them (sub-groups at stage 3) are
+// read rank by rank and joined; the others are read by read_zero12, read_zero3 into `state`.
+void read_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,
+                  bool stage3);
+
+// Where no file holds experts in the model's dtype it is that of the other parameters.
+void give_expert_dtype(ShardedState* state, const ModelStates& model, const ExpertInfo& experts);
 
 // Throws Error(kIncomplete): none of `files` expert files holds the tensor.
 [[noreturn]] void refuse_missing_expert(const ShardedState& state, const std::string& name,

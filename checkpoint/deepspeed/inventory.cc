@@ -8,7 +8,8 @@
 namespace isoshard::checkpoint {
 
 const char* const kCovered =
-    "ZeRO stages 0 to 3, BF16_Optimizer, Ulysses, AutoTP, AutoEP and MoE at stages 1 and 2";
+    "ZeRO stages 0 to 3, BF16_Optimizer, Ulysses, AutoTP, AutoEP at stages 1 to 3, "
+    "native MoE at stages 1 and 2";
 const char* const kElsewhere =
     "rename a file that only its name makes so, or convert the checkpoint with DeepSpeed "
     "(ds_to_universal.py); docs/SUPPORT.md lists what is covered";

@@ -150,12 +150,40 @@ class OptimWriter {
     std::vector<std::pair<std::string, NodeId>> entries = {{"zero_stage", stage_enum()}};
     add_scaler(&entries);
     entries.emplace_back("partition_count", pickle_.integer(target_.ranks));
+    if (std::ranges::count(target_.expert_groups, true) > 0)
+      entries.emplace_back("ds_zero_partition_groups", partition_groups());
     entries.emplace_back("optimizer_state_dict", builder_.dict({{"state", states_by_buffer()},
                                                                 {"param_groups", param_groups()}}));
     std::vector<NodeId> flats;
     for (const TargetBuffer* buffer : buffers_) flats.push_back(master(*buffer, buffer->partition));
     entries.emplace_back("fp32_flat_groups", pickle_.list(std::move(flats)));
     return builder_.dict(std::move(entries));
+  }
+
+  // Who shares in each sub-group; experts have partition groups of their own.
+  NodeId partition_groups() {
+    std::vector<NodeId> groups;
+    for (size_t k = 0; k < buffers_.size(); ++k) {
+      const TargetBuffer& buffer = *buffers_[k];
+      std::vector<NodeId> ranks;
+      for (int member = 0; member < target_.ranks && !buffer.experts; ++member)
+        ranks.push_back(pickle_.integer(member));
+      if (buffer.experts) {
+        for (int member : target_.expert_partitions[static_cast<size_t>(buffer.shard)])
+          ranks.push_back(pickle_.integer(member));
+      }
+      const std::string group =
+          buffer.experts ? "ep_size_" + std::to_string(target_.topology.expert) : "replicated";
+      groups.push_back(builder_.dict(
+          {{"sub_group", pickle_.integer(static_cast<int64_t>(k))},
+           {"partition_count", pickle_.integer(buffer.ranks)},
+           {"partition_rank", pickle_.integer(rank_in(target_, buffer, rank_))},
+           {"partition_ranks", pickle_.list(std::move(ranks))},
+           {"families",
+            pickle_.list({pickle_.string(buffer.experts ? "autoep_expert" : "replicated")})},
+           {"group_names", pickle_.list({pickle_.string(group)})}}));
+    }
+    return pickle_.list(std::move(groups));
   }
 
   // The padding behind `length` stays in the storage and out of the tensor, as DeepSpeed saves it.
@@ -173,8 +201,7 @@ class OptimWriter {
   // Parameters are numbered in creation order, frozen ones included, tied ones once.
   std::string ds_id(const TargetBuffer& buffer) const {
     int number = 0, first = 0, last = 0;
-    for (const std::string& name : state_.module_order) {
-      if (state_.find_parameter(name) == nullptr) continue;
+    for (const std::string& name : creation_order(target_)) {
       if (name == target_.parameter(buffer.parameters.front()).name) first = number;
       if (name == target_.parameter(buffer.parameters.back()).name) last = number;
       ++number;

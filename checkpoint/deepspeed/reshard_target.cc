@@ -403,7 +403,7 @@ TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topolo
       result.files.push_back(optim_blueprint(&target, {tensor, rank}));
     }
   }
-  if (state.expert_layout != ExpertLayout::kNone) {
+  if (state.expert_layout != ExpertLayout::kNone && stage != 3) {
     for (FileBlueprint& file : expert_blueprints(&target)) result.files.push_back(std::move(file));
   }
   result.inferred = target.inferred;

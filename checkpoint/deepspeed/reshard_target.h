@@ -94,6 +94,10 @@ int rank_in(const ReshardTarget& target, const TargetBuffer& buffer, TargetRank 
 // Which groups hold experts, who holds which, and the partition groups (expert_target.cc).
 void prepare_experts(ReshardTarget* target);
 
+// Names of the parameters in the order in which the model creates them; AutoEP's stacks follow
+// their layer's router.
+std::vector<std::string> creation_order(const ReshardTarget& target);
+
 // Copy of a source dictionary whose values may be replaced by key.
 class MappingCopy {
  public:
@@ -126,8 +130,10 @@ NodeId target_split_info(TorchBuilder* builder, const ReshardTarget& target);
 
 // An affine map as DeepSpeed writes it.
 NodeId map_node(TorchBuilder* builder, const AffineMap& map);
-// Root entries of a target's model file that speak of experts; and the files of the experts.
-void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, MappingCopy* root);
+// The files of the experts; and root entries of a target's model file that speak of them, those
+// of rank `zero` of the partition group.
+void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int zero,
+                        MappingCopy* root);
 std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target);
 
 FileBlueprint model_blueprint(ReshardTarget* target, TargetRank rank);

@@ -35,7 +35,7 @@ class UniversalWriter {
     } else {
       files_.push_back(stage3_ ? global_state_3() : global_state_12());
       for (int file : state_.model_files)
-        files_.push_back(has_experts() ? expert_model_file(file) : copy_of(file));
+        files_.push_back(has_experts() && !stage3_ ? expert_model_file(file) : copy_of(file));
     }
     check_paths();
     result.files = std::move(files_);

@@ -49,7 +49,7 @@ class UniversalReader {
       add_shapes(model, &state_);
     const ExpertInfo experts(state_, model);
     if (experts.autoep()) stack_experts(experts);
-    if (experts.present()) give_dtype(model, experts);
+    if (experts.present()) give_expert_dtype(&state_, model, experts);
     if (experts.present())
       state_.expert_layout = experts.autoep() ? ExpertLayout::kAutoEp : ExpertLayout::kNative;
     for (ParameterState& parameter : state_.parameters) {
@@ -84,7 +84,6 @@ class UniversalReader {
   void read_parts(const TensorParallelInfo& info);
   void read_stages();
   void stack_experts(const ExpertInfo& experts);
-  void give_dtype(const ModelStates& model, const ExpertInfo& experts);
   void attach_states(ParameterState* parameter);
   TensorView tensor_of(const Fields& fields, const std::string& what) const;
   void read_groups(const ModelStates& model);
@@ -179,20 +178,6 @@ void UniversalReader::stack_experts(const ExpertInfo& experts) {
     parameter.split = static_cast<int>(state_.splits.size());
     state_.splits.push_back(experts.split_of(parameter.name, shards));
     parameter.shape = logical_shape(state_.splits.back());
-  }
-}
-
-// Experts are in no file of this form in the model's dtype: it is that of the other parameters.
-void UniversalReader::give_dtype(const ModelStates& model, const ExpertInfo& experts) {
-  const Fields fields(state_.document(model.file));
-  std::optional<DType> dtype;
-  for (const auto& [name, node] : model.module) {
-    const ParameterState* parameter = state_.find_parameter(name);
-    if (!dtype && parameter != nullptr && parameter->group >= 0)
-      dtype = fields.tensor(node, name).dtype;
-  }
-  for (ParameterState& parameter : state_.parameters) {
-    if (dtype && experts.is_expert(parameter.name)) parameter.model_dtype = *dtype;
   }
 }
 

@@ -2,6 +2,7 @@
 // one behind another, in the order of param_shapes.
 #include <algorithm>
 #include <map>
+#include <numeric>
 #include <set>
 #include <unordered_map>
 
@@ -15,18 +16,23 @@ namespace {
 
 class Zero3Reader {
  public:
-  Zero3Reader(ShardedState* state, const ModelStates& model)
-      : state_(*state), model_(model), dp_(static_cast<int>(state->model_files.size())) {}
+  Zero3Reader(ShardedState* state, const ModelStates& model, const GroupMask& mask,
+              std::vector<int> members)
+      : state_(*state),
+        model_(model),
+        mask_(mask),
+        members_(std::move(members)),
+        dp_(static_cast<int>(members_.size())) {}
 
   void run() {
     state_.flavour = Flavour::kZero3;
     state_.stage = 3;
-    check_models();
     add_parameters();
     for (int rank = 0; rank < dp_; ++rank) read_rank(rank);
     read_groups();
-    add_frozen_slots(&state_, model_);
   }
+
+  void check_models() const;
 
  private:
   const ModelStates& model() const { return model_; }
@@ -34,8 +40,9 @@ class Zero3Reader {
     return Fields(state_.document(state_.optim_files[static_cast<size_t>(rank)]));
   }
 
-  void check_models() const;
+  bool is_read(size_t sub_group) const { return mask_.empty() || mask_[sub_group]; }
   void add_parameters();
+  void check_partition(const Fields& f, NodeId optimizer, int rank) const;
   void read_rank(int rank);
   void add_flat(int rank, size_t sub_group, const TensorView& view, const std::string& state,
                 const std::string& what);
@@ -43,7 +50,9 @@ class Zero3Reader {
 
   ShardedState& state_;
   const ModelStates& model_;
-  int dp_;
+  const GroupMask& mask_;                                       // by sub-group; empty: all are read
+  const std::vector<int> members_;                              // ranks of the partition group
+  int dp_;                                                      // how many they are
   std::vector<std::vector<int>> sub_groups_;                    // parameters of each
   std::vector<std::vector<TensorLayout>> layouts_;              // of each
   std::vector<int64_t> lengths_;                                // of each sub-group on one rank
@@ -75,7 +84,7 @@ void Zero3Reader::add_parameters() {
     std::vector<int> parameters;
     std::vector<TensorLayout> layouts;
     int64_t offset = 0;
-    for (const auto& [name, shape] : shapes) {
+    for (const auto& [name, shape] : is_read(sub_groups_.size()) ? shapes : NamedShapes()) {
       if (state_.find_parameter(name) != nullptr)
         fields(0).fail("A parameter stands in two sub-groups.", quote(name), "once", "twice");
       state_.parameters.push_back({.name = name,
@@ -143,16 +152,7 @@ void Zero3Reader::add_flat(int rank, size_t sub_group, const TensorView& view,
 void Zero3Reader::read_rank(int rank) {
   const Fields f = fields(rank);
   const NodeId optimizer = f.need(f.root(), "optimizer_state_dict");
-  if (f.maybe(optimizer, "ds_zero_partition_groups") != kNoNode) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = "AutoEP partitions under ZeRO-3 are not supported yet.",
-                          .file = f.document().path(),
-                          .entry = "ds_zero_partition_groups"});
-  }
-  const int64_t count = f.integer(f.need(optimizer, "partition_count"), "partition_count");
-  if (count != dp_)
-    f.fail("A rank's partition count differs from the number of files.", "partition_count",
-           std::to_string(dp_), std::to_string(count));
+  check_partition(f, optimizer, rank);
   const std::vector<NodeId>& flats =
       f.list(f.need(optimizer, "fp32_flat_groups"), "fp32_flat_groups");
   if (flats.size() != sub_groups_.size()) {
@@ -162,6 +162,7 @@ void Zero3Reader::read_rank(int rank) {
   const NodeId nested = f.need(optimizer, "optimizer_state_dict");
   const NodeId states = f.need(nested, "state");
   for (size_t k = 0; k < flats.size(); ++k) {
+    if (!is_read(k)) continue;
     const std::string place = "[" + std::to_string(k) + "]";
     add_flat(rank, k, f.flat_tensor(flats[k], "fp32_flat_groups"), "fp32",
              "fp32_flat_groups" + place);
@@ -178,6 +179,40 @@ void Zero3Reader::read_rank(int rank) {
         state_.parameters[static_cast<size_t>(number)].scalars.push_back(
             {state, {state_.optim_files[0], node}});
       }
+    }
+  }
+}
+
+// Who shares in the sub-groups that are read, as the rank's file records it.
+void Zero3Reader::check_partition(const Fields& f, NodeId optimizer, int rank) const {
+  const int64_t count = f.integer(f.need(optimizer, "partition_count"), "partition_count");
+  if (count != model_.dp_world)
+    f.fail("A rank's partition count differs from the number of files.", "partition_count",
+           std::to_string(model_.dp_world), std::to_string(count));
+  for (size_t k = 0; k < sub_groups_.size(); ++k) {
+    const NodeId entry =
+        is_read(k) ? partition_group(f, optimizer, static_cast<int64_t>(k)) : kNoNode;
+    if (entry == kNoNode && is_read(k) && dp_ != model_.dp_world)
+      f.fail("No file says which ranks share a sub-group of experts (DeepSpeed: RuntimeError).",
+             "ds_zero_partition_groups", "an entry for sub-group " + std::to_string(k), "none");
+    if (entry == kNoNode) continue;
+    std::vector<int> ranks;
+    for (NodeId item : f.list(f.need(entry, "partition_ranks"), "partition_ranks"))
+      ranks.push_back(static_cast<int>(f.integer(item, "partition_ranks")));
+    const int64_t own = f.integer(f.need(entry, "partition_rank"), "partition_rank");
+    if (ranks != members_ || own != rank ||
+        f.integer(f.need(entry, "partition_count"), "partition_count") != dp_) {
+      const auto text = [](const std::vector<int>& list) {
+        std::string result;
+        for (int item : list) result += (result.empty() ? "" : ", ") + std::to_string(item);
+        return result;
+      };
+      f.fail(
+          "The ranks that share a sub-group are not those that the layers' metadata names "
+          "(DeepSpeed: RuntimeError).",
+          "ds_zero_partition_groups[" + std::to_string(k) + "]",
+          "rank " + std::to_string(rank) + " of " + text(members_),
+          "rank " + std::to_string(own) + " of " + text(ranks));
     }
   }
 }
@@ -246,6 +281,27 @@ void add_frozen_slots(ShardedState* state, const ModelStates& model) {
   }
 }
 
-void read_zero3(ShardedState* state, const ModelStates& model) { Zero3Reader(state, model).run(); }
+NodeId partition_group(const Fields& fields, NodeId optimizer, int64_t sub_group) {
+  const NodeId list = fields.maybe(optimizer, "ds_zero_partition_groups");
+  if (list == kNoNode) return kNoNode;
+  for (NodeId entry : fields.list(list, "ds_zero_partition_groups")) {
+    if (fields.integer(fields.need(entry, "sub_group"), "sub_group") == sub_group) return entry;
+  }
+  return kNoNode;
+}
+
+void read_zero3_part(ShardedState* state, const ModelStates& model, const GroupMask& sub_groups,
+                     const std::vector<int>& members) {
+  Zero3Reader(state, model, sub_groups, members).run();
+}
+
+void read_zero3(ShardedState* state, const ModelStates& model, const GroupMask& sub_groups) {
+  std::vector<int> all(state->model_files.size());
+  std::iota(all.begin(), all.end(), 0);
+  Zero3Reader reader(state, model, sub_groups, std::move(all));
+  reader.check_models();
+  reader.run();
+  add_frozen_slots(state, model);
+}
 
 }  // namespace isoshard::checkpoint

@@ -13,7 +13,16 @@ using GroupMask = std::vector<bool>;
 void read_zero12(ShardedState* state, const ModelStates& model, const GroupMask& groups = {});
 
 // Stage 3 (stage3.py). `model` is rank 0's; the other ranks' files must agree with it.
-void read_zero3(ShardedState* state, const ModelStates& model);
+// Only the sub-groups of the mask are read, all of them if it is empty.
+void read_zero3(ShardedState* state, const ModelStates& model, const GroupMask& sub_groups = {});
+
+// Those that the ranks of `members` alone partition among them; the state's optim files are theirs.
+void read_zero3_part(ShardedState* state, const ModelStates& model, const GroupMask& sub_groups,
+                     const std::vector<int>& members);
+
+// Of stage 3: the entry of ds_zero_partition_groups for a sub-group; kNoNode where the file has no
+// such list, and every rank shares in every sub-group.
+NodeId partition_group(const Fields& fields, NodeId optimizer, int64_t sub_group);
 
 // Frozen parameters of stage 3: one slot a rank in the model files.
 void add_frozen_slots(ShardedState* state, const ModelStates& model);

@@ -248,15 +248,19 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
   if (experts.present() || !inventory_.experts.empty()) check_experts(experts);
   if (closed()) return read_module(part, model, experts);
   if (inventory_.stage3()) {
-    read_zero3(part, model);
+    if (experts.present())
+      read_experts(part, model, experts, /*stage3=*/true);
+    else
+      read_zero3(part, model);
     compare_ranks(part, model);
   } else if (experts.present()) {
-    read_zero12_experts(part, model, experts);
+    read_experts(part, model, experts, /*stage3=*/false);
     add_expert_copies(part, experts, open_files(part, storage_, inventory_.experts, options_));
   } else {
     read_zero12(part, model);
   }
   add_module_entries(part, experts.with_router_aliases(*part, model));
+  if (inventory_.stage3() && experts.present()) give_expert_dtype(part, model, experts);
   check_scalars(*part);
 }
 
@@ -283,8 +287,9 @@ void ZeroReader::check_experts(const ExpertInfo& experts) const {
   if (!experts.present())
     refuse("Experts that the optimizer does not train (frozen) are not supported yet.",
            inventory_.experts[0]);
-  if (inventory_.stage3())
-    refuse("Mixture-of-experts checkpoints of stage 3 are not supported yet.", "num_experts");
+  if (inventory_.stage3() && !experts.autoep())
+    refuse("Native MoE at stage 3, which DeepSpeed itself refuses (AssertionError).",
+           "num_experts");
   if (inventory_.mp_ranks() > 1)
     refuse("Mixture-of-experts checkpoints with tensor-parallel ranks are not supported yet.",
            "num_experts");
