@@ -12,8 +12,16 @@ namespace {
 
 constexpr const char* kNative = ".deepspeed_moe.experts.deepspeed_experts.";
 
+NodeId need(const Fields& fields, NodeId entry, const char* key) {
+  const NodeId node = fields.maybe(entry, key);
+  if (node == kNoNode)
+    fields.fail("AutoEP metadata lacks a field (DeepSpeed: RuntimeError).", key, "present",
+                "absent");
+  return node;
+}
+
 int64_t positive(const Fields& fields, NodeId entry, const char* key) {
-  const int64_t value = fields.integer(fields.need(entry, key), key);
+  const int64_t value = fields.integer(need(fields, entry, key), key);
   if (value < 1 || value > 1'000'000)
     fields.fail("A count of AutoEP metadata is impossible (DeepSpeed: RuntimeError).", key,
                 "a positive number", std::to_string(value));
@@ -55,9 +63,9 @@ void ExpertInfo::read_layers(const Fields& fields, NodeId list) {
       fields.fail("AutoEP metadata is malformed (DeepSpeed: RuntimeError).", "ds_autoep_layers",
                   "dict", name(fields.pickle().kind(entry)));
     ExpertLayer layer;
-    layer.layer_id = fields.integer(fields.need(entry, "moe_layer_id"), "moe_layer_id");
-    layer.module_path = fields.text(fields.need(entry, "module_path"), "module_path");
-    layer.prefix = fields.text(fields.need(entry, "expert_key_prefix"), "expert_key_prefix");
+    layer.layer_id = fields.integer(need(fields, entry, "moe_layer_id"), "moe_layer_id");
+    layer.module_path = fields.text(need(fields, entry, "module_path"), "module_path");
+    layer.prefix = fields.text(need(fields, entry, "expert_key_prefix"), "expert_key_prefix");
     layer.experts = positive(fields, entry, "num_experts");
     layer.local_experts = positive(fields, entry, "num_local_experts");
     layer.ep_size = positive(fields, entry, "ep_size");

@@ -56,6 +56,10 @@ std::optional<int64_t> layer_in_file_name(const std::string& name) {
   return number;
 }
 
+std::string expert_in_file_name(const std::string& name) {
+  return name.substr(0, name.find("_mp_rank_"));
+}
+
 std::string model_file_name(int mp) { return "mp_rank_" + two_digits(mp) + "_model_states.pt"; }
 
 std::string model_file_name_of_rank(int dp, int mp) {

@@ -21,6 +21,9 @@ struct FileName {
 
 FileName parse_file_name(const std::string& name);
 
+// The name of an expert's file without its mp rank: "layer_0_expert_3".
+std::string expert_in_file_name(const std::string& name);
+
 // The number behind "layer_": 3 for "layer_03-model_states.pt".
 std::optional<int64_t> layer_in_file_name(const std::string& name);
 

@@ -164,7 +164,7 @@ class ZeroReader {
   void open_rank(int mp, int first, ShardedState* part);
   void read_module(ShardedState* part, const ModelStates& model, const ExpertInfo& experts);
   void read_rank(ShardedState* part, const ModelStates& model);
-  void check_experts(const ExpertInfo& experts) const;
+  void check_experts(const ExpertInfo& experts, const ModelStates& model) const;
   std::vector<MpPart> read_mp_ranks(int first);
   void read_parts(int first, const TensorParallelInfo& info);
   void read_stages(int first);
@@ -240,14 +240,16 @@ void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
 
 void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
   if (!inventory_.stage3() && !model.has_param_shapes) {
-    if (!inventory_.experts.empty()) check_experts(ExpertInfo(*part, model));
+    if (!inventory_.experts.empty()) check_experts(ExpertInfo(*part, model), model);
     read_zero0(part, model, options_, storage_);
     return;
   }
   const ExpertInfo experts(*part, model);
-  if (experts.present() || !inventory_.experts.empty()) check_experts(experts);
+  if (experts.present() || !inventory_.experts.empty()) check_experts(experts, model);
   if (closed()) return read_module(part, model, experts);
   if (inventory_.stage3()) {
+    if (!inventory_.experts.empty())
+      part->notices.push_back("files of single experts are not read at stage 3, as DeepSpeed does");
     if (experts.present())
       read_experts(part, model, experts, /*stage3=*/true);
     else
@@ -280,10 +282,19 @@ void ZeroReader::read_module(ShardedState* part, const ModelStates& model,
   promote_copies(part);
 }
 
-void ZeroReader::check_experts(const ExpertInfo& experts) const {
+void ZeroReader::check_experts(const ExpertInfo& experts, const ModelStates& model) const {
   const auto refuse = [&](const std::string& what, const std::string& entry) {
     refuse_uncovered(what, state_.folder, entry);
   };
+  for (const NamedShapes& group : model.param_shapes) {
+    const auto stacked = std::ranges::find_if(group, [](const auto& named) {
+      return named.first.ends_with(".experts.w1") || named.first == "experts.w1";
+    });
+    if (!experts.autoep() && stacked != group.end())
+      Fields(state_.document(model.file))
+          .fail("Experts of AutoEP without its metadata (DeepSpeed: RuntimeError).",
+                "ds_autoep_layers", "the layers of " + quote(stacked->first), "none");
+  }
   if (!experts.present())
     refuse("Experts that the optimizer does not train (frozen) are not supported yet.",
            inventory_.experts[0]);
