@@ -44,12 +44,14 @@ KV_HEADS = {
 EXPERTS = {
     "autoep_ep2_to_ep1_dp2": (8, 1),
     "autoep_ep2_to_ep4_dp4": (8, 4),
+    "autoep_migrated_ep2_dp2": (8, 2),
     "autoep_z1_ep2_dp2": (8, 2),
     "autoep_z2_ep4_dp4": (8, 4),
     "autoep_z3_ep2_dp4": (8, 2),
     "autoep_z3_ep2_to_ep4_dp4": (8, 4),
     "moe2_ep2_to_ep1_dp2": (4, 1),
     "moe2_z1_ep2_dp4": (4, 2),
+    "moe_gated_z1_ep2_dp2": (8, 2),
     "moe_z1_ep2_dp4": (4, 2),
     "moe_z2_ep2_dp2": (4, 2),
 }.get(CASE)

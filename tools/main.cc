@@ -105,6 +105,7 @@ const char* kHelp = R"(isoshard: the same state, whatever the shards
   isoshard convert SOURCE TARGET --to universal|fp32
 
   isoshard reshard SOURCE TARGET --to dp=4[,sp=,tp=,ep=,stage=]
+  isoshard migrate SOURCE TARGET --to autoep --names FILE
   isoshard export SOURCE TARGET    a folder that from_pretrained loads
   isoshard show SOURCE NAME        one tensor: values, and which bytes of which file hold them
   isoshard plan convert …          or reshard, export: bytes, files, memory, before any work

@@ -58,6 +58,7 @@ void add_diff(CLI::App* app, Session* session);
 void add_digest(CLI::App* app, Session* session);
 void add_convert(CLI::App* app, Session* session);
 void add_reshard(CLI::App* app, Session* session);
+void add_migrate(CLI::App* app, Session* session);
 void add_export(CLI::App* app, Session* session);
 void add_deepspeed_aliases(CLI::App* app, Session* session);
 

@@ -11,6 +11,7 @@ void add_verbs(CLI::App* app, Session* session) {
   add_digest(app, session);
   add_convert(app, session);
   add_reshard(app, session);
+  add_migrate(app, session);
   add_export(app, session);
   add_deepspeed_aliases(app, session);
 }

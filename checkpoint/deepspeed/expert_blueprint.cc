@@ -38,7 +38,7 @@ class LayerWriter {
     MappingCopy copy(&builder_, target_.state, {file_, entry});
     copy.set("num_local_experts", pickle_.integer(local));
     copy.set("ep_size", pickle_.integer(ranks));
-    copy.set_if_present("expert_placement", placement(layer.experts, local));
+    copy.set_if_present("expert_placement", placement_node(&builder_, layer.experts, ranks));
     copy.set_if_present("affine_maps", maps(layer));
     copy.set_if_present("ep_group_name", pickle_.string("ep_size_" + std::to_string(ranks)));
     const auto [expert_rank, replica] = place();
@@ -64,21 +64,6 @@ class LayerWriter {
       if (found != members.end()) return {static_cast<int64_t>(e), found - members.begin()};
     }
     return {0, 0};
-  }
-
-  NodeId placement(int64_t experts, int64_t local) {
-    std::vector<NodeId> ranks;
-    for (int64_t rank = 0; rank < target_.topology.expert; ++rank) {
-      std::vector<NodeId> ids;
-      for (int64_t id = rank * local; id < (rank + 1) * local; ++id)
-        ids.push_back(pickle_.integer(id));
-      ranks.push_back(builder_.dict(
-          {{"rank", pickle_.integer(rank)}, {"experts", pickle_.list(std::move(ids))}}));
-    }
-    return builder_.dict({{"version", pickle_.integer(1)},
-                          {"num_experts", pickle_.integer(experts)},
-                          {"ep_size", pickle_.integer(target_.topology.expert)},
-                          {"ranks", pickle_.list(std::move(ranks))}});
   }
 
   NodeId maps(const ExpertLayer& layer) {
@@ -143,6 +128,23 @@ int64_t layer_number(const ShardedState& state, const ParameterState& parameter,
 }
 
 }  // namespace
+
+NodeId placement_node(TorchBuilder* builder, int64_t experts, int64_t expert_ranks) {
+  Pickle& pickle = builder->pickle;
+  const int64_t local = experts / expert_ranks;
+  std::vector<NodeId> ranks;
+  for (int64_t rank = 0; rank < expert_ranks; ++rank) {
+    std::vector<NodeId> ids;
+    for (int64_t id = rank * local; id < (rank + 1) * local; ++id)
+      ids.push_back(pickle.integer(id));
+    ranks.push_back(
+        builder->dict({{"rank", pickle.integer(rank)}, {"experts", pickle.list(std::move(ids))}}));
+  }
+  return builder->dict({{"version", pickle.integer(1)},
+                        {"num_experts", pickle.integer(experts)},
+                        {"ep_size", pickle.integer(expert_ranks)},
+                        {"ranks", pickle.list(std::move(ranks))}});
+}
 
 void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int zero,
                         MappingCopy* root) {

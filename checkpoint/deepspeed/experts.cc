@@ -216,9 +216,6 @@ std::vector<int> ExpertInfo::partition_ranks(int rank, int expert_ranks, int dp)
 TensorSplit ExpertInfo::split_of(const std::string& name,
                                  const std::vector<std::optional<Shape>>& shards) const {
   const ExpertLayer& layer = *layer_of(name);
-  TensorSplit split;
-  split.axis = Axis::kExpert;
-  split.kind = SplitKind::kExperts;
   const Shape& shard = shards.at(0).value();
   if (shard.size() != 3 || shard[0] != layer.local_experts ||
       static_cast<int64_t>(shards.size()) != layer.ep_size) {
@@ -231,6 +228,13 @@ TensorSplit ExpertInfo::split_of(const std::string& name,
                                       std::to_string(layer.ep_size) + " ranks",
                           .found = to_string(shard) + " on " + std::to_string(shards.size())});
   }
+  return stack_split(layer, shard);
+}
+
+TensorSplit stack_split(const ExpertLayer& layer, const Shape& shard) {
+  TensorSplit split;
+  split.axis = Axis::kExpert;
+  split.kind = SplitKind::kExperts;
   split.map.logical_shape = {layer.experts, shard[1], shard[2]};
   const Shape stride = {shard[1] * shard[2], shard[2], 1};
   for (size_t rank = 0; rank < layer.placement.size(); ++rank) {

@@ -75,6 +75,9 @@ class ExpertInfo {
   bool data_before_expert_ = false;
 };
 
+// How the shards [local experts, …] of a stack lie in the whole of it.
+TensorSplit stack_split(const ExpertLayer& layer, const Shape& shard);
+
 // AutoEP layers of a model file: ds_autoep_layers, or the older autoep_layers; kNoNode if none.
 NodeId autoep_layers(const Fields& fields, NodeId holder);
 

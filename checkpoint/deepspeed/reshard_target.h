@@ -128,8 +128,9 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
 // universal_checkpoint_info for the target's tensor-parallel ranks (there are several).
 NodeId target_split_info(TorchBuilder* builder, const ReshardTarget& target);
 
-// An affine map as DeepSpeed writes it.
+// An affine map, and expert_placement of equal blocks, as DeepSpeed writes them.
 NodeId map_node(TorchBuilder* builder, const AffineMap& map);
+NodeId placement_node(TorchBuilder* builder, int64_t experts, int64_t expert_ranks);
 // The files of the experts; and root entries of a target's model file that speak of them, those
 // of rank `zero` of the partition group.
 void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int zero,

@@ -34,7 +34,8 @@ class UniversalWriter {
       result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
     } else {
       files_.push_back(stage3_ ? global_state_3() : global_state_12());
-      for (int file : state_.model_files)
+      if (options_.model_file) files_.push_back(*options_.model_file);
+      for (int file : options_.model_file ? std::vector<int>() : state_.model_files)
         files_.push_back(has_experts() && !stage3_ ? expert_model_file(file) : copy_of(file));
     }
     check_paths();
@@ -178,6 +179,12 @@ class UniversalWriter {
         std::vector<NodeId> zeros(fields.list(entries[i + 1], key).size());
         for (NodeId& zero : zeros) zero = builder.pickle.integer(0);
         items.push_back(builder.pickle.list(std::move(zeros)));
+      } else if (key == "param_alignment_paddings" && options_.plain_alignment) {
+        std::vector<NodeId> groups;
+        for (const GroupState& group : state_.groups)
+          groups.push_back(builder.pickle.list(
+              std::vector<NodeId>(group.flat_order.size(), builder.pickle.integer(0))));
+        items.push_back(builder.pickle.list(std::move(groups)));
       } else if (key == "partition_count") {
         // Also for experts, whose partition group is smaller.
         const auto dp = static_cast<int64_t>(state_.topology.zero_ranks());

@@ -2,6 +2,7 @@
 // --inject_missing_state), as blueprints.
 #pragma once
 
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,6 +13,8 @@ namespace isoshard::checkpoint {
 
 struct UniversalOptions {
   bool extra_folders = true;  // buffers, frozen parameters and aliases too (DeepSpeed ≥ 0.19.6)
+  std::optional<FileBlueprint> model_file = {};  // instead of what the source's model file becomes
+  bool plain_alignment = false;  // param_alignment_paddings: zero for each parameter of the state
 };
 
 // A stage-0 source, which DeepSpeed's converter refuses, gets the files of a stage-1 one.
