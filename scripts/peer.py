@@ -4,6 +4,7 @@
     peer.py [--venv DIR] [--program PATH] [--versions 0.19.8,…] [--cases REGEX] [--out DIR]
     peer.py --report-only [--out DIR]
     peer.py --export [--venv DIR] [--program PATH]
+    peer.py --errata [--report-only] [--versions …] [--cases REGEX] [--out DIR]
 
 Real engines in real processes (CPU, gloo, one process a rank) load what isoshard wrote from the
 checkpoints of traces/deepspeed. Each case becomes a line of OUT/results.jsonl, the last run of a
@@ -21,6 +22,10 @@ report says which cases are not there. Groups of facts:
 --export asks the real transformers instead whether it loads what `isoshard export` wrote
 (scripts/peer_hf.py, in the same environment, with transformers installed).
 
+With --errata no file of ours takes part: every script of traces/repro is run under every version
+and docs/errata_matrix.md is written (peer_errata.py). The regular expression is then matched on
+'row script'; the exit status is 0 if every cell is filled and none an error, else 2.
+
 Without --venv an environment is made in build/peer/venv (5 GB, a few minutes). Further versions of
 DeepSpeed are laid over it (`pip install --target`) in the folder beside it. Not part of
 scripts/test. Exit status: 0 every fact about our files is right, 1 one is not, 2 could not run.
@@ -37,6 +42,7 @@ import subprocess
 import sys
 import time
 
+import peer_errata
 import peer_facts
 import peer_plan
 import peer_report
@@ -110,6 +116,16 @@ def export(options):
                             os.path.abspath(options.program)])
 
 
+def run_errata(options, versions):
+    if not options.report_only:
+        options.python = os.path.abspath(make_environment(options.venv))
+        peer_errata.run(options, {version: overlay_of(options, version) for version in versions})
+    cells = peer_errata.write(options.out, VERSIONS)
+    counts = {word: cells.count(word) for word in ("there", "gone", "n/a", "error", "")}
+    print(", ".join(f"{count} {word or 'not run'}" for word, count in counts.items()))
+    return 2 if counts["error"] or counts[""] else 0
+
+
 def main(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -124,11 +140,14 @@ def main(arguments):
     parser.add_argument("--keep", action="store_true", help="keep every folder that was written")
     parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--export", action="store_true", help="only what transformers loads")
+    parser.add_argument("--errata", action="store_true", help="run traces/repro instead")
     options = parser.parse_args(arguments)
     if options.export:
         return export(options)
     options.out, versions = os.path.abspath(options.out), options.versions.split(",")
     os.makedirs(options.out, exist_ok=True)
+    if options.errata:
+        return run_errata(options, versions)
     path = os.path.join(options.out, "results.jsonl")
     if not options.report_only:
         options.python = os.path.abspath(make_environment(options.venv))

@@ -1,0 +1,55 @@
+"""ds_to_universal converts the states of Adam alone
+
+A checkpoint of SGD with momentum at ZeRO stage 2 ends in `KeyError: 'exp_avg'`. Adagrad, RMSprop
+and every other optimizer without Adam's two moments fail in the same way.
+
+Expected: the states that are there, by their names, or an error that says which optimizers can be
+converted. How: `extract_zero_shards` and `extract_zero_shards_stage3`
+(checkpoint/ds_to_universal.py) name `exp_avg` and `exp_avg_sq` outright, as do `merge_tp_slices`
+and the loader. Seen in DeepSpeed 0.19.8, 0.18.9, 0.16.9 (torch 2.13.0, CPU).
+Errata: row 16.
+"""
+import os
+import sys
+import tempfile
+import traceback
+
+os.environ.update(DS_ACCELERATOR="cpu", TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD="1")
+import deepspeed
+import torch
+from deepspeed.checkpoint import ds_to_universal
+
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # nothing is to be compiled
+sys.excepthook = lambda *e: (traceback.print_exception(*e, file=sys.__stderr__), os._exit(2))
+
+
+def engine_of(model, folder, rank=0, world=1, steps=1, opt=None, **config):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", f"file://{folder}/store", None, world, rank)
+    opt = opt or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    config = {"train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, **config}
+    engine = deepspeed.initialize(model=model, optimizer=opt, config=config)[0]
+    for _ in range(steps):
+        engine.backward(engine(torch.ones(1, 4, dtype=next(model.parameters()).dtype)).sum())
+        torch.no_grad()(engine.step)()  # for versions before 0.19 with a new torch
+    return engine
+
+
+def to_universal(source):
+    flags = "--num_extract_workers 1 --num_merge_workers 1 --inject_missing_state".split()
+    sys.argv[1:] = ["--input_folder", source, "--output_folder", f"{source}_universal", *flags]
+    ds_to_universal.main(ds_to_universal.parse_arguments())
+
+
+with tempfile.TemporaryDirectory() as folder:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    opt = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    engine = engine_of(model, folder, opt=opt, zero_optimization={"stage": 2})
+    engine.save_checkpoint(folder, "saved")
+    try:
+        to_universal(f"{folder}/saved")
+        print("gone: it was converted")
+    except KeyError as error:
+        assert error.args == ("exp_avg",), error
+        sys.exit(print("there: KeyError: 'exp_avg'") or 1)
