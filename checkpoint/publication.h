@@ -81,6 +81,10 @@ bool is_unfinished(Storage& storage, const std::string& folder);
 // Replaces `path`, or makes it, in one step: readers see the old text or the new, never a mixture.
 void replace_small_file(Storage& storage, const std::string& path, const std::string& text);
 
+// The same with the bytes of another file; and whether two files hold the same bytes.
+void copy_file(Storage& storage, const std::string& from, const std::string& to);
+bool same_bytes(Storage& storage, const std::string& a, const std::string& b);
+
 // Names in `parent` that an interrupted publication has left, or one that is still at work: nothing
 // here can tell the two apart. Empty when there is no such folder.
 std::vector<std::string> leftovers(Storage& storage, const std::string& parent);

@@ -202,14 +202,18 @@ class Conversion {
 
   // The folder is there by now; a failure here must say so.
   void move_pointer() {
-    if (options_.latest_path.empty()) return;
     try {
-      checkpoint::replace_small_file(storage_, options_.latest_path, options_.latest_text);
+      for (const auto& [from, to] : options_.side_files) checkpoint::copy_file(storage_, from, to);
+      if (!options_.latest_path.empty())
+        checkpoint::replace_small_file(storage_, options_.latest_path, options_.latest_text);
     } catch (const Error& error) {
       ErrorInfo info = error.info();
-      info.safe = options_.target + " is published, whole and verified; only the pointer is not";
-      info.next = "write " + quote(options_.latest_text) + " into " + options_.latest_path +
-                  " yourself, or give the command again with --overwrite";
+      info.safe = options_.target + " is published, whole and verified; only the pointer " +
+                  (options_.side_files.empty() ? "is" : "and some files beside it are") + " not";
+      info.next = options_.latest_path.empty()
+                      ? "copy the files beside the source yourself"
+                      : "write " + quote(options_.latest_text) + " into " + options_.latest_path +
+                            " yourself, or give the command again with --overwrite";
       throw Error(std::move(info));
     }
   }

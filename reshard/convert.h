@@ -24,6 +24,8 @@ struct ConvertOptions {
   StreamOptions stream;
   std::string latest_path;  // pointer file to replace last; empty: none
   std::string latest_text;
+  // Copied beside the published folder, before the pointer is replaced: from, to.
+  std::vector<std::pair<std::string, std::string>> side_files;
   std::set<std::string> dropped;  // parts of hyper that the caller allowed to be left behind
   nlohmann::json certificate;     // what the caller knows: source, target, inferred, …
   std::function<void(const std::string& phase)> phase;

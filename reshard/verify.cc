@@ -93,6 +93,7 @@ class Verifier {
   void compare_sections(const json& digests);
   void compare_copies();
   void look_for_oddities();
+  void look_for_model_files();
   void look_at_weights();
   void say_what_is_not_verified();
 
@@ -323,6 +324,7 @@ void Verifier::compare_copies() {
 }
 
 void Verifier::look_for_oddities() {
+  look_for_model_files();
   std::vector<std::string> foreign;
   for (const checkpoint::SourceFile& file : state_->files) {
     if (file.torch && !file.torch->zip().torch_dialect) foreign.push_back(quote(file.relative));
@@ -334,6 +336,15 @@ void Verifier::look_for_oddities() {
   }
   if (state_->flavour != Flavour::kWeights || single_file_) return;
   judging([this] { look_at_weights(); });
+}
+
+// isoshard reads such a folder; DeepSpeed, whose ranks open a file each, cannot resume from it.
+void Verifier::look_for_model_files() {
+  const size_t there = state_->model_files.size(), ranks = state_->optim_files.size();
+  if (state_->flavour != Flavour::kZero3 || there >= ranks) return;
+  find(Verdict::kIncomplete, "Model files of " + count_of(ranks - there, "rank") +
+                                 " are missing, which DeepSpeed needs to resume; convert --to fp32 "
+                                 "and reshard do without.");
 }
 
 void Verifier::look_at_weights() {

@@ -8,6 +8,7 @@
 #include "core/utf8.h"
 #include "tools/conversion.h"
 #include "tools/session.h"
+#include "tools/side_carry.h"
 
 namespace isoshard::tools {
 namespace {
@@ -15,6 +16,7 @@ namespace {
 struct ReshardFlags {
   std::string source, target, to, to_config, tag_out, split_like, model_config;
   int world = 0;
+  bool no_side_files = false;
   std::vector<std::string> allow_dropped;
   checkpoint::SplitOptions splits;
   ConversionFlags common;
@@ -187,6 +189,8 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   for (const std::string& text : files.skipped) options.certificate["skipped"].push_back(text);
   for (const std::string& text : flags.allow_dropped)
     options.certificate["dropped"].push_back(text + ", allowed by --allow-dropped");
+  if (!flags.no_side_files)
+    carry_side_files(session, state, flags.target, topology, flags.common.overwrite, &options);
   session->say(to_string(state.topology) + " stage " + std::to_string(state.stage) + "  →  " +
                to_string(topology) + " stage " + std::to_string(stage));
   finish_conversion(session, state, std::move(files.files), flags.common, &options);
@@ -227,6 +231,8 @@ void add_reshard(CLI::App* app, Session* session) {
                    "What may be left behind: client_state (of ranks other than 0), loss_scaler "
                    "(its hysteresis, at stage 0)")
       ->check(CLI::IsMember({"client_state", "loss_scaler"}));
+  verb->add_flag("--no-side-files", flags->no_side_files,
+                 "Leave a Trainer's or Accelerate's own files beside the source behind");
   add_conversion_flags(verb, &flags->common);
   add_source_flags(verb, session);
   verb->callback([session, flags] { run_reshard(session, *flags); });

@@ -31,15 +31,25 @@ bool has_folder(const std::vector<DirectoryEntry>& entries, const std::string& n
   });
 }
 
-// Names of sub-folders that look like tags, newest number last, for messages.
-std::string tags_in(Storage& storage, const std::string& folder) {
-  std::string tags;
+// Sub-folders that look like tags, or like folders that hold one (a pointer file is there).
+std::vector<std::string> below(Storage& storage, const std::string& folder) {
+  std::vector<std::string> names;
   for (const DirectoryEntry& entry : storage.list(folder)) {
     if (entry.kind != DirectoryEntry::Kind::kDirectory || entry.name[0] == '.') continue;
-    const std::vector<DirectoryEntry> inside = storage.list(join(folder, entry.name));
-    if (!has_zero_files(inside) && !has_folder(inside, "zero")) continue;
-    tags += (tags.empty() ? "" : ", ") + quote(entry.name);
+    const std::string path = join(folder, entry.name);
+    const std::vector<DirectoryEntry> inside = storage.list(path);
+    const bool pointer = storage.is_file(join(path, "latest"));
+    if (pointer || has_zero_files(inside) || has_folder(inside, "zero"))
+      names.push_back(entry.name);
   }
+  return names;
+}
+
+// Their names, for messages.
+std::string tags_in(Storage& storage, const std::string& folder) {
+  std::string tags;
+  for (const std::string& name : below(storage, folder))
+    tags += (tags.empty() ? "" : ", ") + quote(name);
   return tags.empty() ? "no folder there looks like a tag" : "tags there: " + tags;
 }
 
@@ -193,6 +203,12 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
   if (has_zero_files(entries)) return place;
   SourcePlace weights = weights_place(path, entries);
   if (!weights.files.empty()) return weights;
+  // A folder of runs with one checkpoint in it, as Lightning and Accelerate leave it.
+  if (const std::vector<std::string> inner = below(storage, path); inner.size() == 1) {
+    SourcePlace found = resolve_source(storage, join(path, inner[0]), "");
+    found.notices.push_back("the checkpoint lies one level down, in " + quote(inner[0]));
+    return found;
+  }
   throw Error(
       ErrorInfo{.code = ErrorCode::kNotFound,
                 .what = "The folder holds no checkpoint that is known here.",

@@ -381,6 +381,16 @@ ShardedState as_deepspeed_believes(const ShardedState& state) {
 }
 
 TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptions& options) {
+  if (state.flavour == Flavour::kZero3 && state.model_files.size() < state.optim_files.size()) {
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what = "The universal form of stage 3 holds every rank's model file, "
+                                  "and some are missing.",
+                          .file = state.folder,
+                          .expected = std::to_string(state.optim_files.size()) + " files",
+                          .found = std::to_string(state.model_files.size()),
+                          .next = "isoshard reshard to the same topology makes them anew; convert "
+                                  "its output"});
+  }
   const bool convertible = state.flavour == Flavour::kZero0 || state.flavour == Flavour::kZero12 ||
                            state.flavour == Flavour::kBf16Optimizer ||
                            state.flavour == Flavour::kZero3;

@@ -296,7 +296,7 @@ void read_zero3_part(ShardedState* state, const ModelStates& model, const GroupM
 }
 
 void read_zero3(ShardedState* state, const ModelStates& model, const GroupMask& sub_groups) {
-  std::vector<int> all(state->model_files.size());
+  std::vector<int> all(state->optim_files.size());
   std::iota(all.begin(), all.end(), 0);
   Zero3Reader reader(state, model, sub_groups, std::move(all));
   reader.check_models();

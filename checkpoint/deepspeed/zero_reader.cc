@@ -161,6 +161,7 @@ class ZeroReader {
   void check_mp_ranks(const ModelStates& model) const;
   // The optimizer's files are not opened.
   bool closed() const { return options_.model_files_only && !inventory_.stage3(); }
+  std::vector<std::string> model_names(int mp, int64_t dp, const std::string& what);
   void open_rank(int mp, int first, ShardedState* part);
   void read_module(ShardedState* part, const ModelStates& model, const ExpertInfo& experts);
   void read_rank(ShardedState* part, const ModelStates& model);
@@ -206,6 +207,28 @@ void ZeroReader::check_mp_ranks(const ModelStates& model) const {
   if (model.has_param_shapes && !closed()) complete(optims, expected, state_.folder, "optimizer");
 }
 
+// Stage 3: the model files of one mp rank. Rank 0's alone is enough where every rank's optimizer
+// file is there and nothing is frozen: the others repeat it, but for buffers and client state.
+std::vector<std::string> ZeroReader::model_names(int mp, int64_t dp, const std::string& what) {
+  const Inventory::ByRank& there = inventory_.model_of_rank.at(mp);
+  const auto optim = inventory_.optim.find(mp);
+  const bool all_optim =
+      optim != inventory_.optim.end() && static_cast<int64_t>(optim->second.size()) == dp;
+  std::string missing;
+  for (int rank = 0; rank < dp; ++rank) {
+    if (!there.contains(rank)) missing += (missing.empty() ? "" : ", ") + std::to_string(rank);
+  }
+  if (missing.empty() || !there.contains(0) || !all_optim ||
+      there.rbegin()->first >= static_cast<int>(dp))
+    return complete(there, dp, state_.folder, what);
+  const std::string text = what + " files of ranks " + missing +
+                           " are missing: a client state or buffers of their own that they held "
+                           "are not known; rank 0's are taken for all";
+  state_.notices.push_back(text);
+  state_.skipped.push_back(text);
+  return {there.at(0)};
+}
+
 // Opens the files of one mp rank; `first` is its first model file, or −1 if that is not open yet.
 void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
   const std::string folder = state_.folder;
@@ -213,7 +236,7 @@ void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
   const std::string of_rank = mp == 0 ? "" : " (mp rank " + std::to_string(mp) + ")";
   if (inventory_.stage3()) {
     const int64_t dp = state_.topology.zero_ranks();
-    models = complete(inventory_.model_of_rank.at(mp), dp, folder, "model" + of_rank);
+    models = model_names(mp, dp, "model" + of_rank);
   }
   if (first >= 0) {
     part->model_files = {first};
@@ -239,6 +262,19 @@ void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
 }
 
 void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
+  const bool lacks = inventory_.stage3() && part->model_files.size() < part->optim_files.size();
+  const NodeId layers =
+      autoep_layers(Fields(part->document(model.file)), part->document(model.file).pickle().root);
+  if (lacks && (!model.frozen_shapes.empty() || layers != kNoNode)) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kIncomplete,
+        .what = "The checkpoint is incomplete: model files are missing, which hold frozen "
+                "parameters or say who has which experts.",
+        .file = state_.folder,
+        .expected = std::to_string(part->optim_files.size()) + " files",
+        .found = std::to_string(part->model_files.size()),
+        .next = "bring the missing files from the node that wrote them"});
+  }
   if (!inventory_.stage3() && !model.has_param_shapes) {
     if (!inventory_.experts.empty()) check_experts(ExpertInfo(*part, model), model);
     read_zero0(part, model, options_, storage_);
