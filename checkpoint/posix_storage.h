@@ -22,7 +22,7 @@ namespace isoshard::checkpoint {
 //   - a failed sync is never repeated: the kernel may have dropped the bytes, and a second call
 //     would then succeed.
 //   - sync_directory does nothing where the file system cannot sync directories (EINVAL).
-class PosixStorage final : public Storage {
+class PosixStorage : public Storage {
  public:
   std::unique_ptr<ReadableFile> open_read(const std::string& path) override;
   std::unique_ptr<WritableFile> create(const std::string& path) override;

@@ -118,5 +118,42 @@ class Field(ProgramCase):
         self.assertIn("ncomplete", self.run_program(2, "digest", source).stderr)
 
 
+    def test_shards_of_several_nodes(self):
+        whole = self.recorded("z3_bf16_dp3")
+        nodes = []
+        for rank in range(3):
+            node = self.copy("z3_bf16_dp3", f"node{rank}")
+            for other in {0, 1, 2} - {rank}:
+                self.lose(node, f"pp_rank_{other}_")
+            nodes.append(node)
+        flags = ["--also", nodes[1], "--also", nodes[2]]
+        for verb in ("digest", "inspect"):
+            found = self.run_program(0, verb, nodes[0], *flags).stdout
+            expected = self.run_program(0, verb, whole).stdout
+            self.assertEqual(found.replace(str(nodes[0]), str(whole)), expected)
+        self.assertIn("COMPLETE", self.run_program(0, "verify", nodes[0], *flags).stdout)
+        tags = [next(node.glob("global_step*")) for node in nodes]
+        parts = ["--also", tags[1], "--also", tags[2]]
+        self.assertEqual(self.digest(whole), self.run_program(0, "digest", tags[0], *parts).stdout)
+        ours, theirs = self.place / "ours", self.place / "theirs"
+        self.run_program(0, "reshard", nodes[0], ours, "--to", "dp=2", *flags)
+        self.run_program(0, "reshard", whole, theirs, "--to", "dp=2")
+        for path in theirs.rglob("*.pt"):
+            self.assertEqual(path.read_bytes(), (ours / path.relative_to(theirs)).read_bytes())
+        self.run_program(2, "digest", nodes[0], *flags[:2])
+        self.run_program(2, "digest", nodes[0], "--also", self.place / "nowhere")
+        result = self.run_program(2, "reshard", nodes[0], nodes[2] / "x", "--to", "dp=2", *flags)
+        self.assertIn("inside it", result.stderr)
+        # A file that lies on two nodes is one file, or two saves are mixed.
+        name = "zero_pp_rank_0_mp_rank_00_model_states.pt"
+        shutil.copy(tags[0] / name, tags[1] / name)
+        self.assertEqual(self.digest(whole), self.run_program(0, "digest", nodes[0], *flags).stdout)
+        data = bytearray((tags[1] / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (tags[1] / name).write_bytes(data)
+        result = self.run_program(2, "digest", nodes[0], *flags)
+        self.assertIn("Two folders hold different files", result.stderr)
+
+
 if __name__ == "__main__":
     sys.exit(not run_tests(__doc__)[0].wasSuccessful())

@@ -1,6 +1,8 @@
 // See conversion.h.
 #include "tools/conversion.h"
 
+#include <algorithm>
+
 #include "checkpoint/deepspeed/source.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
@@ -76,9 +78,14 @@ void add_conversion_flags(CLI::App* verb, ConversionFlags* flags) {
 }
 
 void refuse_overlap(Session* session, const std::string& source, const std::string& target) {
-  const std::string from = session->storage.canonical(source),
-                    to = session->storage.canonical(target);
-  if (!is_inside(to, from) && !is_inside(from, to)) return;
+  std::vector<std::string> sources = {source};
+  sources.insert(sources.end(), session->also.begin(), session->also.end());
+  const std::string to = session->storage.canonical(target);
+  const bool apart = std::ranges::none_of(sources, [&](const std::string& each) {
+    const std::string from = session->storage.canonical(each);
+    return is_inside(to, from) || is_inside(from, to);
+  });
+  if (apart) return;
   throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                         .what = "The target is the source, inside it, or around it.",
                         .file = target,

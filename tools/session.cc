@@ -81,6 +81,7 @@ checkpoint::ShardedState Session::open(const std::string& source, bool prove) {
   checkpoint::ReadOptions options = read;
   options.prove = prove;
   options.workers = stream_options().workers;
+  if (!also.empty() && this->source.empty()) storage.lay_over(source, also);
   this->source = source;
   checkpoint::ShardedState state = checkpoint::read_checkpoint(storage, source, options);
   for (const std::string& text : state.notices) notice("notice: " + text);
@@ -167,6 +168,10 @@ void add_source_flags(CLI::App* verb, Session* session) {
       ->check(CLI::Range(1, 1000000));
   verb->add_option("--param-order", session->read.param_order,
                    "Stage 0: file with the parameter names in the optimizer's order");
+  verb->add_option("--also", session->also,
+                   "A folder with further files of SOURCE, as another node has kept them (repeat)")
+      ->expected(1)
+      ->take_all();
   verb->add_flag("--allow-renamed", session->read.allow_renamed,
                  "Accept a file that was saved under another name");
 }

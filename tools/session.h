@@ -7,7 +7,7 @@
 #include <string>
 
 #include "checkpoint/deepspeed/reader.h"
-#include "checkpoint/posix_storage.h"
+#include "checkpoint/overlay_storage.h"
 #include "reshard/executor.h"
 
 namespace isoshard::tools {
@@ -16,16 +16,17 @@ namespace isoshard::tools {
 enum Status { kDone = 0, kAnswerIsNo = 1, kCouldNot = 2, kOurBug = 70 };
 
 struct Session {
-  checkpoint::PosixStorage storage;
+  checkpoint::OverlayStorage storage;
   bool json = false;
   bool quiet = false;
   bool no_progress = false;
   int workers = 0;  // 0: twice as many as there are processors
   std::string max_memory;
   std::string log_file;
-  std::string source;  // the one that is, or was last, read
-  std::string expect;  // iso1:…
-  std::string only;    // regular expression on parameter names
+  std::vector<std::string> also;  // --also: further folders of the first source
+  std::string source;             // the one that is, or was last, read
+  std::string expect;             // iso1:…
+  std::string only;               // regular expression on parameter names
   checkpoint::ReadOptions read;
   int status = kDone;
 

@@ -95,6 +95,7 @@ void print_json(Session* session, const std::string& source, const Verification&
 }
 
 void run_verify(Session* session, const std::string& source) {
+  if (!session->also.empty()) session->storage.lay_over(source, session->also);
   session->source = source;
   reshard::VerifyOptions options{.read = session->read, .stream = session->stream_options()};
   const Verification v = reshard::verify(session->storage, source, options);
