@@ -203,8 +203,13 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
   if (has_zero_files(entries)) return place;
   SourcePlace weights = weights_place(path, entries);
   if (!weights.files.empty()) return weights;
-  // A folder of runs with one checkpoint in it, as Lightning and Accelerate leave it.
-  if (const std::vector<std::string> inner = below(storage, path); inner.size() == 1) {
+  // A folder of runs with one save folder in it, as Lightning and Accelerate leave it. A tag
+  // without a pointer may be a save that has not ended: it must be named.
+  std::vector<std::string> inner = below(storage, path);
+  std::erase_if(inner, [&](const std::string& name) {
+    return !storage.is_file(join(join(path, name), "latest"));
+  });
+  if (inner.size() == 1) {
     SourcePlace found = resolve_source(storage, join(path, inner[0]), "");
     found.notices.push_back("the checkpoint lies one level down, in " + quote(inner[0]));
     return found;

@@ -174,6 +174,7 @@ class ZeroReader {
   Storage& storage_;
   const ReadOptions& options_;
   const Inventory inventory_;
+  std::string missing_models_;  // ranks, at stage 3
 };
 
 void ZeroReader::tell_others() {
@@ -226,6 +227,7 @@ std::vector<std::string> ZeroReader::model_names(int mp, int64_t dp, const std::
                            "are not known; rank 0's are taken for all";
   state_.notices.push_back(text);
   state_.skipped.push_back(text);
+  missing_models_ = missing;
   return {there.at(0)};
 }
 
@@ -272,7 +274,7 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
                 "parameters or say who has which experts.",
         .file = state_.folder,
         .expected = std::to_string(part->optim_files.size()) + " files",
-        .found = std::to_string(part->model_files.size()),
+        .found = "missing: rank " + missing_models_,
         .next = "bring the missing files from the node that wrote them"});
   }
   if (!inventory_.stage3() && !model.has_param_shapes) {
