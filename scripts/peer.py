@@ -3,7 +3,7 @@
 
     peer.py [--venv DIR] [--program PATH] [--versions 0.19.8,…] [--cases REGEX] [--out DIR]
     peer.py --report-only [--out DIR]
-    peer.py --export [--venv DIR] [--program PATH]
+    peer.py --export | --parallel [--venv DIR] [--program PATH] [--cases REGEX]
     peer.py --errata [--report-only] [--versions …] [--cases REGEX] [--out DIR]
 
 Real engines in real processes (CPU, gloo, one process a rank) load what isoshard wrote from the
@@ -20,7 +20,9 @@ report says which cases are not there. Groups of facts:
     reading    what this version of DeepSpeed saves, converted by its tools and by ours
 
 --export asks the real transformers instead whether it loads what `isoshard export` wrote
-(scripts/peer_hf.py, in the same environment, with transformers installed).
+(scripts/peer_hf.py, in the same environment, with transformers installed); --parallel whether
+DeepSpeed loads and trains on what was resharded between tensor- and expert-parallel degrees and
+migrated (scripts/peer_parallel.py).
 
 With --errata no file of ours takes part: every script of traces/repro is run under every version
 and docs/errata_matrix.md is written (peer_errata.py). The regular expression is then matched on
@@ -108,12 +110,12 @@ def make_environment(folder):
     return python
 
 
-def export(options):
+def with_transformers(options, script, *arguments):
     python = os.path.abspath(make_environment(options.venv))
     if subprocess.call([python, "-c", "import transformers"], stderr=subprocess.DEVNULL):
         subprocess.check_call([python, "-m", "pip", "install", "--quiet", TRANSFORMERS])
-    return subprocess.call([python, os.path.join(ROOT, "scripts", "peer_hf.py"), "--program",
-                            os.path.abspath(options.program)])
+    return subprocess.call([python, os.path.join(ROOT, "scripts", script), "--program",
+                            os.path.abspath(options.program), *arguments])
 
 
 def run_errata(options, versions):
@@ -140,10 +142,13 @@ def main(arguments):
     parser.add_argument("--keep", action="store_true", help="keep every folder that was written")
     parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--export", action="store_true", help="only what transformers loads")
+    parser.add_argument("--parallel", action="store_true", help="only tensor parallel and experts")
     parser.add_argument("--errata", action="store_true", help="run traces/repro instead")
     options = parser.parse_args(arguments)
     if options.export:
-        return export(options)
+        return with_transformers(options, "peer_hf.py")
+    if options.parallel:
+        return with_transformers(options, "peer_parallel.py", "--cases", options.cases)
     options.out, versions = os.path.abspath(options.out), options.versions.split(",")
     os.makedirs(options.out, exist_ok=True)
     if options.errata:

@@ -15,6 +15,7 @@ import sys
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "scripts"))
 import compare_torch  # noqa: E402
+import hostile as h  # noqa: E402
 from program_case import CONFIG, ProgramCase, run_tests  # noqa: E402
 
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8}
@@ -73,8 +74,9 @@ class Export(ProgramCase):
             with self.subTest(case):
                 stage3 = any(source.rglob("zero_pp_rank_0_mp_rank_00_model*"))
                 bare = source if stage3 else self.without_optimizer(source)
+                excluded = ["--force"] if "nofrozen" in case else []
                 ours, fp32 = self.place / "ours", self.place / "fp32"
-                said = self.run_program(0, "export", bare, ours, "--no-config").stdout
+                said = self.run_program(0, "export", bare, ours, "--no-config", *excluded).stdout
                 self.assertIn("files opened", said)
                 self.assertEqual(", 0 of the optimizer" in said, not stage3)
                 self.run_program(0, "convert", source, fp32, "--to", "fp32")
@@ -174,22 +176,71 @@ class Export(ProgramCase):
         target, tied = self.place / "t", self.recorded("trainer_z2_dp2")
         config = self.place / "model"
         config.mkdir()
-        (config / "config.json").write_text('{"tie_word_embeddings": false}')
+        (config / "config.json").write_text("{}")
         for words, arguments in (
             ("There is no config.json", [self.recorded("z1_bf16_dp2")]),
-            ("not tied", [tied, "--config", config]),
             ("There is no config.json", [tied, "--config", self.place]),
             ("contradict", [tied, "--config", config, "--no-config"]),
             ("mixtral, qwen3_moe", [self.recorded("autoep_z1_ep2_dp2"), "--no-config"]),
             ("mixtral, qwen3_moe", [self.recorded("autoep_z1_ep2_dp2"), "--config", config]),
             ("mean of its ranks", [self.recorded("edited_average_tp2"), "--no-config"]),
-            ("by layer number", [self.recorded("pipe_z1_pp2_dp1"), "--no-config"]),
+            ("by layer number", [self.recorded("pipe_z1_pp2_dp1"), "--config", config]),
+            ("native MoE", [self.recorded("moe_z1_ep2_dp4"), "--config", config]),
+            ("exclude_frozen_parameters", [self.recorded("z2_bf16_dp4_nofrozen"), "--no-config"]),
         ):
             result = self.run_program(2, "export", arguments[0], target, *arguments[1:])
             self.assertIn(words, result.stderr)
             self.assertFalse(target.exists())
         (config / "config.json").write_text("[1]")
         self.run_program(2, "export", tied, target, "--config", config)
+
+    def test_ties_that_the_config_does_not_make(self):
+        """Such a name gets bytes of its own: from_pretrained would leave it at random."""
+        source, config = self.recorded("trainer_z2_dp2"), self.place / "model"
+        config.mkdir()
+        for text in ("{}", '{"tie_word_embeddings": false}', '{"text_config": {}}'):
+            (config / "config.json").write_text(text)
+            for dtype in ("model", "fp32"):
+                target = self.place / f"hf{len(text)}{dtype}"
+                said = self.run_program(
+                    0, "export", source, target, "--config", config, "--dtype", dtype
+                )
+                self.assertIn("bytes of its own", said.stderr)
+                found, ties = self.tensors(target)
+                self.assertEqual(ties, {})
+                self.assertEqual(found["lm_head.weight"], found["model.embed_tokens.weight"])
+        (config / "config.json").write_text('{"text_config": {"tie_word_embeddings": true}}')
+        self.run_program(0, "export", source, self.place / "tied", "--config", config)
+        self.assertNotIn("lm_head.weight", self.tensors(self.place / "tied")[0])
+
+    def test_files_that_do_not_fit(self):
+        """What the optimizer's files would tell is told without them."""
+        def folder(case):
+            return h.ZeroFolder(self.recorded(case))
+
+        def expert(name, number):
+            path = f"global_step3/layer_0_expert_{number}_mp_rank_00_model_states.pt"
+            return name.files[path][1]
+
+        shape = folder("autoep_z1_ep2_dp2")
+        records = expert(shape, 1)
+        # w2 [16, 24] with strides (24, 1) becomes [24, 16] with strides (16, 1).
+        records["data.pkl"] = records["data.pkl"].replace(
+            b"K\x10K\x18\x86", b"K\x18K\x10\x86", 1).replace(
+            b"K\x18K\x01\x86", b"K\x10K\x01\x86", 1)
+        half = self.without_optimizer(self.recorded("moe_z1_ep2_dp4"))
+        for number in (2, 3):
+            next(half.rglob(f"layer_0_expert_{number}_*")).unlink()
+        config = self.place / "model"
+        config.mkdir()
+        (config / "config.json").write_text('{"model_type": "mixtral"}')
+        for source, words in (
+            (shape.write(self.place / "shape"), "another shape than its master"),
+            (half, "FileNotFoundError"),
+        ):
+            target = self.place / "t"
+            result = self.run_program(2, "export", source, target, "--config", config, "--force")
+            self.assertIn(words, result.stderr)
 
     def test_a_missing_expert(self):
         source = self.without_optimizer(self.recorded("moe_z1_ep2_dp4"))

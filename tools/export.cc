@@ -2,6 +2,7 @@
 #include <set>
 
 #include "checkpoint/deepspeed/hf_experts.h"
+#include "checkpoint/deepspeed/model_states.h"
 #include "checkpoint/deepspeed/side_files.h"
 #include "checkpoint/deepspeed/weights_blueprint.h"
 #include "core/error.h"
@@ -29,39 +30,66 @@ struct ExportFlags {
                         .next = next});
 }
 
-// Names that no model of Hugging Face has: from_pretrained would leave such weights at random.
-void refuse_foreign_names(const ShardedState& state) {
-  const std::string next = "isoshard convert --to fp32 writes them under DeepSpeed's names";
-  if (state.topology.pipeline > 1)
-    refuse("A pipeline names its parameters by layer number, not as the model does.", state.folder,
-           quote(state.parameters[0].name), next);
+bool is_number(const std::string& text) {
+  return !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
 }
 
-// The name of a tied output embedding; empty if there is none.
-std::string tied_head(const ShardedState& state) {
-  for (const checkpoint::Alias& alias : state.aliases) {
-    for (const std::string& name : {alias.name, alias.target}) {
-      if (name.find("lm_head") != std::string::npos || name.find("embed_out") != std::string::npos)
-        return name;
-    }
+// Why no model of Hugging Face has such a name; empty if one may.
+std::string why_foreign(const std::string& name) {
+  if (is_number(name.substr(0, name.find('.'))) || name.starts_with("tied_modules."))
+    return "a pipeline names its parameters by layer number, not as the model does";
+  if (name.find(".deepspeed_moe.") != std::string::npos)
+    return "native MoE of DeepSpeed has names of its own";
+  if (name.ends_with(".experts.w1"))
+    return "AutoEP stacks experts under names of its own; export the checkpoint, not its weights";
+  for (const char* front : {"module.", "_forward_module.", "base_model.model."}) {
+    if (name.starts_with(front)) return "a wrapper's prefix stands before the model's own names";
   }
   return "";
 }
 
-void check_ties(const ShardedState& state, const nlohmann::json& config,
-                const std::string& folder) {
-  const std::string head = tied_head(state);
-  const auto says = [](const nlohmann::json& holder, bool value) {
-    const auto found = holder.find("tie_word_embeddings");
-    return found != holder.end() && found->is_boolean() && found->get<bool>() == value;
-  };
-  const nlohmann::json text = config.value("text_config", nlohmann::json::object());
-  if (head.empty() || !says(config, false) || (text.is_object() && says(text, true))) return;
+// from_pretrained would leave such weights at random.
+void refuse_foreign_names(const ShardedState& state) {
+  for (const checkpoint::ParameterState& parameter : state.parameters) {
+    const std::string why = why_foreign(parameter.name);
+    if (why.empty()) continue;
+    refuse("from_pretrained would not find this weight: " + why + ".", state.folder,
+           quote(parameter.name),
+           "--no-config writes the weights alone, --force goes on if the model has such names");
+  }
+}
+
+void refuse_excluded(const ShardedState& state) {
+  const bool zero =
+      state.flavour == checkpoint::Flavour::kZero12 || state.flavour == checkpoint::Flavour::kZero3;
+  if (!zero || state.stage < 2 || state.topology.pipeline > 1) return;
+  if (checkpoint::read_model_states(state, state.model_files[0]).has_frozen_shapes) return;
   refuse(
-      "The checkpoint ties the output embedding, and config.json says that it is not tied: "
-      "from_pretrained would leave it at random.",
-      checkpoint::join(folder, "config.json"), quote(head) + ", tie_word_embeddings false",
-      "name a folder with the config of the model that was trained (--config)");
+      "The checkpoint was saved with exclude_frozen_parameters: frozen weights are not in it, "
+      "and from_pretrained would leave them at random.",
+      state.folder, "frozen_param_shapes: None", "--force goes on if the model has none");
+}
+
+// Of the tied names those that the config lets from_pretrained tie again are stored once, the
+// others with bytes of their own.
+void settle_ties(Session* session, ShardedState* state, const nlohmann::json& config) {
+  const auto tied = [](const nlohmann::json& holder) {
+    return holder.is_object() && holder.contains("tie_word_embeddings") &&
+           holder["tie_word_embeddings"] == true;
+  };
+  const bool says = tied(config) || (config.contains("text_config") && tied(config["text_config"]));
+  std::vector<std::string> apart;
+  for (const checkpoint::Alias& alias : state->aliases) {
+    const std::string both = alias.name + " " + alias.target;
+    const bool head =
+        both.find("lm_head") != std::string::npos || both.find("embed_out") != std::string::npos;
+    if (!says || !head) apart.push_back(alias.name);
+  }
+  for (const std::string& name : apart)
+    session->notice("notice: " + quote(name) +
+                    " is tied, and config.json does not say so: it is written with bytes of its "
+                    "own");
+  checkpoint::untie(state, apart);
 }
 
 // The model's config and the folder it lies in; both empty with --no-config.
@@ -84,11 +112,10 @@ std::string text_of(const nlohmann::json& config, const char* key) {
 }
 
 // What is no weight, under the names it has.
-std::vector<checkpoint::FileBlueprint> side_blueprints(Session* session, const ExportFlags& flags,
-                                                       const ModelFolder& model,
+std::vector<checkpoint::FileBlueprint> side_blueprints(Session* session, const ModelFolder& model,
+                                                       const std::string& dtypes,
                                                        ShardedState* state,
                                                        nlohmann::json* certificate) {
-  check_ties(*state, model.config, model.path);
   const std::vector<std::string> names =
       checkpoint::side_files(session->storage, model.path, model.config);
   std::string list;
@@ -99,9 +126,10 @@ std::vector<checkpoint::FileBlueprint> side_blueprints(Session* session, const E
   session->say("carried      " + list);
   const char* key = model.config.contains("dtype") ? "dtype" : "torch_dtype";
   const std::string recorded = text_of(model.config, key);
-  if (flags.dtype == "fp32" && !recorded.empty() && recorded != "float32") {
+  if (!recorded.empty() && dtypes.find(recorded) == std::string::npos) {
     session->notice("notice: config.json says " + std::string(key) + " " + quote(recorded) +
-                    ": from_pretrained casts to it unless it is given dtype=torch.float32");
+                    ", the weights are " + dtypes +
+                    ": from_pretrained casts them unless it is given another dtype");
   }
   return checkpoint::copy_side_files(state, session->storage, model.path, names);
 }
@@ -133,14 +161,25 @@ std::string dtypes_of(const std::vector<checkpoint::FileBlueprint>& files) {
   return text;
 }
 
+// --overwrite would exchange it whole.
+void refuse_config_in_target(Session* session, const ExportFlags& flags) {
+  const std::string target = session->storage.canonical(flags.target) + "/";
+  if (!(session->storage.canonical(flags.config) + "/").starts_with(target)) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "The folder of the config is the target, or inside it.",
+                        .file = flags.config,
+                        .safe = "nothing was written",
+                        .next = "name another target"});
+}
+
 void run_export(Session* session, const ExportFlags& flags) {
   if (flags.no_config && !flags.config.empty())
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "--config and --no-config contradict each other."});
   refuse_overlap(session, flags.source, flags.target);
+  if (!flags.config.empty()) refuse_config_in_target(session, flags);
   session->read.model_files_only = flags.dtype == "model";
   ShardedState state = open_to_convert(session, flags.source, flags.common);
-  refuse_foreign_names(state);
   const ModelFolder model = find_model(session, flags, state);
   nlohmann::json certificate = source_certificate(state, flags.source);
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
@@ -152,6 +191,11 @@ void run_export(Session* session, const ExportFlags& flags) {
     session->say("renamed      " + std::to_string(renamed.size()) +
                  " tensors of AutoEP layers, as the certificate lists");
     for (const std::string& text : renamed) certificate["renamed"].push_back(text);
+  }
+  if (!flags.common.force) refuse_excluded(state);
+  if (!flags.no_config) {
+    if (!flags.common.force) refuse_foreign_names(state);
+    settle_ties(session, &state, model.config);
   }
   checkpoint::TargetFiles made = checkpoint::weights_blueprints(
       state, {.max_shard_bytes = checkpoint::parse_size(flags.max_shard_size),
@@ -166,7 +210,7 @@ void run_export(Session* session, const ExportFlags& flags) {
     certificate["buffers"].push_back(buffer.name);
   if (!flags.no_config) {
     std::vector<checkpoint::FileBlueprint> side =
-        side_blueprints(session, flags, model, &state, &certificate);
+        side_blueprints(session, model, dtypes, &state, &certificate);
     made.files.insert(made.files.end(), std::make_move_iterator(side.begin()),
                       std::make_move_iterator(side.end()));
   }

@@ -89,12 +89,18 @@ void refuse_round_robin(const ShardedState& state, const ModelStates& model) {
 }
 
 // At stage 3 every rank's model file says which expert-parallel rank it is, and which replica.
-void check_expert_ranks(const ShardedState& state, int expert_rank,
+void check_expert_ranks(const ShardedState& state, const ExpertInfo& first, int expert_rank,
                         const std::vector<int>& members) {
   for (size_t replica = 0; replica < members.size(); ++replica) {
     const int file = state.model_files[static_cast<size_t>(members[replica])];
     const Fields f(state.document(file));
     const std::vector<NodeId>& layers = f.list(autoep_layers(f, f.root()), "ds_autoep_layers");
+    if (file != state.model_files[0] &&
+        ExpertInfo(state, read_model_states(state, file)).layers() != first.layers())
+      f.fail(
+          "Ranks disagree on the layers of experts or their placement (DeepSpeed: "
+          "RuntimeError).",
+          "ds_autoep_layers", "as in rank 0", "another");
     for (NodeId layer : layers) {
       const auto check = [&](const char* key, int64_t expected) {
         const int64_t found = f.integer(f.need(layer, key), key);
@@ -149,7 +155,7 @@ void read_experts(ShardedState* state, const ModelStates& model, const ExpertInf
     part.state.topology = state->topology;
     part.state.has_places = state->has_places;
     const std::vector<int> members = experts.partition_ranks(rank, ranks, dp);
-    if (stage3) check_expert_ranks(*state, rank, members);
+    if (stage3) check_expert_ranks(*state, experts, rank, members);
     for (int member : members)
       part.state.optim_files.push_back(state->optim_files[static_cast<size_t>(member)]);
     part.state.files = std::move(state->files);
@@ -223,9 +229,12 @@ void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
       if (found == tensors.end()) refuse_missing_expert(*state, name, files.size());
       const auto& [file, view] = found->second;
       const Fields f(state->document(file));
-      if (numel(view.shape) != size)
-        f.fail("An expert's tensor has another size than its master.", quote(name),
-               std::to_string(size) + " elements", to_string(view.shape));
+      const Shape expected = layer == nullptr
+                                 ? parameter.shape
+                                 : Shape(parameter.shape.begin() + 1, parameter.shape.end());
+      if (view.shape != expected)
+        f.fail("An expert's tensor has another shape than its master.", quote(name),
+               to_string(expected), to_string(view.shape));
       if (id > 0 && view.dtype != copy.dtype)
         f.fail("Experts of one layer have different dtypes.", quote(name),
                isoshard::name(copy.dtype), isoshard::name(view.dtype));

@@ -70,7 +70,10 @@ void ExpertInfo::read_layers(const Fields& fields, NodeId list) {
     layer.local_experts = positive(fields, entry, "num_local_experts");
     layer.ep_size = positive(fields, entry, "ep_size");
     read_placement(fields, entry, &layer);
-    const bool twice = !ids.insert(layer.layer_id).second || by_prefix_.contains(layer.prefix);
+    const bool twice = !ids.insert(layer.layer_id).second || by_prefix_.contains(layer.prefix) ||
+                       std::ranges::any_of(layers_, [&](const ExpertLayer& other) {
+                         return other.module_path == layer.module_path;
+                       });
     if (twice || layer.prefix.empty())
       fields.fail("An AutoEP layer stands twice (DeepSpeed: RuntimeError).",
                   "moe_layer_id, expert_key_prefix", "each once",
@@ -153,9 +156,12 @@ ModelStates ExpertInfo::with_router_aliases(const ShardedState& state,
   for (const NamedShapes& group : model.param_shapes) {
     for (const auto& [name, shape] : group) trained.insert(name);
   }
+  // At stage 3 all entries of the module are empty: shapes tell nothing there.
+  std::set<std::string> frozen;
+  for (const auto& [name, shape] : model.frozen_shapes) frozen.insert(name);
   for (const auto& [name, shape] : shapes) {
     const ExpertLayer* layer = layer_around(name);
-    if (layer == nullptr || trained.contains(name)) continue;
+    if (layer == nullptr || trained.contains(name) || frozen.contains(name)) continue;
     const std::string front = layer->module_path.empty() ? "" : layer->module_path + ".";
     const size_t dot = name.find('.', front.size());
     if (dot == std::string::npos) continue;

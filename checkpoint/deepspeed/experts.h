@@ -27,6 +27,7 @@ struct ExpertLayer {
   int64_t local_experts = 0;  // of one rank
   int64_t ep_size = 0;
   std::vector<std::vector<int64_t>> placement;  // by rank: ids of its experts, in packed order
+  bool operator==(const ExpertLayer&) const = default;
 };
 
 class ExpertInfo {

@@ -166,6 +166,25 @@ class Renaming {
 
 }  // namespace
 
+void untie(ShardedState* state, const std::vector<std::string>& names) {
+  std::vector<ParameterState> parameters = state->parameters;
+  std::erase_if(state->aliases, [&](const Alias& alias) {
+    const ParameterState* target = state->find_parameter(alias.target);
+    if (target == nullptr || std::ranges::find(names, alias.name) == names.end()) return false;
+    ParameterState own{.name = alias.name,
+                       .shape = target->shape,
+                       .model_dtype = target->model_dtype,
+                       .states = {},
+                       .scalars = {}};
+    Leaf leaf = state->leaf(target->weight);
+    leaf.name = alias.name;
+    own.weight = state->add_leaf(std::move(leaf));
+    parameters.push_back(std::move(own));
+    return true;
+  });
+  state->set_parameters(std::move(parameters));
+}
+
 std::vector<std::string> name_experts_for_hf(ShardedState* state, const std::string& model_type) {
   return Renaming(state, family_of(*state, model_type)).run();
 }

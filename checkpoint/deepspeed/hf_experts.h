@@ -1,5 +1,6 @@
-// AutoEP's stacked experts under the names that a Hugging Face model's files have: one tensor an
-// expert and matrix, as AutoEP found them before it stacked them (module_inject/auto_ep_presets).
+// What a Hugging Face model's files name otherwise than DeepSpeed's: AutoEP's stacked experts under
+// the names that a Hugging Face model's files have: one tensor an expert and matrix, as AutoEP
+// found them before it stacked them (module_inject/auto_ep_presets).
 #pragma once
 
 #include <string>
@@ -13,5 +14,8 @@ namespace isoshard::checkpoint {
 // is that of config.json. Returns "new name: old name[expert]" for each, and throws
 // Error(kUnsupported) for a model type whose names are not known.
 std::vector<std::string> name_experts_for_hf(ShardedState* state, const std::string& model_type);
+
+// Tied names become parameters of their own, with the bytes of their target.
+void untie(ShardedState* state, const std::vector<std::string>& names);
 
 }  // namespace isoshard::checkpoint

@@ -44,6 +44,9 @@ class Migrant {
 
   void check_source() const;
   void sort_names();
+  void check_number(const std::string& name, const NameMap::Found& found);
+  void check_router(const ExpertLayer& layer, const std::vector<ParameterState>& parameters) const;
+  void check_second_name(const std::string& name, const std::string& second) const;
   void add_layer(const std::string& prefix);
   void add_stack(const std::string& prefix, const std::string& name);
   int stack_leaves(const std::string& name, const std::vector<int>& leaves, const Shape& shape);
@@ -61,6 +64,7 @@ class Migrant {
   std::vector<std::string> prefixes_;                         // of the layers, in order
   std::map<std::string, NameMap::Found> others_;              // old name → what the map says
   std::map<std::string, ParameterState> stacks_;
+  std::map<std::string, std::string> layer_of_stack_;  // native
 };
 
 void Migrant::check_source() const {
@@ -87,6 +91,7 @@ void Migrant::sort_names() {
       refuse(ErrorCode::kMismatch, "A rule for experts fits a parameter that is none.", quote(name),
              "names of deepspeed_experts", quote(found->name));
     if (found && found->expert) {
+      check_number(name, *found);
       if (!experts_[found->name].emplace(*found->expert, i).second)
         refuse(ErrorCode::kMismatch, "Two experts would get one place.", quote(found->name),
                "each number once", quote(name));
@@ -107,6 +112,11 @@ void Migrant::sort_names() {
                quote(name));
     }
   }
+  for (const auto& [stack, experts] : experts_) {
+    if (!taken.insert(stack).second)
+      refuse(ErrorCode::kMismatch, "Two parameters would get one name.", quote(stack), "once",
+             "a stack of experts and another");
+  }
   for (const BufferState& buffer : state_.buffers) {
     all.push_back(buffer.name);
     if (const auto found = names_.find(buffer.name)) others_.emplace(buffer.name, *found);
@@ -114,10 +124,20 @@ void Migrant::sort_names() {
   names_.check(all, unmatched);
 }
 
+// {expert} stands where the expert's number does, and a stack comes from one layer.
+void Migrant::check_number(const std::string& name, const NameMap::Found& found) {
+  const auto native = ExpertInfo::expert_number(name);
+  const auto [layer, fresh] = layer_of_stack_.emplace(found.name, native->first);
+  if (native->second == *found.expert && layer->second == native->first) return;
+  refuse(ErrorCode::kMismatch, "A rule takes another number for an expert's.", quote(name),
+         "{expert} = " + std::to_string(native->second) + " of " + quote(layer->second),
+         std::to_string(*found.expert) + " of " + quote(native->first));
+}
+
 // w1, w2, w3 of one layer: the same number of experts, and shapes that belong together.
 void Migrant::add_layer(const std::string& prefix) {
   const std::string end = ".experts";
-  if (prefix != "experts" && !prefix.ends_with(end))
+  if (!prefix.ends_with(end) || prefix == end)
     refuse(ErrorCode::kMismatch, "AutoEP's stacks lie in a module that is called experts.",
            quote(prefix), "….experts.w1", quote(prefix));
   size_t count = 0;
@@ -153,7 +173,7 @@ void Migrant::add_layer(const std::string& prefix) {
   ExpertLayer layer;
   layer.layer_id = static_cast<int64_t>(result_.layers.size());
   layer.prefix = prefix;
-  layer.module_path = prefix == "experts" ? "" : prefix.substr(0, prefix.size() - end.size());
+  layer.module_path = prefix.substr(0, prefix.size() - end.size());
   layer.experts = static_cast<int64_t>(count);
   layer.ep_size = state_.topology.expert;
   layer.local_experts = layer.experts / layer.ep_size;
@@ -226,6 +246,32 @@ std::string Migrant::renamed(const std::string& name) {
   return found->second.name;
 }
 
+void Migrant::check_router(const ExpertLayer& layer,
+                           const std::vector<ParameterState>& parameters) const {
+  const std::string name = layer.module_path + ".router.gate.weight";
+  const auto found = std::ranges::find(parameters, name, &ParameterState::name);
+  const bool fits =
+      found != parameters.end() && found->shape.size() == 2 && found->shape[0] == layer.experts;
+  if (!fits)
+    refuse(ErrorCode::kMismatch, "A layer has no router for its experts.", quote(name),
+           "[" + std::to_string(layer.experts) + ", H], by a rule of names",
+           found == parameters.end() ? "none" : to_string(found->shape));
+}
+
+// A second name as AutoEP leaves it: of a router, in another child of the same module.
+void Migrant::check_second_name(const std::string& name, const std::string& second) const {
+  for (const ExpertLayer& layer : result_.layers) {
+    const std::string front = layer.module_path + ".", router = front + "router";
+    if (!name.starts_with(router + ".") || !second.starts_with(front)) continue;
+    const size_t dot = second.find('.', front.size());
+    if (dot != std::string::npos && second.substr(dot) == name.substr(router.size()) &&
+        second != name)
+      return;
+  }
+  refuse(ErrorCode::kMismatch, "A second name is none that AutoEP gives.", quote(second),
+         "that of a router in its layer, such as <layer>.gate.gate.weight", "for " + quote(name));
+}
+
 // Stacks take the place of their experts; what lies in a layer otherwise (its router) comes last in
 // its group, as AutoEP adds its own parameters behind the model's.
 void Migrant::rebuild() {
@@ -248,6 +294,7 @@ void Migrant::rebuild() {
     (inside ? last : parameters).push_back(std::move(kept));
   }
   parameters.insert(parameters.end(), last.begin(), last.end());
+  for (const ExpertLayer& layer : result_.layers) check_router(layer, parameters);
   for (const std::string& prefix : prefixes_) {
     for (const char* matrix : kMatrices) parameters.push_back(stacks_.at(prefix + matrix));
   }
@@ -274,6 +321,7 @@ void Migrant::rebuild() {
     const auto found = now.find(name);
     order.push_back(found == now.end() ? name : found->second);
     for (const std::string& second : also[order.back()]) {
+      check_second_name(order.back(), second);
       order.push_back(second);
       state_.aliases.push_back({second, found->second, -1, /*recorded=*/false});
     }

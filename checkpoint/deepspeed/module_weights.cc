@@ -5,6 +5,8 @@
 #include <map>
 #include <utility>
 
+#include "core/error.h"
+
 namespace isoshard::checkpoint {
 namespace {
 
@@ -54,12 +56,38 @@ void check_numbers(const ShardedState& state, const std::vector<Expert>& experts
   }
 }
 
+// What follows an expert's number in its name.
+std::string ending(const std::string& name, const std::pair<std::string, int64_t>& number) {
+  return name.substr(name.find('.', number.first.size()));
+}
+
+// num_experts counts the experts of each layer, in order; native layers alone stand there.
+void check_totals(const ShardedState& state, const ModelStates& model,
+                  const std::vector<Expert>& experts, const std::vector<std::string>& layers) {
+  std::map<std::string, int64_t> found;
+  for (const Expert& expert : experts)
+    found[expert.number.first] = std::max(found[expert.number.first], expert.number.second + 1);
+  const Fields f(state.document(model.file));
+  const NodeId list = f.maybe(f.root(), "num_experts");
+  if (list == kNoNode || f.pickle().kind(list) != Kind::kList) return;
+  const std::vector<NodeId>& counts = f.pickle().items(list);
+  for (size_t i = 0; i < layers.size() && counts.size() == layers.size(); ++i) {
+    const int64_t expected = f.integer(counts[i], "num_experts");
+    if (found[layers[i]] < expected)
+      refuse_missing_expert(state, layers[i] + std::to_string(found[layers[i]]), experts.size());
+    if (found[layers[i]] > expected)
+      f.fail("There are files of more experts than the layer has.", quote(layers[i]),
+             std::to_string(expected), std::to_string(found[layers[i]]));
+  }
+}
+
 }  // namespace
 
 void list_parameters(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,
                      const std::vector<int>& expert_files) {
   std::vector<std::string> layers;
   std::map<std::string, int64_t> local;  // native experts of rank 0, by layer
+  std::map<std::string, Shape> kinds;    // and their shapes, by layer and what follows the number
   const auto add = [&](const std::string& name, const Shape& shape) {
     state->parameters.push_back({.name = name, .shape = shape, .states = {}, .scalars = {}});
   };
@@ -69,23 +97,45 @@ void list_parameters(ShardedState* state, const ModelStates& model, const Expert
         int64_t& count = local[number->first];
         if (count == 0) layers.push_back(number->first);
         count = std::max(count, number->second + 1);
+        kinds[number->first + ending(name, *number)] = shape;
         continue;
       }
-      Shape logical = shape;
-      if (const ExpertLayer* layer = experts.layer_of(name); layer != nullptr && !shape.empty())
-        logical[0] = layer->experts;
-      add(name, logical);
+      const ExpertLayer* layer = experts.layer_of(name);
+      if (layer == nullptr) {
+        add(name, shape);
+        continue;
+      }
+      const std::vector<std::optional<Shape>> shards(static_cast<size_t>(layer->ep_size), shape);
+      add(name, experts.split_of(name, shards).map.logical_shape);
     }
   }
   if (layers.empty()) return;
   const std::vector<Expert> native = native_experts(*state, expert_files, layers);
   check_numbers(*state, native, local, expert_files.size());
-  for (const Expert& expert : native) add(expert.name, expert.shape);
+  check_totals(*state, model, native, layers);
+  for (const Expert& expert : native) {
+    const auto kind = kinds.find(expert.number.first + ending(expert.name, expert.number));
+    if (kind == kinds.end() || kind->second != expert.shape)
+      Fields(state->document(model.file))
+          .fail("An expert's file holds another tensor than param_shapes names.",
+                quote(expert.name), kind == kinds.end() ? "none" : to_string(kind->second),
+                to_string(expert.shape));
+    add(expert.name, expert.shape);
+  }
 }
 
-void promote_copies(ShardedState* state) {
+void promote_copies(ShardedState* state, bool all) {
   for (ParameterState& parameter : state->parameters) {
     if (parameter.weight < 0) parameter.weight = std::exchange(parameter.model_copy, -1);
+    if (parameter.weight >= 0 || !all) continue;
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what = "The model's files do not hold a parameter that they name.",
+                          .file = state->folder,
+                          .entry = quote(parameter.name),
+                          .expected = "its values in module",
+                          .found = "none",
+                          .next = "take them from the masters: export --dtype fp32, or convert "
+                                  "--to fp32"});
   }
 }
 

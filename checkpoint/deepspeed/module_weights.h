@@ -15,7 +15,8 @@ namespace isoshard::checkpoint {
 void list_parameters(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,
                      const std::vector<int>& expert_files);
 
-// The copies become the weights.
-void promote_copies(ShardedState* state);
+// The copies become the weights. Throws Error(kIncomplete) for a parameter that has none, unless it
+// may come later (`all` is false).
+void promote_copies(ShardedState* state, bool all = true);
 
 }  // namespace isoshard::checkpoint

@@ -5,10 +5,13 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <nlohmann/json.hpp>
 #include <numeric>
 
+#include "checkpoint/shallow_json.h"
 #include "core/error.h"
+#include "core/utf8.h"
 
 namespace isoshard::checkpoint {
 
@@ -37,6 +40,11 @@ constexpr const char* kGroup = "(?P<expert>[0-9]{1,6})";
                         .next = "traces/names/ has an example"});
 }
 
+std::string shown(const std::string& text) {
+  constexpr size_t kMost = 200;
+  return text.size() <= kMost ? quote(text) : quote(text.substr(0, kMost)) + "…";
+}
+
 // A pattern as people read it, to measure how near a name comes to it.
 std::string plain(const std::string& pattern) {
   std::string text;
@@ -55,21 +63,21 @@ std::string nearest(const std::string& to, const std::vector<std::string>& among
     least = distance;
     best = candidate;
   }
-  return best.empty() ? "nothing comes near" : "nearest: " + quote(best);
+  return best.empty() ? "nothing comes near" : "nearest: " + shown(best);
 }
 
 std::string listed(const std::vector<std::string>& items, const std::vector<std::string>& others) {
   constexpr size_t kShown = 8;
   std::string text;
   for (size_t i = 0; i < items.size() && i < kShown; ++i)
-    text += (i == 0 ? "" : "; ") + quote(items[i]) + " (" + nearest(items[i], others) + ")";
+    text += (i == 0 ? "" : "; ") + shown(items[i]) + " (" + nearest(items[i], others) + ")";
   if (items.size() > kShown) text += "; and " + std::to_string(items.size() - kShown) + " more";
   return text;
 }
 
 std::string text_of(const nlohmann::json& rule, const char* key, const std::string& file) {
   if (!rule.is_object() || !rule.contains(key) || !rule[key].is_string())
-    refuse(file, key, "a text in each rule", rule.dump());
+    refuse(file, key, "a text in each rule", rule.dump().substr(0, 200));
   return rule[key].get<std::string>();
 }
 
@@ -89,35 +97,46 @@ int64_t edit_distance(const std::string& a, const std::string& b) {
 }
 
 NameMap::NameMap(const std::string& json, const std::string& file) : file_(file) {
-  const nlohmann::json parsed = nlohmann::json::parse(json, nullptr, false);
+  const nlohmann::json parsed = parse_shallow_json(json, file);
   if (!parsed.is_object()) refuse(file, "", "a JSON object", "something else");
   for (const auto& [key, value] : parsed.items()) {
     if (key != "experts" && key != "names" && key != "note")
       refuse(file, quote(key), "experts, names, note", quote(key));
   }
   for (const char* kind : {"experts", "names"}) {
-    for (const nlohmann::json& item : parsed.value(kind, nlohmann::json::array())) {
+    const nlohmann::json list = parsed.value(kind, nlohmann::json::array());
+    if (!list.is_array()) refuse(file, kind, "a list of rules", list.type_name());
+    for (const nlohmann::json& item : list) {
       auto rule = std::make_unique<Rule>();
       rule->from = text_of(item, "from", file);
       rule->to = text_of(item, "to", file);
-      for (const nlohmann::json& also : item.value("also", nlohmann::json::array()))
-        rule->also.push_back(also.is_string() ? also.get<std::string>() : also.dump());
+      const nlohmann::json also = item.value("also", nlohmann::json::array());
+      const bool expert = kind == std::string("experts");
+      if (!also.is_array() || also.size() > (expert ? 0U : 1U))
+        refuse(file, "also of " + shown(rule->from),
+               expert ? "none in a rule for experts" : "a list of at most one name",
+               also.dump().substr(0, 200));
+      for (const nlohmann::json& name : also)
+        rule->also.push_back(name.is_string() ? name.get<std::string>() : "");
       std::string pattern = rule->from;
       const size_t mark = pattern.find(kMark);
-      const bool expert = kind == std::string("experts");
       if (expert != (mark != std::string::npos))
-        refuse(file, quote(rule->from),
+        refuse(file, shown(rule->from),
                expert ? "{expert} where the number stands" : "no {expert} outside of experts",
                expert ? "none" : "one");
       if (expert) pattern.replace(mark, std::char_traits<char>::length(kMark), kGroup);
       rule->pattern = std::make_unique<re2::RE2>(pattern, re2::RE2::Quiet);
-      std::string why = rule->pattern->error();
+      std::string why = rule->pattern->error().substr(0, 200);
+      if (rule->from.find("<expert>") != std::string::npos)
+        why = "a group of its own that is called expert";
+      if (rule->pattern->ok() && rule->pattern->NumberOfCapturingGroups() > 9)
+        why = "more than nine groups";
       if (rule->pattern->ok()) {
         rule->pattern->CheckRewriteString(rule->to, &why);
         for (const std::string& also : rule->also)
           if (why.empty()) rule->pattern->CheckRewriteString(also, &why);
       }
-      if (!why.empty()) refuse(file, quote(rule->from), "a regular expression (RE2)", why);
+      if (!why.empty()) refuse(file, shown(rule->from), "a regular expression (RE2)", why);
       const auto groups = rule->pattern->NamedCapturingGroups();
       if (const auto found = groups.find("expert"); found != groups.end())
         rule->expert_group = found->second;
@@ -129,6 +148,12 @@ NameMap::NameMap(const std::string& json, const std::string& file) : file_(file)
 
 NameMap::~NameMap() = default;
 
+void NameMap::check_name(const std::string& name) const {
+  const std::string why = why_unsafe_name(name);
+  if (why.empty() && name.find('/') == std::string::npos) return;
+  refuse(file_, shown(name), "a name of a parameter", why.empty() ? "one with a '/'" : why);
+}
+
 std::optional<NameMap::Found> NameMap::find(const std::string& name) {
   std::optional<Found> result;
   std::string first;
@@ -137,7 +162,8 @@ std::optional<NameMap::Found> NameMap::find(const std::string& name) {
     const int count = std::min(10, rule->pattern->NumberOfCapturingGroups() + 1);
     if (!rule->pattern->Match(name, 0, name.size(), re2::RE2::ANCHOR_BOTH, groups.data(), count))
       continue;
-    if (result) refuse(file_, quote(name), "one rule that fits", first + " and " + rule->from);
+    if (result)
+      refuse(file_, quote(name), "one rule that fits", shown(first) + " and " + shown(rule->from));
     rule->used = true;
     first = rule->from;
     result.emplace();
@@ -148,8 +174,15 @@ std::optional<NameMap::Found> NameMap::find(const std::string& name) {
     };
     result->name = rewritten(rule->to);
     for (const std::string& also : rule->also) result->also.push_back(rewritten(also));
-    if (rule->expert_group > 0)
-      result->expert = std::stoll(std::string(groups.at(static_cast<size_t>(rule->expert_group))));
+    for (const std::string& each : result->also) check_name(each);
+    check_name(result->name);
+    if (rule->expert_group > 0) {
+      const re2::StringPiece& digits = groups.at(static_cast<size_t>(rule->expert_group));
+      int64_t number = -1;
+      std::from_chars(digits.data(), digits.data() + digits.size(), number);
+      if (number < 0) refuse(file_, shown(rule->from), "a number for {expert}", "none");
+      result->expert = number;
+    }
   }
   return result;
 }

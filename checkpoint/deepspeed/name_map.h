@@ -39,6 +39,7 @@ class NameMap {
 
  private:
   struct Rule;
+  void check_name(const std::string& name) const;
   std::string file_;
   std::vector<std::unique_ptr<Rule>> rules_;
 };

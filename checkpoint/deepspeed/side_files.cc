@@ -6,7 +6,9 @@
 #include <string_view>
 
 #include "checkpoint/deepspeed/source.h"
+#include "checkpoint/shallow_json.h"
 #include "core/error.h"
+#include "core/utf8.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -16,9 +18,9 @@ constexpr int64_t kConfigLimitBytes = 16 << 20;
 
 // Vocabularies come under many names; what a Trainer leaves beside them has none of these.
 bool is_side_file(const std::string& name) {
-  static constexpr std::array<std::string_view, 9> kFronts = {
+  static constexpr std::array<std::string_view, 10> kFronts = {
       "tokenizer",     "vocab",        "merges",    "special_tokens_map.", "added_tokens.",
-      "chat_template", "preprocessor", "processor", "video_preprocessor"};
+      "chat_template", "preprocessor", "processor", "video_preprocessor",  "normalizer."};
   static constexpr std::array<std::string_view, 4> kEnds = {".model", ".tiktoken", ".vocab",
                                                             ".spm"};
   return name == kConfig || name == "generation_config.json" ||
@@ -47,7 +49,7 @@ nlohmann::json read_model_config(Storage& storage, const std::string& folder) {
                                   "weights alone"});
   }
   nlohmann::json config =
-      nlohmann::json::parse(read_small_file(storage, path, kConfigLimitBytes), nullptr, false);
+      parse_shallow_json(read_small_file(storage, path, kConfigLimitBytes), path);
   if (config.is_object()) return config;
   throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                         .what = "The model's config is not a JSON object.",
@@ -63,6 +65,7 @@ std::vector<std::string> side_files(Storage& storage, const std::string& folder,
     const bool code = config.contains("auto_map") && entry.name.ends_with(".py") &&
                       entry.name != "zero_to_fp32.py" && entry.name != "zero_to_torch.py";
     if (!is_side_file(entry.name) && !code) continue;
+    if (!why_unsafe_name(entry.name).empty()) continue;
     if (storage.is_file(join(folder, entry.name))) names.push_back(entry.name);
   }
   return names;

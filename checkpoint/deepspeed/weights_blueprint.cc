@@ -47,7 +47,9 @@ std::vector<Entry> entries_of(const ShardedState& state, const WeightsOptions& o
     if (parameter.group >= 0 || options.exclude_frozen) continue;
     const DType stored = state.leaf(parameter.weight).dtype;
     add(parameter.name, parameter.weight,
-        options.frozen_keep_dtype ? stored : entry_dtype(stored, stored, false, options), false);
+        options.frozen_keep_dtype ? stored
+                                  : entry_dtype(stored, parameter.model_dtype, false, options),
+        false);
   }
   for (const GroupState& group : state.groups) {
     for (int number : group.flat_order) {

@@ -317,7 +317,19 @@ void ZeroReader::read_module(ShardedState* part, const ModelStates& model,
   list_parameters(part, model, experts, files);
   if (experts.present()) add_expert_copies(part, experts, files);
   add_module_entries(part, experts.with_router_aliases(*part, model));
-  promote_copies(part);
+  promote_copies(part, /*all=*/state_.topology.pipeline == 1);
+  std::set<std::string> held;
+  for (const ParameterState& parameter : part->parameters) held.insert(parameter.name);
+  for (const Alias& alias : part->aliases) held.insert(alias.name);
+  for (const auto& [name, shape] : model.frozen_shapes) {
+    if (held.contains(name) || state_.topology.pipeline > 1) continue;
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kIncomplete,
+                  .what = "The model's files do not hold a frozen parameter that they name.",
+                  .file = part->document(model.file).path(),
+                  .entry = quote(name),
+                  .next = "use another checkpoint"});
+  }
 }
 
 void ZeroReader::check_experts(const ExpertInfo& experts, const ModelStates& model) const {

@@ -1,0 +1,209 @@
+#!/usr/bin/env python3
+"""Does the real DeepSpeed load what isoshard resharded between tensor- and expert-parallel degrees?
+
+    peer_parallel.py [--program PATH] [--cases REGEX]     (a Python with DeepSpeed, transformers)
+
+Each case makes a folder by isoshard from a recorded checkpoint, loads it in real engines (CPU,
+gloo, one process a rank), saves it at once, takes a step on fixed tokens, and saves again. What is
+saved at once must equal our folder, file by file (`again`); after the step the state must equal
+that of the same engines after loading what DeepSpeed itself made there, or the same state in
+another form or stage (`step`: weights, moments and steps by digest). `scripts/peer.py --parallel`
+calls it. Exit status: 0 all equal, 1 something differs.
+
+Not verified: GPUs, several nodes, pipelines, more than one step.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+
+import record_traces
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+ROOT = os.path.dirname(HERE)
+RECORDINGS = os.path.join(ROOT, "traces", "deepspeed")
+NAMES = os.path.join(ROOT, "traces", "names", "moe_gated.json")
+LLAMA, MIXTRAL, MOE = {"model": "llama"}, {"model": "mixtral"}, {"model": "moe"}
+KV = ["--num-kv-heads", "2"]
+# name, source, command of isoshard (OURS: its folder), engine, world, what it is compared with:
+# a recording, another case, or nothing.
+CASES = [
+    ("tp2 to tp1", "autotp_z1_tp2_dp2", ["reshard", "--to", "tp=1,dp=2"], LLAMA, 2,
+     "autotp_tp2_to_tp1_dp2"),
+    ("tp2 to tp4", "autotp_z1_tp2_dp2", ["reshard", "--to", "tp=4,dp=1", *KV],
+     {**LLAMA, "autotp": 4}, 4, "autotp_tp2_to_tp4_dp1"),
+    ("ep2 to ep1", "autoep_z1_ep2_dp2", ["reshard", "--to", "ep=1"], {**MIXTRAL, "autoep": 1}, 2,
+     "autoep_ep2_to_ep1_dp2"),
+    ("ep2 to ep4", "autoep_z1_ep2_dp2", ["reshard", "--to", "ep=4,dp=4"],
+     {**MIXTRAL, "autoep": 4}, 4, "autoep_ep2_to_ep4_dp4"),
+    ("ep2 as it is", "autoep_z1_ep2_dp2", ["reshard", "--to", "ep=2"], {**MIXTRAL, "autoep": 2}, 2,
+     "autoep_z1_ep2_dp2"),
+    ("ep2 to stage 3", "autoep_z1_ep2_dp2", ["reshard", "--to", "stage=3"],
+     {**MIXTRAL, "autoep": 2, "stage": 3}, 2, "ep2 as it is"),
+    ("stage 3, ep2 to ep1", "autoep_z3_ep2_dp4", ["reshard", "--to", "ep=1,dp=2"],
+     {**MIXTRAL, "autoep": 1, "stage": 3}, 2, None),
+    ("stage 3, ep2 to ep4", "autoep_z3_ep2_dp4", ["reshard", "--to", "ep=4"],
+     {**MIXTRAL, "autoep": 4, "stage": 3}, 4, None),
+    ("stage 3, ep2 to stage 1", "autoep_z3_ep2_dp4", ["reshard", "--to", "stage=1"],
+     {**MIXTRAL, "autoep": 2}, 4, None),
+    ("moe ep2 to ep4", "moe_z1_ep2_dp4", ["reshard", "--to", "ep=4"], {**MOE, "ep": 4}, 4, None),
+    ("moe ep2 to ep1", "moe_z1_ep2_dp4", ["reshard", "--to", "ep=1,dp=2"], {**MOE, "ep": 1}, 2,
+     None),
+    ("moe migrated", "moe_gated_z1_ep2_dp2", ["migrate", "--names", NAMES],
+     {**MIXTRAL, "autoep": 2, "universal": True}, 2, "autoep_migrated_ep2_dp2"),
+]
+
+
+def build_model(case):
+    """The models of the recordings; traces/README.md says their sizes."""
+    import torch
+    torch.manual_seed(0)  # what is loaded must not depend on it
+    if case["model"] == "moe":
+        from deepspeed.moe.layer import MoE
+
+        class Net(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.embed = torch.nn.Embedding(11, 8)
+                expert = torch.nn.Sequential(
+                    torch.nn.Linear(8, 12), torch.nn.ReLU(), torch.nn.Linear(12, 8))
+                self.moe = MoE(8, expert, num_experts=4, ep_size=case["ep"], use_rts=False)
+                self.head = torch.nn.Linear(8, 11)
+
+            def forward(self, input_ids, labels):
+                x = self.embed(input_ids)
+                x = self.head(x + self.moe(x)[0]).float()
+                return torch.nn.functional.cross_entropy(x.flatten(0, 1), labels.flatten())
+
+        return Net()
+    from transformers import AutoConfig, AutoModelForCausalLM
+    wide = {"hidden_size": 32, "intermediate_size": 48} if case["model"] == "llama" else {
+        "hidden_size": 16, "intermediate_size": 24, "num_local_experts": 8}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        case["model"], **wide, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, max_position_embeddings=64, tie_word_embeddings=False))
+
+
+def rank_main(case, load, out):
+    import deepspeed
+    import torch
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo")
+    more = {key: {"enabled": True, "autoep_size": case["autoep"]} for key in ["expert_parallel"]
+            if "autoep" in case}
+    if "autotp" in case:
+        more["tensor_parallel"] = {"autotp_size": case["autotp"]}
+    config = record_traces.deepspeed_config(
+        {"stage": case.get("stage", 1), "load_universal": case.get("universal"), "ds": more}, False)
+    model = build_model(case)
+    parameters = list(model.parameters())
+    if case["model"] == "moe":
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+        parameters = split_params_into_different_moe_groups_for_optimizer(
+            {"params": parameters, "name": "dense-params"})
+    engine = deepspeed.initialize(model=model, config=config, model_parameters=parameters)[0]
+    client = engine.load_checkpoint(load)[1]
+    state = {key: client[key] for key in ("note", "epoch", "nested") if key in client}
+    engine.save_checkpoint(os.path.join(out, "again"), client_state=state)
+    rank = torch.distributed.get_rank() // case.get("autotp", 1)
+    ids = torch.randint(0, 11 if case["model"] == "moe" else 64, (8, 1, 8),
+                        generator=torch.Generator().manual_seed(7))[rank]
+    loss = engine(input_ids=ids, labels=ids)
+    engine.backward(loss if torch.is_tensor(loss) else loss.loss)
+    engine.step()
+    engine.save_checkpoint(os.path.join(out, "step"), client_state=state)
+
+
+def run_ranks(case, world, load, out):
+    """What went wrong; nothing if all ranks ended well."""
+    os.makedirs(out)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = []
+    for rank in range(world):
+        env = {**record_traces.environment(sys.executable), "MASTER_ADDR": "127.0.0.1",
+               "MASTER_PORT": port, "RANK": str(rank), "LOCAL_RANK": str(rank),
+               "WORLD_SIZE": str(world), "LOCAL_SIZE": str(world)}
+        with open(os.path.join(out, f"log{rank}.txt"), "w") as log:
+            ranks.append(subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), "--rank", json.dumps(case), load, out],
+                env=env, stdout=log, stderr=subprocess.STDOUT))
+    failed = [rank for rank, process in enumerate(ranks) if process.wait(timeout=600)]
+    if not failed:
+        return ""
+    with open(os.path.join(out, f"log{failed[0]}.txt")) as log:
+        return (log.read().strip().splitlines() or ["it said nothing"])[-1]
+
+
+class Runner:
+    def __init__(self, program, work):
+        self.program, self.work, self.steps = program, work, {}
+
+    def isoshard(self, *arguments):
+        return subprocess.run([self.program, *arguments], capture_output=True, text=True)
+
+    def sections(self, folder):
+        rows = [line.split() for line in self.isoshard("digest", folder).stdout.splitlines()]
+        return {row[1]: row[0] for row in rows if row[1] in ("weights", "exp_avg", "exp_avg_sq",
+                                                             "steps")}
+
+    def check(self, name, source, command, case, world, against):
+        """(check, what is wrong or nothing) for each."""
+        source = os.path.join(RECORDINGS, source, "ckpt")
+        folder = os.path.join(self.work, re.sub(r"\W+", "_", name))
+        ours, out = os.path.join(folder, "ours"), os.path.join(folder, "out")
+        target = os.path.join(ours, "global_step3_universal") if command[0] == "migrate" else ours
+        made = self.isoshard(command[0], source, target, *command[1:], "--quiet")
+        failed = made.stderr if made.returncode else run_ranks(case, world, ours, out)
+        if failed:
+            return [("load", failed)]
+        expected = ours
+        if command[0] == "migrate":
+            expected = os.path.join(RECORDINGS, against, "ckpt")
+        compared = subprocess.run(
+            [sys.executable, os.path.join(HERE, "compare_torch.py"), expected,
+             os.path.join(out, "again"), "--ignore", r"\['ds_config'\]", "--ignore-file", "*.py"],
+            capture_output=True, text=True)
+        found = [("again", "" if compared.returncode == 0 else compared.stdout.splitlines()[0])]
+        self.steps[name] = self.sections(os.path.join(out, "step"))
+        if against is not None and against not in self.steps:
+            theirs = os.path.join(folder, "theirs")
+            plain = {key: value for key, value in case.items() if key != "universal"}
+            failed = run_ranks(plain, world, os.path.join(RECORDINGS, against, "ckpt"), theirs)
+            if failed:
+                return found + [("step", failed)]
+            self.steps[against] = self.sections(os.path.join(theirs, "step"))
+        if against is not None:
+            same = self.steps[name] and self.steps[name] == self.steps[against]
+            found.append(("step", "" if same else "digests differ"))
+        return found
+
+
+def main():
+    if sys.argv[1:2] == ["--rank"]:
+        return rank_main(json.loads(sys.argv[2]), *sys.argv[3:])
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", default=os.path.join(ROOT, "build", "release", "isoshard"))
+    parser.add_argument("--cases", default="", metavar="REGEX")
+    options = parser.parse_args()
+    work, facts, bad = tempfile.mkdtemp(), 0, 0
+    runner = Runner(os.path.abspath(options.program), work)
+    for case in CASES:
+        if re.search(options.cases, case[0]):
+            for check, wrong in runner.check(*case):
+                facts, bad = facts + 1, bad + bool(wrong)
+                print(f"{case[0]}, {check}: {'WRONG: ' + wrong if wrong else 'equal'}", flush=True)
+    shutil.rmtree(work)
+    print(f"{facts} facts, {bad} wrong")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
