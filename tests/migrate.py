@@ -146,6 +146,65 @@ class Migrate(ProgramCase):
         self.assertIn('deepspeed_experts.0.w2.weight" (nearest:', result.stderr)
         self.assertIn('down\\\\.weight" (nearest: "model.layers.', result.stderr)
 
+    def test_maps_that_mean_nothing(self):
+        native = "(.+)\\.deepspeed_moe\\.experts\\.deepspeed_experts\\."
+
+        def other_number(rules):  # the layer's number for the expert's
+            rules["experts"][0]["from"] = (
+                "model\\.layers\\.{expert}\\.mlp\\.deepspeed_moe\\.experts\\."
+                "deepspeed_experts\\.([0-9])\\.w1\\.weight")
+            rules["experts"][0]["to"] = "model.layers.\\2.mlp.experts.w1"
+
+        def no_router(rules):
+            rules["names"] = []
+
+        def to_a_stack(rules):
+            rules["names"][0]["to"] = "\\1.experts.w1"
+
+        def second_elsewhere(rules):
+            rules["names"][0]["also"] = ["\\1.elsewhere.weight"]
+
+        def two_seconds(rules):
+            rules["names"][0]["also"] *= 2
+
+        def second_of_experts(rules):
+            rules["experts"][0]["also"] = ["a"]
+
+        def own_group(rules):
+            rules["names"][0]["from"] = "(.+)\\.deepspeed_moe\\.gate\\.(?P<expert>wg)\\.weight"
+
+        def ten_groups(rules):
+            rules["experts"][0]["from"] = 9 * "()" + native + "{expert}\\.w1\\.weight"
+
+        def no_part(rules):
+            rules["experts"][0]["from"] = native + "([0-9]+)\\.w1\\.weight|{expert}"
+
+        def slash(rules):
+            rules["names"][0]["to"] = "a/b"
+
+        def long(rules):
+            rules["names"][0]["from"] = "x" * 100_000
+
+        for edit, words in (
+            (other_number, "another number for an expert's"), (no_router, "no router"),
+            (to_a_stack, "one name"), (second_elsewhere, "none that AutoEP gives"),
+            (two_seconds, "at most one name"), (second_of_experts, "none in a rule for experts"),
+            (own_group, "called expert"), (ten_groups, "nine groups"), (no_part, "a number for"),
+            (slash, "with a '/'"), (long, "for none of"),
+        ):
+            result = self.migrate(2, names=self.changed(edit))
+            self.assertIn(words, result.stderr, edit.__name__)
+            self.assertLess(len(result.stderr), 4000)
+            self.assertFalse(self.target.exists())
+        path = self.place / "raw.json"
+        for text, words in (
+            ('{"names": [], "names": []}', "twice in one object"),
+            ('{"names": ' + "[" * 100_000, "nested deeper"), ('{"names": 5}', "a list of rules"),
+            ('{"names": [{"from": "a", "to": "b", "also": 5}]}', "at most one name"),
+        ):
+            path.write_text(text)
+            self.assertIn(words, self.migrate(2, names=path).stderr)
+
     def test_experts_that_autoep_does_not_have(self):
         """Two matrices with biases, as moe_* has them: no gate, and no place for a bias."""
         result = self.migrate(2, "moe_z1_ep2_dp4")
