@@ -183,7 +183,7 @@ class Migrate(ProgramCase):
             rules["names"][0]["to"] = "a/b"
 
         def long(rules):
-            rules["names"][0]["from"] = "x" * 100_000
+            rules["names"][0]["from"] = "(" + "x" * 100_000 + ")"
 
         for edit, words in (
             (other_number, "another number for an expert's"), (no_router, "no router"),

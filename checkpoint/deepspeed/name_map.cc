@@ -49,7 +49,8 @@ std::string shown(const std::string& text) {
 std::string plain(const std::string& pattern) {
   std::string text;
   for (char c : pattern) {
-    if (c != '\\' && c != '(' && c != ')' && c != '+' && c != '?' && c != '*') text += c;
+    if (text.size() < 256 && c != '\\' && c != '(' && c != ')' && c != '+' && c != '?' && c != '*')
+      text += c;
   }
   return text;
 }
