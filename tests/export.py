@@ -194,6 +194,17 @@ class Export(ProgramCase):
         (config / "config.json").write_text("[1]")
         self.run_program(2, "export", tied, target, "--config", config)
 
+    def test_another_number_of_layers_is_told(self):
+        source, config = self.recorded("trainer_z2_dp2"), self.place / "model"
+        config.mkdir()
+        said = json.loads((source / "config.json").read_text())
+        for layers in (2, 3):
+            said["num_hidden_layers"] = layers
+            (config / "config.json").write_text(json.dumps(said))
+            target = self.place / f"hf{layers}"
+            result = self.run_program(0, "export", source, target, "--config", config)
+            self.assertEqual("the checkpoint has 2 layers" in result.stderr, layers == 3)
+
     def test_ties_that_the_config_does_not_make(self):
         """Such a name gets bytes of its own: from_pretrained would leave it at random."""
         source, config = self.recorded("trainer_z2_dp2"), self.place / "model"

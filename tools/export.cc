@@ -59,6 +59,41 @@ void refuse_foreign_names(const ShardedState& state) {
   }
 }
 
+// The number of layers that the names count, where they count one list of layers; 0 otherwise.
+int64_t layers_in_names(const ShardedState& state) {
+  std::set<std::string> lists;
+  std::set<int64_t> numbers;
+  for (const checkpoint::ParameterState& parameter : state.parameters) {
+    const std::string& name = parameter.name;
+    for (const char* list : {"layers.", "h.", "layer.", "blocks."}) {
+      const size_t at = name.find(list);
+      if (at == std::string::npos || (at > 0 && name[at - 1] != '.')) continue;
+      const size_t begin = at + std::char_traits<char>::length(list);
+      const std::string number = name.substr(begin, name.find('.', begin) - begin);
+      if (!is_number(number) || number.size() > 6) continue;
+      lists.insert(name.substr(0, begin));
+      numbers.insert(std::stoll(number));
+      break;
+    }
+  }
+  return lists.size() == 1 ? static_cast<int64_t>(numbers.size()) : 0;
+}
+
+void tell_layers(Session* session, const ShardedState& state, const nlohmann::json& config) {
+  const int64_t found = layers_in_names(state);
+  for (const nlohmann::json& holder : {config, config.value("text_config", nlohmann::json())}) {
+    for (const char* key : {"num_hidden_layers", "n_layer", "num_layers"}) {
+      if (!holder.is_object() || !holder.contains(key) || !holder[key].is_number_integer())
+        continue;
+      if (found == 0 || holder[key] == found) return;
+      session->notice("notice: config.json says " + std::string(key) + " " + holder[key].dump() +
+                      ", the checkpoint has " + std::to_string(found) +
+                      " layers: from_pretrained would leave what is missing at random");
+      return;
+    }
+  }
+}
+
 void refuse_excluded(const ShardedState& state) {
   const bool zero =
       state.flavour == checkpoint::Flavour::kZero12 || state.flavour == checkpoint::Flavour::kZero3;
@@ -195,6 +230,7 @@ void run_export(Session* session, const ExportFlags& flags) {
   if (!flags.common.force) refuse_excluded(state);
   if (!flags.no_config) {
     if (!flags.common.force) refuse_foreign_names(state);
+    tell_layers(session, state, model.config);
     settle_ties(session, &state, model.config);
   }
   checkpoint::TargetFiles made = checkpoint::weights_blueprints(
