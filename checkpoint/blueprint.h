@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/dtype.h"
@@ -49,6 +50,25 @@ struct FileBlueprint {
   std::string head;
   std::vector<StorageFill> storages;
 };
+
+// A storage that holds a whole leaf of `count` elements.
+inline StorageFill whole_fill(int leaf, int64_t count, DType dtype) {
+  StorageFill fill{.dtype = dtype, .numel = count, .runs = {}, .copy = {}, .literal = {}};
+  if (count > 0) fill.runs.push_back({leaf, 0, count, 0});
+  return fill;
+}
+
+// A file that is the source file `file`, of `bytes` bytes.
+inline FileBlueprint whole_copy(std::string path, int file, int64_t bytes) {
+  return {.path = std::move(path),
+          .kind = FileBlueprint::Kind::kCopy,
+          .head = {},
+          .storages = {{.dtype = DType::kUInt8,
+                        .numel = bytes,
+                        .runs = {},
+                        .copy = SourceBytes{file, 0, bytes},
+                        .literal = {}}}};
+}
 
 // All files of a target, what they hold that no source file held ("what: rule"), and what of the
 // source the target's format has no place for.

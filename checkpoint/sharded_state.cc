@@ -1,6 +1,8 @@
 // Small helpers of ShardedState.
 #include "checkpoint/sharded_state.h"
 
+#include <algorithm>
+
 #include "core/check.h"
 
 namespace isoshard::checkpoint {
@@ -69,6 +71,21 @@ std::vector<FileFragment> file_fragments(const TorchFile& document, int file,
     }
   }
   return result;
+}
+
+void append_fragments(const Leaf& leaf, int64_t begin, int64_t count, int64_t at,
+                      std::vector<FileFragment>* result) {
+  const int64_t item = item_size_bytes(leaf.dtype), end = begin + count;
+  auto fragment = std::upper_bound(
+      leaf.fragments.begin(), leaf.fragments.end(), begin,
+      [](int64_t from, const FileFragment& f) { return from < f.begin + f.count; });
+  for (int64_t from = begin; from < end; ++fragment) {
+    CHECK(fragment != leaf.fragments.end() && fragment->begin <= from, "a shard has a gap");
+    const int64_t length = std::min(end, fragment->begin + fragment->count) - from;
+    result->push_back({at + (from - begin), length, fragment->file,
+                       fragment->offset_bytes + (from - fragment->begin) * item});
+    from += length;
+  }
 }
 
 void check_cover(const ShardedState& state) {

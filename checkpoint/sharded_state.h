@@ -160,6 +160,10 @@ struct ShardedState {
 std::vector<FileFragment> file_fragments(const TorchFile& document, int file,
                                          const TensorView& view);
 
+// Appends the fragments of elements [begin, begin + count) of a leaf, as elements from `at` on.
+void append_fragments(const Leaf& leaf, int64_t begin, int64_t count, int64_t at,
+                      std::vector<FileFragment>* result);
+
 // Checks that the fragments of every leaf cover it exactly once, in order; throws CheckFailure.
 void check_cover(const ShardedState& state);
 

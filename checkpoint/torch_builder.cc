@@ -86,10 +86,14 @@ NodeId TorchBuilder::dict(std::vector<std::pair<std::string, NodeId>> entries) {
   return pickle.dict(std::move(items));
 }
 
-NodeId TorchBuilder::size_node(const Shape& shape) {
+NodeId TorchBuilder::tuple_node(const Shape& shape) {
   std::vector<NodeId> sizes;
   for (int64_t size : shape) sizes.push_back(pickle.integer(size));
-  return pickle.reduce("torch", "Size", {pickle.tuple(std::move(sizes))});
+  return pickle.tuple(std::move(sizes));
+}
+
+NodeId TorchBuilder::size_node(const Shape& shape) {
+  return pickle.reduce("torch", "Size", {tuple_node(shape)});
 }
 
 FileBlueprint TorchBuilder::finish(const std::string& path, NodeId root) {

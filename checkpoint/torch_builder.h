@@ -46,7 +46,8 @@ class TorchBuilder {
 
   // {key: value, …} with string keys.
   NodeId dict(std::vector<std::pair<std::string, NodeId>> entries);
-  NodeId size_node(const Shape& shape);  // torch.Size
+  NodeId tuple_node(const Shape& shape);  // (2, 3)
+  NodeId size_node(const Shape& shape);   // torch.Size
 
   FileBlueprint finish(const std::string& path, NodeId root);
 

@@ -12,10 +12,6 @@
 namespace isoshard::tools {
 namespace {
 
-bool is_inside(const std::string& inner, const std::string& outer) {
-  return inner == outer || inner.rfind(outer + "/", 0) == 0;
-}
-
 // The nearest folder that is there.
 std::string existing_parent(Session* session, const std::string& target) {
   std::string folder = checkpoint::parent_folder(target);
@@ -64,6 +60,17 @@ void print_plan(Session* session, const reshard::ReshardPlan& plan, const std::s
 }
 
 }  // namespace
+
+bool is_inside(const std::string& inner, const std::string& outer) {
+  return inner == outer || inner.rfind(outer + "/", 0) == 0;
+}
+
+void point_latest_universal(const ConversionFlags& flags, const std::string& target,
+                            reshard::ConvertOptions* options) {
+  if (flags.no_latest) return;
+  options->latest_path = checkpoint::join(checkpoint::parent_folder(target), "latest_universal");
+  options->latest_text = checkpoint::base_name(target);
+}
 
 void add_conversion_flags(CLI::App* verb, ConversionFlags* flags) {
   verb->add_flag("--overwrite", flags->overwrite, "Exchange an existing target whole");

@@ -28,6 +28,14 @@ void run_convert(Session* session, const ConvertFlags& flags);
 
 void add_conversion_flags(CLI::App* verb, ConversionFlags* flags);
 
+// Whether a canonical path is the other or lies inside it.
+bool is_inside(const std::string& inner, const std::string& outer);
+
+// After a universal folder is published its name goes into latest_universal beside it, unless
+// --no-latest was given.
+void point_latest_universal(const ConversionFlags& flags, const std::string& target,
+                            reshard::ConvertOptions* options);
+
 // TARGET equal to, inside or around SOURCE is refused.
 void refuse_overlap(Session* session, const std::string& source, const std::string& target);
 

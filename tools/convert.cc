@@ -65,11 +65,7 @@ void run_convert(Session* session, const ConvertFlags& flags) {
       certificate["synthesised"].push_back(text);
     certificate["target"]["format"] =
         state.stage == 3 ? "universal (ZeRO-3 form)" : "universal (ZeRO-1/2 form)";
-    if (!flags.common.no_latest) {
-      options.latest_path =
-          checkpoint::join(checkpoint::parent_folder(flags.target), "latest_universal");
-      options.latest_text = checkpoint::base_name(flags.target);
-    }
+    point_latest_universal(flags.common, flags.target, &options);
   } else {
     const checkpoint::WeightsOptions weights{
         .safetensors = flags.format == "safetensors",

@@ -198,8 +198,9 @@ std::string dtypes_of(const std::vector<checkpoint::FileBlueprint>& files) {
 
 // --overwrite would exchange it whole.
 void refuse_config_in_target(Session* session, const ExportFlags& flags) {
-  const std::string target = session->storage.canonical(flags.target) + "/";
-  if (!(session->storage.canonical(flags.config) + "/").starts_with(target)) return;
+  if (!is_inside(session->storage.canonical(flags.config),
+                 session->storage.canonical(flags.target)))
+    return;
   throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                         .what = "The folder of the config is the target, or inside it.",
                         .file = flags.config,

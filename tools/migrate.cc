@@ -30,11 +30,7 @@ void run_migrate(Session* session, const MigrateFlags& flags) {
   certificate["synthesised"] = {
       "ds_autoep_layers, universal_checkpoint_info: from the map of names and the recorded "
       "topology"};
-  if (!flags.common.no_latest) {
-    options.latest_path =
-        checkpoint::join(checkpoint::parent_folder(flags.target), "latest_universal");
-    options.latest_text = checkpoint::base_name(flags.target);
-  }
+  point_latest_universal(flags.common, flags.target, &options);
   options.certificate = std::move(certificate);
   checkpoint::TargetFiles files = checkpoint::migration_blueprints(state, migration);
   finish_conversion(session, state, std::move(files.files), flags.common, &options);

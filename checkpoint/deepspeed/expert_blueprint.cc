@@ -22,7 +22,7 @@ class LayerWriter {
         target_(target),
         file_(target.model_file()),
         fields_(target.state.document(file_)),
-        experts_(target.state, read_model_states(target.state, file_)) {}
+        experts_(*target.experts) {}
 
   NodeId list() {
     std::vector<NodeId> layers;
@@ -84,7 +84,7 @@ class LayerWriter {
   const ReshardTarget& target_;
   int file_;
   const Fields fields_;
-  const ExpertInfo experts_;
+  const ExpertInfo& experts_;
 };
 
 // One expert's file: the tensors of some parameters, cut to this expert.
@@ -166,7 +166,7 @@ void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int 
 
 std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target) {
   const ShardedState& state = target->state;
-  const ExpertInfo experts(state, read_model_states(state, target->model_file()));
+  const ExpertInfo& experts = *target->experts;
   std::map<std::pair<int64_t, int64_t>, ExpertFile> files;  // by layer and expert
   const auto file_of = [&](int64_t layer, int64_t expert) -> ExpertFile& {
     return files.try_emplace({layer, expert}, target, layer, expert).first->second;

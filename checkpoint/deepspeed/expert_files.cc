@@ -96,7 +96,7 @@ void check_expert_ranks(const ShardedState& state, const ExpertInfo& first, int 
     const Fields f(state.document(file));
     const std::vector<NodeId>& layers = f.list(autoep_layers(f, f.root()), "ds_autoep_layers");
     if (file != state.model_files[0] &&
-        ExpertInfo(state, read_model_states(state, file)).layers() != first.layers())
+        ExpertInfo(state, ModelStates{.file = file}).layers() != first.layers())
       f.fail(
           "Ranks disagree on the layers of experts or their placement (DeepSpeed: "
           "RuntimeError).",

@@ -62,7 +62,9 @@ void prepare_experts(ReshardTarget* target) {
                           .expected = native ? "stage=1 or stage=2" : "stage=1, 2 or 3",
                           .found = "stage=" + std::to_string(target->stage)});
   }
-  const ExpertInfo experts(state, read_model_states(state, target->model_file()));
+  target->experts =
+      std::make_shared<ExpertInfo>(state, read_model_states(state, target->model_file()));
+  const ExpertInfo& experts = *target->experts;
   for (size_t g = 0; g < state.groups.size(); ++g) {
     const std::vector<int>& members = state.groups[g].parameters;
     target->expert_groups[g] =
@@ -86,28 +88,28 @@ void prepare_experts(ReshardTarget* target) {
     target->expert_partitions.push_back(experts.partition_ranks(rank, ranks, target->ranks));
 }
 
-std::vector<std::string> creation_order(const ReshardTarget& target) {
-  const ShardedState& state = target.state;
-  const ExpertInfo experts(state, read_model_states(state, target.model_file()));
-  std::vector<std::string> names;
+void number_parameters(ReshardTarget* target) {
+  const ShardedState& state = target->state;
+  const auto number = [&](const std::string& name) {
+    target->creation_numbers.emplace(name, target->creation_numbers.size());
+  };
   const ExpertLayer* open = nullptr;  // the layer whose router is passing by
   const auto close = [&] {
     for (const char* stack : {".w1", ".w2", ".w3"}) {
       if (open != nullptr && state.find_parameter(open->prefix + stack) != nullptr)
-        names.push_back(open->prefix + stack);
+        number(open->prefix + stack);
     }
     open = nullptr;
   };
   for (const std::string& name : state.module_order) {
     if (state.find_parameter(name) == nullptr) continue;
-    const ExpertLayer* layer = experts.layer_around(name);
+    const ExpertLayer* layer = target->experts ? target->experts->layer_around(name) : nullptr;
     const bool router = layer != nullptr && name.starts_with(layer->module_path + ".router.");
     if (open != nullptr && (!router || layer != open)) close();
-    names.push_back(name);
+    number(name);
     if (router) open = layer;
   }
   close();
-  return names;
 }
 
 std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetRank rank) {

@@ -45,17 +45,8 @@ Leaf part_of(const Leaf& whole, int64_t begin, Shape shape, const std::string& n
   Leaf part = whole;
   part.name = name;
   part.fragments.clear();
-  const int64_t end = begin + numel(shape), item = item_size_bytes(whole.dtype);
+  append_fragments(whole, begin, numel(shape), 0, &part.fragments);
   part.shape = std::move(shape);
-  auto f = std::upper_bound(whole.fragments.begin(), whole.fragments.end(), begin,
-                            [](int64_t at, const FileFragment& fragment) {
-                              return at < fragment.begin + fragment.count;
-                            });
-  for (; f != whole.fragments.end() && f->begin < end; ++f) {
-    const int64_t from = std::max(begin, f->begin), to = std::min(end, f->begin + f->count);
-    part.fragments.push_back(
-        {from - begin, to - from, f->file, f->offset_bytes + (from - f->begin) * item});
-  }
   return part;
 }
 

@@ -16,21 +16,6 @@ namespace {
 
 std::string rank_name(size_t rank) { return "tp rank " + std::to_string(rank); }
 
-// Elements [begin, begin + count) of a leaf, in its own numbering.
-void append_run(const Leaf& leaf, const MapRun& run, std::vector<FileFragment>* result) {
-  const int64_t item = item_size_bytes(leaf.dtype), end = run.dest + run.count;
-  auto fragment =
-      std::upper_bound(leaf.fragments.begin(), leaf.fragments.end(), run.dest,
-                       [](int64_t at, const FileFragment& f) { return at < f.begin + f.count; });
-  for (int64_t at = run.dest; at < end; ++fragment) {
-    CHECK(fragment != leaf.fragments.end() && fragment->begin <= at, "a shard has a gap");
-    const int64_t count = std::min(end, fragment->begin + fragment->count) - at;
-    result->push_back({run.source + (at - run.dest), count, fragment->file,
-                       fragment->offset_bytes + (at - fragment->begin) * item});
-    at += count;
-  }
-}
-
 // In order of `begin`, cut at `total`, neighbours joined.
 std::vector<FileFragment> tidy(std::vector<FileFragment> fragments, int64_t total, int64_t item) {
   std::sort(fragments.begin(), fragments.end(),
@@ -309,7 +294,7 @@ void TensorMerge::add_replicas(const TensorSplit& split, int whole,
     int64_t at = 0;
     for (MapRun run : piece_runs(piece)) {
       run.source = at;
-      append_run(*shards[rank], run, &leaf.fragments);
+      append_fragments(*shards[rank], run.dest, run.count, run.source, &leaf.fragments);
       at += run.count;
     }
     return whole_.add_leaf(std::move(leaf));
@@ -457,7 +442,8 @@ std::vector<FileFragment> compose(const TensorSplit& split,
     item = item_size_bytes(shards[t]->dtype);
     for (const MapPiece& piece : split.map.ranks[t].pieces) {
       if (piece.locations.front() != static_cast<int>(t)) continue;
-      for (const MapRun& run : piece_runs(piece)) append_run(*shards[t], run, &result);
+      for (const MapRun& run : piece_runs(piece))
+        append_fragments(*shards[t], run.dest, run.count, run.source, &result);
     }
   }
   return tidy(std::move(result), numel(logical_shape(split)), item);

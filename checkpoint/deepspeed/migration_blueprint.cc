@@ -37,9 +37,8 @@ class MigratedModelFile {
   }
 
   NodeId tensor(int leaf, DType dtype, const Shape& shape) {
-    StorageFill fill{.dtype = dtype, .numel = numel(shape), .runs = {}, .copy = {}, .literal = {}};
-    if (fill.numel > 0) fill.runs.push_back({leaf, 0, fill.numel, 0});
-    return builder_.tensor({.shape = shape, .storage = builder_.add_storage(std::move(fill))});
+    return builder_.tensor(
+        {.shape = shape, .storage = builder_.add_storage(whole_fill(leaf, numel(shape), dtype))});
   }
 
   NodeId module() {
@@ -70,12 +69,6 @@ class MigratedModelFile {
     return pickle_.ordered_dict(std::move(items));
   }
 
-  NodeId sizes(const Shape& shape) {
-    std::vector<NodeId> list;
-    for (int64_t size : shape) list.push_back(pickle_.integer(size));
-    return pickle_.tuple(std::move(list));
-  }
-
   NodeId param_shapes() {
     std::vector<NodeId> groups;
     for (const GroupState& group : state_.groups) {
@@ -83,9 +76,9 @@ class MigratedModelFile {
       for (int number : group.flat_order) {
         const ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
         items.push_back(pickle_.string(parameter.name));
-        items.push_back(sizes(is_stack(parameter)
-                                  ? state_.split_of(parameter).map.ranks[0].shard_shape
-                                  : parameter.shape));
+        items.push_back(builder_.tuple_node(
+            is_stack(parameter) ? state_.split_of(parameter).map.ranks[0].shard_shape
+                                : parameter.shape));
       }
       groups.push_back(pickle_.ordered_dict(std::move(items)));
     }

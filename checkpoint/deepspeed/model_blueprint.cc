@@ -165,10 +165,7 @@ class ModelWriter {
   }
 
   int own_storage(int number, DType dtype) {
-    const int64_t count = state_.leaf(number).size_elements();
-    StorageFill fill{.dtype = dtype, .numel = count, .runs = {}, .copy = {}, .literal = {}};
-    if (count > 0) fill.runs.push_back({number, 0, count, 0});
-    return builder_.add_storage(std::move(fill));
+    return builder_.add_storage(whole_fill(number, state_.leaf(number).size_elements(), dtype));
   }
 
   NodeId leaf_tensor(int number) {
@@ -179,9 +176,7 @@ class ModelWriter {
   // Models with experts get plain tuples.
   NodeId shape_node(const Shape& shape) {
     if (state_.expert_layout == ExpertLayout::kNone) return builder_.size_node(shape);
-    std::vector<NodeId> sizes;
-    for (int64_t size : shape) sizes.push_back(builder_.pickle.integer(size));
-    return builder_.pickle.tuple(std::move(sizes));
+    return builder_.tuple_node(shape);
   }
 
   NodeId param_shapes() {

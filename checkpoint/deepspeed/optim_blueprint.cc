@@ -200,13 +200,11 @@ class OptimWriter {
 
   // Parameters are numbered in creation order, frozen ones included, tied ones once.
   std::string ds_id(const TargetBuffer& buffer) const {
-    int number = 0, first = 0, last = 0;
-    for (const std::string& name : creation_order(target_)) {
-      if (name == target_.parameter(buffer.parameters.front()).name) first = number;
-      if (name == target_.parameter(buffer.parameters.back()).name) last = number;
-      ++number;
-    }
-    return std::to_string(first) + "_" + std::to_string(last);
+    const auto number_of = [&](int parameter) {
+      const auto found = target_.creation_numbers.find(target_.parameter(parameter).name);
+      return std::to_string(found == target_.creation_numbers.end() ? 0 : found->second);
+    };
+    return number_of(buffer.parameters.front()) + "_" + number_of(buffer.parameters.back());
   }
 
   NodeId slice_map(const TargetBuffer& buffer) {

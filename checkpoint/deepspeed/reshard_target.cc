@@ -194,7 +194,9 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
       .expert_partitions = {},
       .expert_groups = std::vector<bool>(state.groups.size(), false),
       .maps = {},
+      .experts = nullptr,
       .local_experts = {},
+      .creation_numbers = {},
       .inferred = {},
       .synthesised = {},
       .skipped = {}};
@@ -221,6 +223,7 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
                            zero_option(model, config, "round_robin_gradients", 0) != 0;
   const int64_t sub_group_size = zero_option(model, config, "sub_group_size", 1'000'000'000);
   if (state.expert_layout != ExpertLayout::kNone) prepare_experts(&target);
+  if (stage == 3) number_parameters(&target);
   for (size_t g = 0; g < state.groups.size(); ++g) {
     const int shards = target.expert_groups[g] ? topology.expert : topology.tensor;
     for (int shard = 0; shard < shards; ++shard) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <vector>
@@ -16,6 +17,8 @@
 #include "core/zero_rules.h"
 
 namespace isoshard::checkpoint {
+
+class ExpertInfo;
 
 // One flat buffer of the target: an optimizer group (stages 1, 2) or a sub-group (stage 3) of one
 // tensor-parallel rank, or of one expert-parallel rank where it holds experts.
@@ -47,8 +50,10 @@ struct ReshardTarget {
   std::vector<std::vector<TargetBuffer>> expert_buffers;
   std::vector<std::vector<int>> expert_partitions;  // their partition groups: ranks among `ranks`
   std::vector<bool> expert_groups;                  // by group of the optimizer
-  std::vector<AffineMap> maps;  // by parameter; none, or empty, where nothing is cut
+  std::vector<AffineMap> maps;                // by parameter; none, or empty, where nothing is cut
+  std::shared_ptr<const ExpertInfo> experts;  // of the source; none: it has no experts
   std::map<std::string, int64_t> local_experts;  // native MoE: of one rank, by layer
+  std::map<std::string, int> creation_numbers;   // stage 3: by parameter, for ds_id
   std::vector<std::string> inferred;             // for the certificate
   std::set<std::string> synthesised;             // what is written without a source, likewise
   std::set<std::string> skipped;  // what the target's stage has no place for, likewise
@@ -94,9 +99,9 @@ int rank_in(const ReshardTarget& target, const TargetBuffer& buffer, TargetRank 
 // Which groups hold experts, who holds which, and the partition groups (expert_target.cc).
 void prepare_experts(ReshardTarget* target);
 
-// Names of the parameters in the order in which the model creates them; AutoEP's stacks follow
-// their layer's router.
-std::vector<std::string> creation_order(const ReshardTarget& target);
+// Numbers the parameters in the order in which the model creates them; AutoEP's stacks follow the
+// router of their layer.
+void number_parameters(ReshardTarget* target);
 
 // Copy of a source dictionary whose values may be replaced by key.
 class MappingCopy {

@@ -81,14 +81,7 @@ std::vector<FileBlueprint> copy_side_files(ShardedState* state, Storage& storage
     const int64_t bytes = opened->size_bytes();
     state->files.push_back({path, name, nullptr, std::move(opened), /*inside=*/false});
     const int number = static_cast<int>(state->files.size()) - 1;
-    FileBlueprint file{
-        .path = name, .kind = FileBlueprint::Kind::kCopy, .head = {}, .storages = {}};
-    file.storages.push_back({.dtype = DType::kUInt8,
-                             .numel = bytes,
-                             .runs = {},
-                             .copy = SourceBytes{number, 0, bytes},
-                             .literal = {}});
-    files.push_back(std::move(file));
+    files.push_back(whole_copy(name, number, bytes));
   }
   return files;
 }

@@ -45,10 +45,7 @@ class UniversalWriter {
 
  private:
   int add_leaf(TorchBuilder* builder, int number, DType dtype) const {
-    const int64_t count = state_.leaf(number).size_elements();
-    StorageFill fill{.dtype = dtype, .numel = count, .runs = {}, .copy = {}, .literal = {}};
-    if (count > 0) fill.runs.push_back({number, 0, count, 0});
-    return builder->add_storage(std::move(fill));
+    return builder->add_storage(whole_fill(number, state_.leaf(number).size_elements(), dtype));
   }
 
   // {cat_dim: 0, param: tensor} or what the split's rule adds; stage 3 without tensor-parallel
@@ -271,10 +268,8 @@ class UniversalWriter {
       std::vector<NodeId> items;
       for (int number : state_.groups[g].flat_order) {
         const ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
-        std::vector<NodeId> sizes;
-        for (int64_t size : parameter.shape) sizes.push_back(pickle.integer(size));
         items.push_back(pickle.string(parameter.name));
-        items.push_back(pickle.tuple(std::move(sizes)));
+        items.push_back(builder->tuple_node(parameter.shape));
       }
       groups.push_back(pickle.ordered_dict(std::move(items)));
     }
@@ -283,15 +278,7 @@ class UniversalWriter {
 
   FileBlueprint copy_of(int file) const {
     const SourceFile& source = state_.files[static_cast<size_t>(file)];
-    const int64_t bytes = source.bytes().size_bytes();
-    FileBlueprint blueprint{
-        .path = source.relative, .kind = FileBlueprint::Kind::kCopy, .head = {}, .storages = {}};
-    blueprint.storages.push_back({.dtype = DType::kUInt8,
-                                  .numel = bytes,
-                                  .runs = {},
-                                  .copy = SourceBytes{file, 0, bytes},
-                                  .literal = {}});
-    return blueprint;
+    return whole_copy(source.relative, file, source.bytes().size_bytes());
   }
 
   // A name such as "a/fp32.pt" beside a parameter "a" would make one path file and folder.
@@ -328,18 +315,12 @@ class UniversalWriter {
 std::vector<FileFragment> slice_of(const ShardedState& state, const std::vector<int>& leaves,
                                    int64_t begin, int64_t count) {
   std::vector<FileFragment> result;
-  int64_t flat = 0, filled = 0;
+  int64_t flat = 0;
   for (int number : leaves) {
     const Leaf& leaf = state.leaf(number);
-    const int64_t item = item_size_bytes(leaf.dtype);
-    for (const FileFragment& f : leaf.fragments) {
-      const int64_t from = std::max(begin, flat + f.begin),
-                    to = std::min(begin + count, flat + f.begin + f.count);
-      if (from >= to) continue;
-      result.push_back(
-          {filled, to - from, f.file, f.offset_bytes + (from - flat - f.begin) * item});
-      filled += to - from;
-    }
+    const int64_t from = std::max(begin, flat),
+                  to = std::min(begin + count, flat + leaf.size_elements());
+    if (from < to) append_fragments(leaf, from - flat, to - from, from - begin, &result);
     flat += leaf.size_elements();
   }
   return result;

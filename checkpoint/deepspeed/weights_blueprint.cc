@@ -102,10 +102,7 @@ std::vector<std::vector<Entry>> split(const std::vector<Entry>& entries, int64_t
 }
 
 StorageFill fill_of(const ShardedState& state, const Entry& entry) {
-  const int64_t count = state.leaf(entry.leaf).size_elements();
-  StorageFill fill{.dtype = entry.dtype, .numel = count, .runs = {}, .copy = {}, .literal = {}};
-  if (count > 0) fill.runs.push_back({entry.leaf, 0, count, 0});
-  return fill;
+  return whole_fill(entry.leaf, state.leaf(entry.leaf).size_elements(), entry.dtype);
 }
 
 FileBlueprint bin_file(const ShardedState& state, const std::string& path,
