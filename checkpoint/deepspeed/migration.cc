@@ -81,6 +81,10 @@ void Migrant::check_source() const {
 void Migrant::sort_names() {
   std::vector<std::string> all, unmatched;
   std::set<std::string> taken;
+  const auto claim = [&](const std::string& name, const std::string& by) {
+    if (!taken.insert(name).second)
+      refuse(ErrorCode::kMismatch, "Two parameters would get one name.", quote(name), "once", by);
+  };
   for (size_t i = 0; i < state_.parameters.size(); ++i) {
     const std::string& name = state_.parameters[i].name;
     all.push_back(name);
@@ -97,26 +101,15 @@ void Migrant::sort_names() {
                "each number once", quote(name));
       const std::string prefix = found->name.substr(0, found->name.rfind('.'));
       if (std::ranges::find(prefixes_, prefix) == prefixes_.end()) prefixes_.push_back(prefix);
-    } else if (found) {
+      continue;
+    }
+    if (found) {
       others_.emplace(name, *found);
+      for (const std::string& second : found->also) claim(second, quote(name));
     }
-    for (const std::string& now :
-         found && !found->expert ? found->also : std::vector<std::string>())
-      if (!taken.insert(now).second)
-        refuse(ErrorCode::kMismatch, "Two parameters would get one name.", quote(now), "once",
-               quote(name));
-    if (!found || !found->expert) {
-      const std::string now = found ? found->name : name;
-      if (!taken.insert(now).second)
-        refuse(ErrorCode::kMismatch, "Two parameters would get one name.", quote(now), "once",
-               quote(name));
-    }
+    claim(found ? found->name : name, quote(name));
   }
-  for (const auto& [stack, experts] : experts_) {
-    if (!taken.insert(stack).second)
-      refuse(ErrorCode::kMismatch, "Two parameters would get one name.", quote(stack), "once",
-             "a stack of experts and another");
-  }
+  for (const auto& [stack, experts] : experts_) claim(stack, "a stack of experts and another");
   for (const BufferState& buffer : state_.buffers) {
     all.push_back(buffer.name);
     if (const auto found = names_.find(buffer.name)) others_.emplace(buffer.name, *found);
