@@ -32,6 +32,13 @@ int ShardedState::add_leaf(Leaf leaf) {
   return static_cast<int>(leaves.size()) - 1;
 }
 
+int ShardedState::state_leaf(const ParameterState& parameter, const std::string& state) const {
+  for (int number : parameter.states) {
+    if (leaf(number).state == state) return number;
+  }
+  return -1;
+}
+
 void ShardedState::set_parameters(std::vector<ParameterState> list) {
   parameters = std::move(list);
   index_.clear();

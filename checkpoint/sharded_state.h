@@ -3,7 +3,9 @@
 // use it.
 #pragma once
 
+#include <map>
 #include <memory>
+#include <set>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -92,6 +94,15 @@ struct GroupState {
   std::vector<int> flat_order;  // in the order of the saved flat buffers
 };
 
+// A PipelineModule's checkpoint, whose layers have files of their own.
+struct PipelineState {
+  std::vector<int> layer_files;                      // of all stages
+  std::vector<std::vector<int>> held;                // by stage: parameters, in the groups' order
+  std::vector<std::vector<std::string>> buffers;     // by stage, as recorded
+  std::map<std::string, std::set<int>> tied_layers;  // by key: layers whose file holds it
+  bool present() const { return !held.empty(); }
+};
+
 // How experts are named: as AutoEP's stacks, or one by one by a number among all of a layer.
 enum class ExpertLayout { kNone, kAutoEp, kNative };
 
@@ -118,6 +129,7 @@ struct ShardedState {
   std::vector<BufferState> buffers;
   std::vector<Alias> aliases;
   std::vector<GroupState> groups;
+  PipelineState pipeline;
   std::vector<std::string> module_order;  // names of the module's state_dict, in order
 
   // By mp rank, then by rank of the partition group (one entry an mp rank at stages 0 to 2).
@@ -146,6 +158,9 @@ struct ShardedState {
   const TensorSplit& split_of(const ParameterState& parameter) const {
     return splits[static_cast<size_t>(parameter.split)];
   }
+  // The leaf of a parameter's state "exp_avg"; −1 if it has none. Files of two ranks may list the
+  // states in another order.
+  int state_leaf(const ParameterState& parameter, const std::string& state) const;
   int add_leaf(Leaf leaf);
   void set_parameters(std::vector<ParameterState> list);  // replaces all of them
   // Not thread-safe while parameters are being added; read_checkpoint() leaves the index complete.

@@ -21,8 +21,8 @@ report says which cases are not there. Groups of facts:
 
 --export asks the real transformers instead whether it loads what `isoshard export` wrote
 (scripts/peer_hf.py, in the same environment, with transformers installed); --parallel whether
-DeepSpeed loads and trains on what was resharded between tensor- and expert-parallel degrees and
-migrated (scripts/peer_parallel.py).
+DeepSpeed loads and trains on what was resharded between tensor-parallel, expert-parallel and
+pipeline degrees and migrated (scripts/peer_parallel.py).
 
 With --errata no file of ours takes part: every script of traces/repro is run under every version
 and docs/errata_matrix.md is written (peer_errata.py). The regular expression is then matched on
@@ -142,7 +142,7 @@ def main(arguments):
     parser.add_argument("--keep", action="store_true", help="keep every folder that was written")
     parser.add_argument("--report-only", action="store_true")
     parser.add_argument("--export", action="store_true", help="only what transformers loads")
-    parser.add_argument("--parallel", action="store_true", help="only tensor parallel and experts")
+    parser.add_argument("--parallel", action="store_true", help="only tp, ep and pp")
     parser.add_argument("--errata", action="store_true", help="run traces/repro instead")
     options = parser.parse_args(arguments)
     if options.export:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Does the real DeepSpeed load what isoshard resharded between tensor- and expert-parallel degrees?
+"""Does the real DeepSpeed load what isoshard resharded between topologies?
 
     peer_parallel.py [--program PATH] [--cases REGEX]     (a Python with DeepSpeed, transformers)
 
@@ -10,7 +10,7 @@ that of the same engines after loading what DeepSpeed itself made there, or the 
 another form or stage (`step`: weights, moments and steps by digest). `scripts/peer.py --parallel`
 calls it. Exit status: 0 all equal, 1 something differs.
 
-Not verified: GPUs, several nodes, pipelines, more than one step.
+Not verified: GPUs, several nodes, more than one step.
 """
 import argparse
 import json
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 
+import record_pipeline
 import record_traces
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -29,6 +30,8 @@ ROOT = os.path.dirname(HERE)
 RECORDINGS = os.path.join(ROOT, "traces", "deepspeed")
 NAMES = os.path.join(ROOT, "traces", "names", "moe_gated.json")
 LLAMA, MIXTRAL, MOE = {"model": "llama"}, {"model": "mixtral"}, {"model": "moe"}
+PIPE = {"model": "pipeline", "stage": 1, "dtype": "fp32"}
+BF16 = {"dtype": "bf16", "tied": True, "functions": True, "groups": True, "method": "parameters"}
 KV = ["--num-kv-heads", "2"]
 # name, source, command of isoshard (OURS: its folder), engine, world, what it is compared with:
 # a recording, another case, or nothing.
@@ -56,6 +59,15 @@ CASES = [
      None),
     ("moe migrated", "moe_gated_z1_ep2_dp2", ["migrate", "--names", NAMES],
      {**MIXTRAL, "autoep": 2, "universal": True}, 2, "autoep_migrated_ep2_dp2"),
+    ("pp2 to pp1", "pipe_z1_pp2_dp1", ["reshard", "--to", "pp=1,dp=2"], {**PIPE, "pipeline": 1}, 2,
+     "pipe_pp2_to_pp1_dp2"),
+    ("pp2 to pp3, tied", "pipe_z1_pp2_dp2_tied", ["reshard", "--to", "pp=3,dp=1"],
+     {**PIPE, "pipeline": 3, "tied": True}, 3, "pipe_tied_pp2_to_pp3_dp1"),
+    ("pp3 to pp2, bf16", "pipe_bf16_pp3_dp2", ["reshard", "--to", "pp=2,dp=1"],
+     {**PIPE, **BF16, "pipeline": 2}, 2, "pipe_bf16_pp3_to_pp2_dp1"),
+    ("pp2 to pp4, frozen", "pipe_frozen_pp2_dp2",
+     ["reshard", "--to", "pp=4,dp=1", "--partition-method", "uniform"],
+     {**PIPE, "dtype": "bf16", "frozen": True, "buffers": True, "pipeline": 4}, 4, None),
 ]
 
 
@@ -89,11 +101,24 @@ def build_model(case):
         vocab_size=64, max_position_embeddings=64, tie_word_embeddings=False))
 
 
+def pipeline_main(case, load, out):
+    import deepspeed
+    model = record_pipeline.build_model(case)
+    engine = deepspeed.initialize(model=model, config=record_pipeline.deepspeed_config(case),
+                                  model_parameters=record_pipeline.parameters_of(case, model))[0]
+    state = {"epoch": engine.load_checkpoint(load)[1]["epoch"]}
+    engine.save_checkpoint(os.path.join(out, "again"), client_state=state)
+    record_pipeline.train(engine, 1)
+    engine.save_checkpoint(os.path.join(out, "step"), client_state=state)
+
+
 def rank_main(case, load, out):
     import deepspeed
     import torch
     torch.set_num_threads(1)
     deepspeed.init_distributed(dist_backend="gloo")
+    if case["model"] == "pipeline":
+        return pipeline_main(case, load, out)
     more = {key: {"enabled": True, "autoep_size": case["autoep"]} for key in ["expert_parallel"]
             if "autoep" in case}
     if "autotp" in case:

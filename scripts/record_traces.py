@@ -30,7 +30,8 @@ WIDTH, HIDDEN, VOCABULARY, BLOCKS, TOKENS = 10, 17, 13, 2, 8
 SEED_WEIGHTS, SEED_TOKENS = 1234, 99
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.01
 SETTINGS = set("name stage world dtype steps tied frozen exclude_frozen groups client_optimizer "
-               "ds_adam sched zero ds grad_accum_dtype load_universal load_from truth".split())
+               "ds_adam sched zero ds grad_accum_dtype load_universal load_from truth pipeline "
+               "method functions buffers".split())
 MOMENTS = {"Adagrad": ("sum",), "SGD": ("momentum_buffer",), "RMSprop": ("square_avg",)}
 CLIENT_STATE = {"note": "made by the oracle", "epoch": 2, "nested": {"a": [1, 2.5, None, True]}}
 UNIVERSAL = "-m deepspeed.checkpoint.ds_to_universal --inject_missing_state \
@@ -142,6 +143,8 @@ def train_and_save(case, out):
     if case.get("dtype") == "fp16":  # the CPU accelerator says no; its arithmetic works
         deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     rank, world = torch.distributed.get_rank(), case["world"]
+    if "pipeline" in case:
+        return train_pipeline(case, out, rank)
     model = build_model(case)
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = client_optimizer(case, trainable)
@@ -160,6 +163,23 @@ def train_and_save(case, out):
                            exclude_frozen_parameters=bool(case.get("exclude_frozen")))
     truth = truth_of(engine, steps > 0) if case.get("truth", True) else {}
     torch.save(truth, os.path.join(out, "truth", f"rank{rank}.pt"))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def train_pipeline(case, out, rank):
+    import deepspeed
+    import record_pipeline
+    import torch
+    model = record_pipeline.build_model(case)
+    engine = deepspeed.initialize(model=model, config=record_pipeline.deepspeed_config(case),
+                                  model_parameters=record_pipeline.parameters_of(case, model))[0]
+    if "load_from" in case:
+        path, _ = engine.load_checkpoint(os.path.join(TRACES, case["load_from"]))
+        assert path is not None, f"nothing to load in {case['load_from']}"
+    record_pipeline.train(engine, case.get("steps", record_pipeline.STEPS))
+    engine.save_checkpoint(os.path.join(out, "ckpt"), client_state={"epoch": 2})
+    torch.save(record_pipeline.truth_of(engine), os.path.join(out, "truth", f"rank{rank}.pt"))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -225,7 +245,8 @@ def record(case, out, python):
     found = subprocess.check_output([python, "-c", query], text=True).split()
     case["versions"] = dict(zip(("deepspeed", "torch"), (v.split("+")[0] for v in found)))
     if "load_from" not in case:
-        convert("universal", UNIVERSAL.format(case.get("steps", 3)), case, out, python)
+        steps = case.get("steps", 2 if "pipeline" in case else 3)
+        convert("universal", UNIVERSAL.format(steps), case, out, python)
         convert("fp32", "ckpt/zero_to_fp32.py ckpt fp32", case, out, python)
     for script in glob.glob(os.path.join(glob.escape(out), "ckpt", "*.py")):
         os.remove(script)

@@ -27,6 +27,12 @@ CASES = {
     "autoep_z3_ep2_to_ep4_dp4": ("ep=4,dp=4", [], []),
     "autotp_tp2_to_tp1_dp2": ("tp=1,dp=2", [], ["--num-kv-heads", "2", "--split-like", "SOURCE"]),
     "autotp_tp2_to_tp4_dp1": ("tp=4,dp=1", ["--num-kv-heads", "2"], ["--num-kv-heads", "2"]),
+    "pipe_pp2_to_pp1_dp2": ("pp=1,dp=2", [], ["--pp-parts", "0,3,6"]),
+    "pipe_tied_pp2_to_pp3_dp1": ("pp=3,dp=1", [], []),
+    "pipe_bf16_pp3_to_pp2_dp1": ("pp=2,dp=1", [], ["--partition-method", "parameters",
+                                                   "--num-layers", "9"]),
+    # Made from our own reshard, by a plain load: DeepSpeed's universal form loses what is frozen.
+    "pipe_frozen_pp2_to_pp1_dp1": ("pp=1,dp=1", [], ["--pp-parts", "0,3,6"]),
     # Made from our own reshard, by a plain load: DeepSpeed cannot change the ep of native MoE.
     "moe2_ep2_to_ep1_dp2": ("ep=1,dp=2", [], []),
 }
@@ -71,15 +77,17 @@ def main():
             run("reshard", ckpt, ours, "--to", target, *there)
             shared = SHARED_STEP if case == "autoep_z3_ep2_to_ep4_dp4" else []
             equal(case, expected, ours, IGNORED + PADDING + shared)
+            flags = [ckpt if flag == "SOURCE" else flag for flag in back]
+            run("reshard", expected, home, "--to", own_topology(ckpt), *flags)
+            equal(case + " and back", ckpt, home, IGNORED + PADDING)
+            if case.startswith("pipe"):  # a universal folder lacks the layers' files
+                continue
             universal = os.path.join(source, "universal")
             if not os.path.isdir(universal):
                 universal = os.path.join(work, "universal")
                 run("convert", ckpt, os.path.join(universal, tag), "--to", "universal")
             run("reshard", universal, again, "--to", target, "--tag-out", tag, *there)
             equal(case + " from universal", ours, again, [])
-            flags = [ckpt if flag == "SOURCE" else flag for flag in back]
-            run("reshard", expected, home, "--to", own_topology(ckpt), *flags)
-            equal(case + " and back", ckpt, home, IGNORED + PADDING)
     print(f"{len(CASES)} cases: there, from universal, and back")
 
 

@@ -94,6 +94,13 @@ class Migrate(ProgramCase):
                 compared += 1
         self.assertGreater(compared, 2 * 8 * 3 * 3)
 
+    def test_ranks_may_list_their_states_in_another_order(self):
+        self.migrate()
+        other = self.place / "other" / "global_step3_universal"
+        self.run_program(0, "migrate", self.recorded("edited_order_ep2"), other, "--to", "autoep",
+                         "--names", self.names)
+        self.run_program(0, "diff", self.target, other)
+
     def test_names_that_do_not_meet(self):
         def no_gate(rules):
             del rules["experts"][0]

@@ -28,7 +28,6 @@ RESHARDS = [
     ("moe_z1_ep2_dp4", "stage=3", [], "AssertionError"),
     ("moe_z1_ep2_dp4", "ep=8,dp=8", [], "1 2 4"),
     ("moe_z2_ep2_dp2", "tp=2", [], "ensor-parallel"),
-    ("pipe_z1_pp2_dp1", "pp=1", [], "ipeline"),
 ]
 # case, a file that is taken away, words of the message
 SHARDS = [

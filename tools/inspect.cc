@@ -45,7 +45,8 @@ std::string target_text(const ShardedState& state) {
   std::string text = "dp=" + std::to_string(state.topology.data) +
                      ",sp=" + std::to_string(state.topology.sequence) +
                      ",tp=" + std::to_string(state.topology.tensor);
-  if (state.topology.pipeline > 1) text += ",pp=" + std::to_string(state.topology.pipeline);
+  if (state.topology.pipeline > 1 || state.pipeline.present())
+    text += ",pp=" + std::to_string(state.topology.pipeline);
   if (state.expert_layout != checkpoint::ExpertLayout::kNone)
     text += ",ep=" + std::to_string(state.topology.expert);
   return text + ",stage=" + std::to_string(state.stage);

@@ -104,7 +104,7 @@ const char* kHelp = R"(isoshard: the same state, whatever the shards
   isoshard digest SOURCE           one value for one state, whatever its topology and format
   isoshard convert SOURCE TARGET --to universal|fp32
 
-  isoshard reshard SOURCE TARGET --to dp=4[,sp=,tp=,ep=,stage=]
+  isoshard reshard SOURCE TARGET --to dp=4[,sp=,tp=,ep=,pp=,stage=]
   isoshard migrate SOURCE TARGET --to autoep --names FILE
   isoshard export SOURCE TARGET    a folder that from_pretrained loads
   isoshard show SOURCE NAME        one tensor: values, and which bytes of which file hold them
@@ -114,7 +114,7 @@ const char* kHelp = R"(isoshard: the same state, whatever the shards
 SOURCE: a save folder with latest, a tag folder, a universal folder, a Trainer checkpoint-N, or an
 fp32 file or folder. Each verb has --help. Exit status: 0 done or yes, 1 the answer is no, 2 could
 not, 70 our own bug. Read and written: ZeRO 0 to 3, BF16_Optimizer, Ulysses, AutoTP, AutoEP, native
-MoE; pipelines are read and converted. docs/SUPPORT.md says what is not, and is refused by name.
+MoE, pipelines. docs/SUPPORT.md says what is not, and is refused by name.
 )";
 
 int run(int argc, char** argv, Session* session) {

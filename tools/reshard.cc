@@ -1,4 +1,7 @@
-// isoshard reshard: the same state at another dp, sp or ZeRO stage, proven equal before it appears.
+// isoshard reshard: the same state at another topology or ZeRO stage, proven equal before it
+// appears.
+#include <charconv>
+#include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -17,8 +20,9 @@ struct ReshardFlags {
   std::string source, target, to, to_config, tag_out, split_like, model_config;
   int world = 0;
   bool no_side_files = false;
-  std::vector<std::string> allow_dropped;
+  std::vector<std::string> allow_dropped, tied_layers;
   checkpoint::SplitOptions splits;
+  checkpoint::StageOptions stages;
   ConversionFlags common;
 };
 
@@ -117,6 +121,39 @@ checkpoint::SplitOptions split_options(Session* session, const ReshardFlags& fla
   return options;
 }
 
+// "embed=0,5" as CLI11 has split it at the commas: "embed=0", "5", "head=7".
+void read_tied_layers(const std::vector<std::string>& texts,
+                      std::map<std::string, std::set<int>>* tied) {
+  std::string key;
+  for (const std::string& text : texts) {
+    const size_t equals = text.find('=');
+    if (equals != std::string::npos) key = text.substr(0, equals);
+    const std::string number = equals == std::string::npos ? text : text.substr(equals + 1);
+    int layer = -1;
+    const auto [rest, error] = std::from_chars(number.data(), number.data() + number.size(), layer);
+    if (key.empty() || error != std::errc() || rest != number.data() + number.size() || layer < 0)
+      throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                            .what = "The layers of a tied module cannot be read.",
+                            .entry = "--tied-layers",
+                            .expected = "KEY=N,N…: the key of a TiedLayerSpec and its layers",
+                            .found = text});
+    (*tied)[key].insert(layer);
+  }
+}
+
+// Flags that speak of pipeline stages go with pipelines.
+void check_stage_flags(const ReshardFlags& flags, const checkpoint::ShardedState& state) {
+  const checkpoint::StageOptions& stages = flags.stages;
+  if (state.pipeline.present() || (stages.parts.empty() && stages.method.empty() &&
+                                   stages.layers == 0 && flags.tied_layers.empty()))
+    return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "The source is no checkpoint of a PipelineModule with layer files.",
+                        .file = state.folder,
+                        .entry = "--pp-parts, --partition-method, --num-layers, --tied-layers",
+                        .next = "leave them out"});
+}
+
 void check_vocabulary_flag(const ReshardFlags& flags, const Topology& source,
                            const Topology& target) {
   if (flags.splits.vocabulary_rows == 0) return;
@@ -164,6 +201,9 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   if (topology.tensor > 1 && topology.tensor != state.topology.tensor)
     wanted.splits = split_options(session, flags, state, &inferred);
   check_vocabulary_flag(flags, state.topology, topology);
+  check_stage_flags(flags, state);
+  wanted.stages = flags.stages;
+  read_tied_layers(flags.tied_layers, &wanted.stages.tied);
   checkpoint::TargetFiles files = checkpoint::reshard_blueprints(state, topology, stage, wanted);
   inferred.insert(inferred.end(), files.inferred.begin(), files.inferred.end());
   reshard::ConvertOptions options =
@@ -201,12 +241,12 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
 void add_reshard(CLI::App* app, Session* session) {
   auto flags = std::make_shared<ReshardFlags>();
   CLI::App* verb =
-      app->add_subcommand("reshard", "The same state at another dp, sp, tp, ep or ZeRO stage");
+      app->add_subcommand("reshard", "The same state at another dp, sp, tp, ep, pp or ZeRO stage");
   verb->add_option("SOURCE", flags->source)->required();
   verb->add_option("TARGET", flags->target, "A save folder: TARGET/<tag>/, then TARGET/latest")
       ->required();
   verb->add_option("--to", flags->to,
-                   "dp=4[,sp=2,tp=2,ep=2,stage=3]; axes left out keep the source's degree");
+                   "dp=4[,sp=2,tp=2,ep=2,pp=2,stage=3]; axes left out keep the source's degree");
   verb->add_option("--to-config", flags->to_config,
                    "A DeepSpeed config file instead, with --world");
   verb->add_option("--world", flags->world, "Number of ranks for --to-config");
@@ -227,6 +267,19 @@ void add_reshard(CLI::App* app, Session* session) {
   verb->add_option("--split-like", flags->split_like,
                    "A checkpoint of the same model with several tensor-parallel ranks, for a "
                    "source of one, which does not say how its tensors are cut");
+  verb->add_option("--pp-parts", flags->stages.parts,
+                   "First layer of each pipeline stage, and the number of layers: what "
+                   "PipelineModule.parts is in the target's run (0,3,6)")
+      ->delimiter(',');
+  verb->add_option("--partition-method", flags->stages.method,
+                   "PipelineModule's partition_method, instead of --pp-parts")
+      ->check(CLI::IsMember({"uniform", "parameters"}));
+  verb->add_option("--num-layers", flags->stages.layers,
+                   "Layers given to PipelineModule; some at the end may have no file")
+      ->check(CLI::Range(1, 1'000'000));
+  verb->add_option("--tied-layers", flags->tied_layers,
+                   "KEY=0,5: the layers of a TiedLayerSpec, where files do not show them")
+      ->delimiter(',');
   verb->add_option("--allow-dropped", flags->allow_dropped,
                    "What may be left behind: client_state (of ranks other than 0), loss_scaler "
                    "(its hysteresis, at stage 0)")

@@ -114,7 +114,7 @@ void number_parameters(ReshardTarget* target) {
 
 std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetRank rank) {
   std::vector<const TargetBuffer*> result;
-  for (const TargetBuffer& buffer : target.buffers[static_cast<size_t>(rank.tensor)])
+  for (const TargetBuffer& buffer : target.buffers[static_cast<size_t>(rank.mp)])
     result.push_back(&buffer);
   for (size_t e = 0; e < target.expert_partitions.size(); ++e) {
     const std::vector<int>& members = target.expert_partitions[e];

@@ -219,7 +219,13 @@ void Migrant::add_stack(const std::string& prefix, const std::string& name) {
              quote(one.name), step, scalar_texts_.of(one.scalars));
     weights.push_back(one.weight);
     copies.push_back(one.model_copy);
-    for (size_t s = 0; s < states.size(); ++s) states[s].push_back(one.states[s]);
+    for (size_t s = 0; s < states.size(); ++s) {
+      const std::string& state = state_.leaf(lead.states[s]).state;
+      states[s].push_back(state_.state_leaf(one, state));
+      if (states[s].back() < 0)
+        refuse(ErrorCode::kMismatch, "Experts of one stack have different states.", quote(one.name),
+               state, "absent");
+    }
     result_.renamed.push_back(quote(name) + "[" + std::to_string(id) + "]: " + quote(one.name));
   }
   stack.weight = stack_leaves(name, weights, stack.shape);

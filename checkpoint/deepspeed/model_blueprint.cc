@@ -18,13 +18,13 @@ class ModelWriter {
       : target_(*target),
         state_(target->state),
         rank_(rank.zero),
-        tensor_(rank.tensor),
+        mp_(rank.mp),
         buffers_(buffers_of(*target, rank)) {
     file_ = state_.model_files[0];
     if (!has_same_model_files(*target)) return;
     // A rank's own client state goes along where the ranks are the same.
     const int per_shard = target->stage == 3 ? target->ranks : 1;
-    const int own_file = state_.model_files[static_cast<size_t>(tensor_ * per_shard + rank_)];
+    const int own_file = state_.model_files[static_cast<size_t>(mp_ * per_shard + rank_)];
     const std::vector<int>& own = state_.own_client_state;
     if (std::count(own.begin(), own.end(), own_file)) file_ = own_file;
   }
@@ -33,9 +33,12 @@ class ModelWriter {
     const TorchFile& document = state_.document(file_);
     MappingCopy root(&builder_, state_, {file_, document.pickle().root});
     Pickle& pickle = builder_.pickle;
-    root.set("module", module());
+    if (target_.stages.held.empty())
+      root.set("module", module());
+    else
+      root.set("buffer_names", stage_buffers());
     root.set("optimizer",
-             target_.stage == 0 ? stage0_optimizer(&target_, &builder_, tensor_) : pickle.none());
+             target_.stage == 0 ? stage0_optimizer(&target_, &builder_, mp_) : pickle.none());
     root.set("param_shapes", target_.stage == 0 ? pickle.none() : param_shapes());
     const bool frozen = target_.stage >= 2 && !target_.frozen_excluded;
     root.set("frozen_param_shapes", frozen ? frozen_shapes() : pickle.none());
@@ -43,11 +46,12 @@ class ModelWriter {
     root.set("shared_params", target_.stage == 0 ? pickle.none() : shared_params());
     root.set("dp_world_size", pickle.integer(target_.ranks));
     const int tensor = target_.topology.tensor;
-    root.set("mp_world_size", pickle.integer(tensor));
+    const int pipeline = target_.topology.pipeline;
+    root.set("mp_world_size", pickle.integer(tensor * pipeline));
     const int degree = tensor > 1 ? tensor : target_.topology.sequence;
-    root.set_if_present(
-        "checkpoint_parallel_dimensions",
-        builder_.dict({{"pp_degree", pickle.integer(1)}, {"tp_degree", pickle.integer(degree)}}));
+    root.set_if_present("checkpoint_parallel_dimensions",
+                        builder_.dict({{"pp_degree", pickle.integer(pipeline)},
+                                       {"tp_degree", pickle.integer(degree)}}));
     if (tensor > 1)
       root.set_after("universal_checkpoint_info", target_split_info(&builder_, target_),
                      "ds_version");
@@ -57,11 +61,18 @@ class ModelWriter {
     if (state_.expert_layout != ExpertLayout::kNone)
       set_expert_entries(&builder_, target_, rank_, &root);
     const std::string path =
-        target_.stage == 3 ? model_file_name_of_rank(rank_, tensor_) : model_file_name(tensor_);
+        target_.stage == 3 ? model_file_name_of_rank(rank_, mp_) : model_file_name(mp_);
     return builder_.finish(path, root.finish());
   }
 
  private:
+  NodeId stage_buffers() {
+    std::vector<NodeId> names;
+    for (const std::string& name : target_.stages.buffers[static_cast<size_t>(mp_)])
+      names.push_back(builder_.pickle.string(name));
+    return builder_.pickle.list(std::move(names));
+  }
+
   // The tensor of each name of the module; the dictionary itself (order, _metadata) is copied.
   NodeId module() {
     if (target_.stage == 1 || target_.stage == 2) add_flat_storages();
@@ -112,7 +123,7 @@ class ModelWriter {
         const ParameterState& parameter = target_.parameter(buffer.parameters[i]);
         fill.dtype = parameter.model_dtype;
         const int64_t offset = std::get<FlatShard>(buffer.layouts[i].placement).group_offset;
-        target_.add_runs(&fill, buffer.parameters[i], tensor_,
+        target_.add_runs(&fill, buffer.parameters[i], mp_,
                          {target_.model_leaf(parameter), 0, buffer.layouts[i].numel, offset});
         places.emplace_back(buffer.parameters[i], offset);
       }
@@ -132,7 +143,7 @@ class ModelWriter {
       return builder_.tensor({.shape = {0}, .storage = storage});
     }
     const int number = number_of(parameter);
-    const Shape shape = target_.shard_shape(number, tensor_);
+    const Shape shape = target_.shard_shape(number, mp_);
     TorchBuilder::TensorSpec& spec = place_of_[parameter.name];
     if (const auto place = flat_place_.find(number); place != flat_place_.end()) {
       spec = {.shape = shape, .storage = place->second.first, .offset = place->second.second};
@@ -142,7 +153,7 @@ class ModelWriter {
                        .runs = {},
                        .copy = {},
                        .literal = {}};
-      target_.add_runs(&fill, number, tensor_, {target_.model_leaf(parameter), 0, fill.numel, 0});
+      target_.add_runs(&fill, number, mp_, {target_.model_leaf(parameter), 0, fill.numel, 0});
       spec = {.shape = shape, .storage = builder_.add_storage(std::move(fill))};
       // An empty shard stays the slice that it is of the whole tensor.
       if (numel(shape) == 0 && shape.size() == parameter.shape.size())
@@ -197,7 +208,7 @@ class ModelWriter {
     for (const ParameterState& parameter : state_.parameters) {
       if (parameter.group >= 0) continue;
       items.push_back(builder_.pickle.string(parameter.name));
-      items.push_back(builder_.size_node(target_.shard_shape(number_of(parameter), tensor_)));
+      items.push_back(builder_.size_node(target_.shard_shape(number_of(parameter), mp_)));
     }
     return builder_.pickle.ordered_dict(std::move(items));
   }
@@ -216,7 +227,7 @@ class ModelWriter {
 
   NodeId frozen_slot(const ParameterState& parameter) {
     const int number = number_of(parameter);
-    const int64_t count = numel(target_.shard_shape(number, tensor_));
+    const int64_t count = numel(target_.shard_shape(number, mp_));
     const int64_t slot = slot_size(count, target_.ranks);
     StorageFill fill{.dtype = state_.leaf(parameter.weight).dtype,
                      .numel = slot,
@@ -227,8 +238,7 @@ class ModelWriter {
                               .ranks = target_.ranks,
                               .placement = SlotShard{0, std::max<int64_t>(slot, 1)}};
     if (const RankFragment f = fragment_on(layout, rank_); f.count > 0) {
-      target_.add_runs(&fill, number, tensor_,
-                       {parameter.weight, f.begin, f.count, f.offset_local});
+      target_.add_runs(&fill, number, mp_, {parameter.weight, f.begin, f.count, f.offset_local});
     }
     return builder_.tensor({.shape = {slot}, .storage = builder_.add_storage(std::move(fill))});
   }
@@ -237,7 +247,7 @@ class ModelWriter {
   NodeId shared_params() {
     std::vector<std::pair<std::string, NodeId>> entries;
     for (const Alias& alias : state_.aliases) {
-      if (rank_ == 0 && tensor_ == 0 && alias.recorded)
+      if (rank_ == 0 && mp_ == 0 && alias.recorded)
         entries.emplace_back(alias.name, builder_.pickle.string(alias.target));
     }
     return builder_.dict(std::move(entries));
@@ -245,8 +255,8 @@ class ModelWriter {
 
   ReshardTarget& target_;
   const ShardedState& state_;
-  int rank_;    // in the partition group
-  int tensor_;  // tensor-parallel rank
+  int rank_;  // in the partition group
+  int mp_;    // tensor-parallel rank, or pipeline stage
   std::vector<const TargetBuffer*> buffers_;
   int file_;
   TorchBuilder builder_;

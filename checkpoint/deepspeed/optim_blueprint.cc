@@ -31,10 +31,7 @@ std::vector<int> leaves_of(const ReshardTarget& target, const TargetBuffer& buff
   const std::string& name =
       target.state.leaf(target.parameter(buffer.parameters[0]).states[state_number]).state;
   for (int number : buffer.parameters) {
-    int found = -1;
-    for (int leaf : target.parameter(number).states) {
-      if (target.state.leaf(leaf).state == name) found = leaf;
-    }
+    const int found = target.state.state_leaf(target.parameter(number), name);
     if (found < 0) {
       throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
                             .what = "A parameter lacks a state that others of its group have; one "
@@ -306,10 +303,10 @@ class OptimWriter {
   // This tensor-parallel rank's part of a leaf of a parameter.
   NodeId whole_tensor(int parameter, int number, bool requires_grad) {
     const Leaf& leaf = state_.leaf(number);
-    const Shape shape = target_.shard_shape(parameter, rank_.tensor);
+    const Shape shape = target_.shard_shape(parameter, rank_.mp);
     StorageFill fill{
         .dtype = leaf.dtype, .numel = numel(shape), .runs = {}, .copy = {}, .literal = {}};
-    target_.add_runs(&fill, parameter, rank_.tensor, {number, 0, fill.numel, 0});
+    target_.add_runs(&fill, parameter, rank_.mp, {number, 0, fill.numel, 0});
     return builder_.tensor({.shape = shape,
                             .storage = builder_.add_storage(std::move(fill)),
                             .requires_grad = requires_grad});
@@ -457,7 +454,7 @@ class OptimWriter {
 FileBlueprint optim_blueprint(ReshardTarget* target, TargetRank rank) {
   TorchBuilder builder;
   const NodeId root = OptimWriter(target, &builder, rank).file_root();
-  return builder.finish(optim_file_name(target->prefix, rank.zero, rank.tensor), root);
+  return builder.finish(optim_file_name(target->prefix, rank.zero, rank.mp), root);
 }
 
 FileBlueprint global_state_blueprint(ReshardTarget* target) {
@@ -466,8 +463,8 @@ FileBlueprint global_state_blueprint(ReshardTarget* target) {
   return builder.finish("zero/optimizer_state.pt", root);
 }
 
-NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int tensor_rank) {
-  return OptimWriter(target, builder, {tensor_rank, 0}).stage0();
+NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int mp) {
+  return OptimWriter(target, builder, {mp, 0}).stage0();
 }
 
 }  // namespace isoshard::checkpoint

@@ -81,13 +81,22 @@ void StageUnion::add(size_t stage) {
     numbers.push_back(static_cast<int>(whole_.parameters.size()));
     whole_.parameters.push_back(std::move(parameter));
   }
+  const Fields model(whole_.document(stages_[stage].model.file));
+  whole_.pipeline.buffers.emplace_back();
+  for (NodeId name : model.list(model.need(model.root(), "buffer_names"), "buffer_names"))
+    whole_.pipeline.buffers.back().push_back(model.text(name, "buffer_names"));
   for (const BufferState& buffer : part.buffers)
     whole_.buffers.push_back({buffer.name, buffer.leaf + shift});
   for (Alias alias : part.aliases) {
     if (alias.model_copy >= 0) alias.model_copy += shift;
     whole_.aliases.push_back(std::move(alias));
   }
+  whole_.pipeline.held.emplace_back();
   for (size_t g = 0; g < part.groups.size(); ++g) {
+    for (int number : part.groups[g].parameters) {
+      const std::string& name = part.parameters[static_cast<size_t>(number)].name;
+      whole_.pipeline.held.back().push_back(static_cast<int>(known_.at(name)));
+    }
     const auto append = [&](std::vector<int>* to, const std::vector<int>& from) {
       for (int number : from) {
         if (numbers[static_cast<size_t>(number)] >= 0)
@@ -117,7 +126,12 @@ void StageUnion::check_step(size_t stage, const ParameterState& parameter) {
 // A tied parameter: the first stage's counts, this one's must be equal.
 void StageUnion::add_again(size_t stage, const ParameterState& again, int leaf_shift) {
   const ParameterState& first = whole_.parameters[known_.at(again.name)];
-  std::vector<int> originals = first.states, copies = again.states;
+  std::vector<int> originals, copies;
+  const ShardedState& part = stages_[stage].state;
+  for (int leaf : again.states) {
+    originals.push_back(whole_.state_leaf(first, part.leaf(leaf).state));
+    copies.push_back(leaf);
+  }
   originals.push_back(first.weight);
   copies.push_back(again.weight);
   const auto refuse = [&](const std::string& expected, const std::string& found) {
@@ -132,10 +146,13 @@ void StageUnion::add_again(size_t stage, const ParameterState& again, int leaf_s
   };
   if (again.shape != first.shape || again.group != first.group)
     refuse(to_string(first.shape), to_string(again.shape));
-  if (originals.size() != copies.size())
-    refuse(std::to_string(originals.size()) + " states", std::to_string(copies.size()));
+  if (first.states.size() != again.states.size())
+    refuse(std::to_string(first.states.size()) + " states", std::to_string(again.states.size()));
   for (size_t i = 0; i < copies.size(); ++i) {
-    if (copies[i] < 0 || originals[i] < 0) continue;
+    if (copies[i] < 0) continue;  // the optimizer's files stay closed
+    if (originals[i] < 0 && i + 1 < copies.size())
+      refuse("as in the first stage", part.leaf(copies[i]).state);
+    if (originals[i] < 0) continue;
     Leaf& copy = whole_.leaf(copies[i] + leaf_shift);
     copy.state = "pp stage " + std::to_string(stage);
     whole_.replicas.emplace_back(originals[i], copies[i] + leaf_shift);
@@ -143,6 +160,12 @@ void StageUnion::add_again(size_t stage, const ParameterState& again, int leaf_s
 }
 
 }  // namespace
+
+std::string tied_key(const std::string& parameter) {
+  constexpr std::string_view kTied = "tied_modules.";
+  if (!parameter.starts_with(kTied)) return "";
+  return parameter.substr(kTied.size(), parameter.find('.', kTied.size()) - kTied.size());
+}
 
 void join_stages(ShardedState* whole, const std::vector<MpPart>& stages) {
   StageUnion(whole, stages).run();
@@ -157,14 +180,15 @@ class LayerCopies {
       : state_(*state), buffers_(buffers), parameters_(state->parameters) {
     for (size_t i = 0; i < parameters_.size(); ++i) {
       known_.emplace(parameters_[i].name, i);
-      if (parameters_[i].name.starts_with("tied_modules.")) tied_.push_back(i);
+      if (!tied_key(parameters_[i].name).empty()) tied_.push_back(i);
     }
   }
 
   void add(int file) {
     const Fields fields(state_.document(file));
     const std::string& path = state_.files[static_cast<size_t>(file)].relative;
-    const std::string layer = std::to_string(layer_in_file_name(path).value_or(0));
+    layer_ = static_cast<int>(layer_in_file_name(path).value_or(0));
+    const std::string layer = std::to_string(layer_);
     for (const auto& [local, node] : fields.named(fields.root(), "layer"))
       add_tensor(fields, file, layer + "." + local, local, fields.tensor(node, local));
   }
@@ -182,6 +206,7 @@ class LayerCopies {
   std::vector<ParameterState> parameters_;
   std::unordered_map<std::string, size_t> known_;
   std::vector<size_t> tied_;
+  int layer_ = 0;  // of the file that is being read
 };
 
 std::optional<size_t> LayerCopies::owner_of(const Fields& fields, const std::string& name,
@@ -230,6 +255,8 @@ void LayerCopies::add_tensor(const Fields& fields, int file, const std::string& 
     return;
   }
   ParameterState& parameter = parameters_[*owner];
+  if (const std::string key = tied_key(parameter.name); !key.empty())
+    state_.pipeline.tied_layers[key].insert(layer_);
   if (parameter.shape != view.shape)
     fields.fail("A parameter has two shapes.", quote(name), to_string(parameter.shape),
                 to_string(view.shape));
@@ -247,6 +274,7 @@ void LayerCopies::add_tensor(const Fields& fields, int file, const std::string& 
 
 void add_layer_copies(ShardedState* state, const std::set<std::string>& buffers,
                       const std::vector<int>& files) {
+  state->pipeline.layer_files = files;
   LayerCopies copies(state, buffers);
   for (int file : files) copies.add(file);
   copies.finish();

@@ -11,6 +11,9 @@
 
 namespace isoshard::checkpoint {
 
+// The key of the TiedLayerSpec: "embed" for "tied_modules.embed.weight"; empty for others.
+std::string tied_key(const std::string& parameter);
+
 // Adds the parameters of all stages, in order, to `whole`. What two stages hold under one name must
 // agree: the pairs go to whole->replicas.
 void join_stages(ShardedState* whole, const std::vector<MpPart>& stages);

@@ -40,10 +40,38 @@ void refuse_topology(const ShardedState& state, const Topology& topology) {
     no("The checkpoint has no experts that expert-parallel ranks could share.");
   if (state.expert_layout != ExpertLayout::kNone && topology.tensor > 1)
     no("Resharding of experts to tensor-parallel ranks is not supported yet.");
-  if (topology.pipeline > 1 || state.topology.pipeline > 1)
-    no("Resharding of pipeline stages is not supported yet; convert --to universal or --to fp32 "
-       "is.");
   if (state.flavour == Flavour::kWeights) no("Weights alone have no optimizer state to reshard.");
+}
+
+// A PipelineModule stays one at one stage too: its parameters are named by layer.
+void refuse_pipeline(const ShardedState& state, const Topology& topology, int stage) {
+  const auto no = [&](const std::string& what, const std::string& expected,
+                      const std::string& found) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = what,
+                          .file = state.folder,
+                          .expected = expected,
+                          .found = found});
+  };
+  const Fields model(state.document(state.model_files[0]));
+  const bool no_module = model.maybe(model.root(), "module") == kNoNode;
+  if (!state.pipeline.present() && no_module)
+    no("A universal folder of a pipeline does not hold what its layer files do (frozen parameters, "
+       "buffers, layers without parameters); DeepSpeed itself loads it at another pp.",
+       "partition files with layer_NN-model_states.pt", "a universal folder");
+  if (!state.pipeline.present() && topology.pipeline > 1)
+    no("The checkpoint is not of a PipelineModule, whose layers pipeline stages could share.",
+       "pp=1", "pp=" + std::to_string(topology.pipeline));
+  if (!state.pipeline.present()) return;
+  if (topology.sequence > 1 || topology.tensor > 1)
+    no("Pipeline stages together with tensor- or sequence-parallel ranks are not supported.",
+       "dp and pp", to_string(topology));
+  if (stage >= 2)
+    no("DeepSpeed has no pipelines at stages 2 and 3 (AssertionError), whatever their number of "
+       "stages.",
+       "stage=1", "stage=" + std::to_string(stage));
+  if (stage == 0)
+    no("Resharding of a pipeline to stage 0 is not supported yet.", "stage=1", "stage=0");
 }
 
 // A group as one tensor- or expert-parallel rank has it: the parameters in flat order.
@@ -145,13 +173,23 @@ void check_loss_scaler(const ShardedState& state, int stage,
                         "comes from ds_config again"});
 }
 
-// The parameters of a group that have elements on a tensor-parallel rank, in flat order. Before
-// 0.19.8 those without stood there too.
+// The parameters of a group that an mp rank holds, in the optimizer's order.
+std::vector<int> held_by(const ReshardTarget& target, int group, int shard) {
+  if (target.stages.held.empty()) return target.state.groups[static_cast<size_t>(group)].parameters;
+  std::vector<int> result;
+  for (int number : target.stages.held[static_cast<size_t>(shard)]) {
+    if (target.parameter(number).group == group) result.push_back(number);
+  }
+  return result;
+}
+
+// The parameters of a group that have elements on an mp rank, in flat order. Before 0.19.8 those
+// without stood there too.
 Members members_of(const ReshardTarget& target, int group, int shard, bool round_robin) {
   const bool experts = target.expert_groups[static_cast<size_t>(group)];
   const int expert_ranks = target.topology.expert;
   Members members{group, shard, experts ? target.ranks / expert_ranks : target.ranks, experts, {}};
-  for (int number : target.state.groups[static_cast<size_t>(group)].parameters) {
+  for (int number : held_by(target, group, shard)) {
     if (experts && !target.holds_expert(shard, number)) continue;
     const bool empty =
         numel(target.shard_shape(number, shard)) == 0 && numel(target.parameter(number).shape) != 0;
@@ -159,16 +197,16 @@ Members members_of(const ReshardTarget& target, int group, int shard, bool round
   }
   const std::vector<int>& all = target.state.groups[static_cast<size_t>(group)].parameters;
   if (members.order.empty() && !all.empty()) {
+    const bool stages = !target.stages.held.empty();
     throw Error(ErrorInfo{
         .code = ErrorCode::kUnsupported,
-        .what =
-            "A tensor-parallel rank would hold no element of an optimizer group, which DeepSpeed "
-            "cannot train.",
+        .what = std::string(stages ? "A pipeline stage" : "A tensor-parallel rank") +
+                " would hold no element of an optimizer group, which DeepSpeed cannot train.",
         .file = target.state.folder,
         .entry = "group " + std::to_string(group) + ", " + quote(target.parameter(all[0]).name),
         .expected = "an element on every rank",
         .found = "none on rank " + std::to_string(shard),
-        .next = "take a smaller tp"});
+        .next = stages ? "take a smaller pp, or other stages (--pp-parts)" : "take a smaller tp"});
   }
   if (!round_robin) return members;
   std::vector<int> permuted;
@@ -181,20 +219,23 @@ Members members_of(const ReshardTarget& target, int group, int shard, bool round
 }  // namespace
 
 ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
-                          const SplitOptions& splits) {
+                          const ReshardOptions& options) {
   refuse_topology(state, topology);
+  refuse_pipeline(state, topology, stage);
+  const int mp_ranks = topology.tensor * topology.pipeline;
   ReshardTarget target{
       .state = state,
       .topology = topology,
       .stage = stage,
       .ranks = topology.zero_ranks(),
       .prefix = "",
-      .buffers = std::vector<std::vector<TargetBuffer>>(static_cast<size_t>(topology.tensor)),
+      .buffers = std::vector<std::vector<TargetBuffer>>(static_cast<size_t>(mp_ranks)),
       .expert_buffers = {},
       .expert_partitions = {},
       .expert_groups = std::vector<bool>(state.groups.size(), false),
       .maps = {},
       .experts = nullptr,
+      .stages = {},
       .local_experts = {},
       .creation_numbers = {},
       .inferred = {},
@@ -218,14 +259,16 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
       state.stage >= 2 && model.maybe(model.root(), "frozen_param_shapes") == kNoNode &&
       std::ranges::all_of(state.parameters, [](const ParameterState& p) { return p.group >= 0; });
   if (topology.tensor > 1)
-    target.maps = target_maps(state, topology.tensor, splits, &target.inferred);
+    target.maps = target_maps(state, topology.tensor, options.splits, &target.inferred);
+  if (state.pipeline.present())
+    target.stages = plan_stages(state, topology.pipeline, options.stages, &target.inferred);
   const bool round_robin = stage >= 1 && stage <= 2 && !target.bf16_optimizer &&
                            zero_option(model, config, "round_robin_gradients", 0) != 0;
   const int64_t sub_group_size = zero_option(model, config, "sub_group_size", 1'000'000'000);
   if (state.expert_layout != ExpertLayout::kNone) prepare_experts(&target);
   if (stage == 3) number_parameters(&target);
   for (size_t g = 0; g < state.groups.size(); ++g) {
-    const int shards = target.expert_groups[g] ? topology.expert : topology.tensor;
+    const int shards = target.expert_groups[g] ? topology.expert : mp_ranks;
     for (int shard = 0; shard < shards; ++shard) {
       const Members members = members_of(target, static_cast<int>(g), shard, round_robin);
       if (stage == 3)
@@ -242,7 +285,9 @@ bool has_same_model_files(const ReshardTarget& target) {
   const bool stage3 =
       target.state.flavour == Flavour::kZero3 || target.state.flavour == Flavour::kUniversal3;
   return stage3 == (target.stage == 3) && target.state.topology.tensor == target.topology.tensor &&
-         static_cast<int>(target.state.model_files.size()) == per_shard * target.topology.tensor;
+         target.state.topology.pipeline == target.topology.pipeline &&
+         static_cast<int>(target.state.model_files.size()) ==
+             per_shard * target.topology.tensor * target.topology.pipeline;
 }
 
 int ReshardTarget::model_leaf(const ParameterState& parameter) {
@@ -392,22 +437,26 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
 
 TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage,
                                const ReshardOptions& options) {
-  ReshardTarget target = make_target(state, topology, stage, options.splits);
+  ReshardTarget target = make_target(state, topology, stage, options);
   check_client_state(state, target, options.allow_dropped);
   check_loss_scaler(state, stage, options.allow_dropped);
   TargetFiles result;
-  for (int tensor = 0; tensor < topology.tensor; ++tensor) {
+  for (int mp = 0; mp < topology.tensor * topology.pipeline; ++mp) {
     for (int rank = 0; rank < (stage == 3 ? target.ranks : 1); ++rank) {
       throw_if_cancelled();
-      result.files.push_back(model_blueprint(&target, {tensor, rank}));
+      result.files.push_back(model_blueprint(&target, {mp, rank}));
     }
     for (int rank = 0; rank < (stage == 0 ? 0 : target.ranks); ++rank) {
       throw_if_cancelled();
-      result.files.push_back(optim_blueprint(&target, {tensor, rank}));
+      result.files.push_back(optim_blueprint(&target, {mp, rank}));
     }
   }
   if (state.expert_layout != ExpertLayout::kNone && stage != 3) {
     for (FileBlueprint& file : expert_blueprints(&target)) result.files.push_back(std::move(file));
+  }
+  for (int file : state.pipeline.layer_files) {
+    const SourceFile& layer = state.files[static_cast<size_t>(file)];
+    result.files.push_back(whole_copy(layer.relative, file, layer.bytes().size_bytes()));
   }
   result.inferred = target.inferred;
   result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());

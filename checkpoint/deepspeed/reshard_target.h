@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checkpoint/deepspeed/fields.h"
+#include "checkpoint/deepspeed/stage_plan.h"
 #include "checkpoint/deepspeed/tensor_target.h"
 #include "checkpoint/sharded_state.h"
 #include "checkpoint/torch_builder.h"
@@ -21,11 +22,11 @@ namespace isoshard::checkpoint {
 class ExpertInfo;
 
 // One flat buffer of the target: an optimizer group (stages 1, 2) or a sub-group (stage 3) of one
-// tensor-parallel rank, or of one expert-parallel rank where it holds experts.
+// mp rank, or of one expert-parallel rank where it holds experts.
 struct TargetBuffer {
   int group = -1;
   bool experts = false;
-  int shard = 0;                      // the tensor- or expert-parallel rank
+  int shard = 0;                      // the mp rank, or the expert-parallel rank
   int ranks = 1;                      // that share it: size of its partition group
   std::vector<int> parameters;        // in flat order
   std::vector<TensorLayout> layouts;  // of each parameter's shard
@@ -44,14 +45,15 @@ struct ReshardTarget {
   bool writes_alignment = false;  // param_alignment_paddings is written (DeepSpeed ≥ 0.19.8)
   bool frozen_excluded = false;   // the source was saved with exclude_frozen_parameters
   std::string prefix;             // "bf16_" or ""
-  // By tensor-parallel rank, then in the order of the optimizer's groups; and the groups of
-  // experts by expert-parallel rank.
+  // By mp rank (tensor-parallel rank or pipeline stage), then in the order of the optimizer's
+  // groups; and the groups of experts by expert-parallel rank.
   std::vector<std::vector<TargetBuffer>> buffers;
   std::vector<std::vector<TargetBuffer>> expert_buffers;
   std::vector<std::vector<int>> expert_partitions;  // their partition groups: ranks among `ranks`
   std::vector<bool> expert_groups;                  // by group of the optimizer
   std::vector<AffineMap> maps;                // by parameter; none, or empty, where nothing is cut
   std::shared_ptr<const ExpertInfo> experts;  // of the source; none: it has no experts
+  StagePlan stages;                           // of a pipeline; empty for other models
   std::map<std::string, int64_t> local_experts;  // native MoE: of one rank, by layer
   std::map<std::string, int> creation_numbers;   // stage 3: by parameter, for ds_id
   std::vector<std::string> inferred;             // for the certificate
@@ -80,14 +82,21 @@ struct ReshardTarget {
   int model_file() const { return state.model_files[0]; }
 };
 
-// Throws Error(kUnsupported) for topologies that these files cannot have, and as target_maps().
-ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
-                          const SplitOptions& splits);
+struct ReshardOptions {
+  std::set<std::string> allow_dropped;  // "client_state" (that of ranks other than 0), …
+  SplitOptions splits;
+  StageOptions stages;
+};
 
-// One file of the target: `tensor` is its tensor-parallel rank, `zero` its rank in the partition
-// group (0 for model files of stages 0 to 2).
+// Throws Error(kUnsupported) for topologies that these files cannot have, and as target_maps() and
+// plan_stages().
+ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
+                          const ReshardOptions& options);
+
+// One file of the target: `mp` is its tensor-parallel rank or pipeline stage, `zero` its rank in
+// the partition group (0 for model files of stages 0 to 2).
 struct TargetRank {
-  int tensor = 0;
+  int mp = 0;
   int zero = 0;
 };
 
@@ -144,14 +153,9 @@ std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target);
 
 FileBlueprint model_blueprint(ReshardTarget* target, TargetRank rank);
 FileBlueprint optim_blueprint(ReshardTarget* target, TargetRank rank);
-NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int tensor_rank);
+NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int mp);
 // zero/optimizer_state.pt of a universal folder whose source has no partition files (stage 0).
 FileBlueprint global_state_blueprint(ReshardTarget* target);
-
-struct ReshardOptions {
-  std::set<std::string> allow_dropped;  // "client_state" (that of ranks other than 0), …
-  SplitOptions splits;
-};
 
 // Whether every model file of the target has one of the source that stands for the same ranks.
 bool has_same_model_files(const ReshardTarget& target);

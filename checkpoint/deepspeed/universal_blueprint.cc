@@ -384,7 +384,7 @@ TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptio
   }
   const auto frozen = std::find_if(state.parameters.begin(), state.parameters.end(),
                                    [](const ParameterState& p) { return p.group < 0; });
-  if (state.topology.pipeline > 1 && (!state.buffers.empty() || frozen != state.parameters.end())) {
+  if (state.pipeline.present() && (!state.buffers.empty() || frozen != state.parameters.end())) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kUnsupported,
         .what = "The universal form of a pipeline has no place for buffers and frozen parameters "

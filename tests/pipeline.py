@@ -1,0 +1,191 @@
+#!/usr/bin/env python3
+"""tests/pipeline.py PROGRAM TRACES: pipelines at other numbers of stages.
+
+For every recorded pipe_* case: to its own topology (the very files), and to other pp and dp, said
+by --pp-parts, by rule, or inferred: the digest stays, verify says VERIFIED, every layer's file is
+the same bytes, every stage's param_shapes names its own layers, and back again gives the source's
+files.
+Then what is refused: stages that are not certain, parts that do not fit, contradictory flags, stage
+2, a universal folder as source. That the files are those of DeepSpeed: golden.loaded.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "scripts"))
+import compare_torch  # noqa: E402
+
+PROGRAM, TRACES = sys.argv[1:3]
+# case → its parts
+PARTS = {
+    "pipe_z1_pp2_dp1": [0, 3, 6],
+    "pipe_z1_pp2_dp2_tied": [0, 3, 6],
+    "pipe_bf16_pp3_dp2": [0, 2, 4, 9],
+    "pipe_frozen_pp2_dp2": [0, 3, 6],
+    "pipe_pp2_to_pp1_dp2": [0, 6],
+    "pipe_tied_pp2_to_pp3_dp1": [0, 2, 4, 6],
+    "pipe_bf16_pp3_to_pp2_dp1": [0, 3, 9],
+    "pipe_frozen_pp2_to_pp1_dp1": [0, 6],
+}
+# dp, parts
+TARGETS = [(3, [0, 6]), (1, [0, 2, 6]), (2, [0, 2, 3, 6]), (1, [0, 2, 3, 4, 6])]
+RULE = ["--partition-method", "parameters"]
+# case, --to, flags, parts of the target, or words of a refusal
+SAID = [
+    ("pipe_z1_pp2_dp1", "pp=3", [], [0, 2, 4, 6]),
+    ("pipe_z1_pp2_dp1", "pp=4", [], "not certain"),
+    ("pipe_z1_pp2_dp1", "pp=4", RULE, [0, 2, 3, 4, 6]),
+    ("pipe_z1_pp2_dp1", "pp=4", ["--partition-method", "uniform"], [0, 2, 4, 5, 6]),
+    ("pipe_z1_pp2_dp1", "pp=2", ["--partition-method", "uniform", "--num-layers", "9"],
+     [0, 5, 9]),
+    ("pipe_z1_pp2_dp1", "pp=7", ["--pp-parts", "0,1,2,3,4,5,6,7"], "no element"),
+    ("pipe_z1_pp2_dp1", "pp=3", ["--pp-parts", "0,3,6"], "4 rising numbers"),
+    ("pipe_z1_pp2_dp1", "pp=2", ["--pp-parts", "0,6,3"], "rising"),
+    ("pipe_z1_pp2_dp1", "pp=2", ["--pp-parts", "1,3,6"], "from 0"),
+    ("pipe_z1_pp2_dp1", "pp=2", ["--pp-parts", "0,3,5"], "behind layer 5"),
+    ("pipe_z1_pp2_dp1", "pp=2", ["--pp-parts", "0,3,6", "--num-layers", "7"], "--num-layers"),
+    ("pipe_z1_pp2_dp1", "pp=3", ["--num-layers", "5"], "more than 5"),
+    ("pipe_z1_pp2_dp1", "pp=1", ["--tied-layers", "embed=0,5"], "tied_modules"),
+    ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed=0,3"], "layers without a file"),
+    ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed=5"], "layer 0, whose file"),
+    ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed=0"], "that hold it"),
+    ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed=0,5"], [0, 2, 4, 6]),
+    ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed"], "KEY=N"),
+    ("pipe_z1_pp2_dp2_tied", "pp=2,stage=2", [], "AssertionError"),
+    ("pipe_z1_pp2_dp2_tied", "pp=2,sp=2", [], "sequence-parallel"),
+    ("pipe_z1_pp2_dp2_tied", "pp=2,stage=0", [], "stage 0"),
+    ("z1_bf16_dp2", "pp=2", [], "not of a PipelineModule"),
+    ("z1_bf16_dp2", "dp=1", ["--num-layers", "2"], "leave them out"),
+]
+counted = {"folders": 0, "refusals": 0}
+
+
+def run(*args, status=0):
+    result = subprocess.run([PROGRAM, *args], capture_output=True, text=True)
+    if result.returncode != status:
+        sys.exit(f"FAILED: isoshard {' '.join(args)}: {result.returncode}, expected {status}\n"
+                 f"{result.stdout[-2000:]}{result.stderr[-2000:]}")
+    return result.stdout if status == 0 else result.stderr
+
+
+def ckpt(case):
+    return os.path.join(TRACES, "deepspeed", case, "ckpt")
+
+
+def tag_of(path):
+    return os.path.join(path, open(os.path.join(path, "latest")).read())
+
+
+def sections(path):
+    return json.loads(run("digest", path, "--json"))["sections"]
+
+
+def layers_by_stage(path):
+    """[layers with parameters, keys of tied modules] of every stage's param_shapes."""
+    found = []
+    for name in sorted(os.listdir(tag_of(path))):
+        if name.startswith("mp_rank_"):
+            names = [name for group in compare_torch.load(os.path.join(tag_of(path), name))
+                     ["param_shapes"] for name in group]
+            found.append((sorted({int(n.split(".")[0]) for n in names if n[0].isdigit()}),
+                          sorted({n.split(".")[1] for n in names if not n[0].isdigit()})))
+    return found
+
+
+def expected_layers(case, parts):
+    """From the model of the recordings: layers 1 to 4 are blocks; 0 and the head are embeddings."""
+    tied = "tied" in case or "bf16" in case
+    head = 7 if "bf16" in case else 5
+    stages = []
+    for begin, end in zip(parts, parts[1:]):
+        inside = [layer for layer in range(begin, end)
+                  if 1 <= layer <= 4 or (not tied and layer in (0, head))]
+        stages.append((inside, ["embed"] * (tied and any(begin <= x < end for x in (0, head)))))
+    return stages
+
+
+def check_target(case, target, parts):
+    found, wanted = layers_by_stage(target), expected_layers(case, parts)
+    if found != wanted:
+        sys.exit(f"FAILED: {case}: stages {found}, expected {wanted}")
+    if sections(target) != sections(ckpt(case)):
+        sys.exit(f"FAILED: {case} at {parts}: another digest")
+    if not run("verify", target).startswith("VERIFIED"):
+        sys.exit(f"FAILED: {case} at {parts}: not VERIFIED")
+    for name in os.listdir(tag_of(ckpt(case))):
+        if name.startswith("layer_"):
+            with open(os.path.join(tag_of(ckpt(case)), name), "rb") as a, \
+                    open(os.path.join(tag_of(target), name), "rb") as b:
+                if a.read() != b.read():
+                    sys.exit(f"FAILED: {case}: {name} is not the source's")
+    counted["folders"] += 1
+
+
+def told(case, parts):
+    """Flags for a target of these parts; the last function and head of the bf16 model stand later.
+    """
+    shift = 3 if "bf16" in case else 0
+    parts = parts[:-1] + [parts[-1] + shift]
+    head = 7 if "bf16" in case else 5
+    tied = ["--tied-layers", f"embed=0,{head}"] if "tied" in case or "bf16" in case else []
+    return parts, ["--pp-parts", ",".join(map(str, parts)), *tied]
+
+
+def there_and_back(case, own, work):
+    source = ckpt(case)
+    topology = json.loads(run("inspect", source, "--json").splitlines()[0])["to"]
+    same = os.path.join(work, "same")
+    run("reshard", source, same, "--to", topology, "--quiet")
+    # DeepSpeed's own after a load elsewhere: the config is the other run's.
+    wrong = compare_torch.compare_paths(source, same, [], []).differences
+    if wrong:
+        sys.exit(f"FAILED: {case} to its own topology\n" + "\n".join(map(str, wrong[:10])))
+    flags = told(case, own)[1]
+    flags[1] = ",".join(map(str, own))
+    for number, (degree, plain) in enumerate(TARGETS):
+        parts, there_flags = told(case, plain)
+        there, back = (os.path.join(work, f"{way}{number}") for way in ("there", "back"))
+        run("reshard", source, there, "--to", f"pp={len(parts) - 1},dp={degree}", "--quiet",
+            *there_flags)
+        check_target(case, there, parts)
+        run("reshard", there, back, "--to", topology, "--quiet", *flags)
+        wrong = compare_torch.compare_paths(same, back, [], []).differences
+        if wrong:
+            sys.exit(f"FAILED: {case} to {parts} and back\n" + "\n".join(map(str, wrong[:10])))
+
+
+def main():
+    recorded = {name for name in os.listdir(os.path.join(TRACES, "deepspeed"))
+                if name.startswith("pipe_")}
+    if recorded != set(PARTS):
+        sys.exit(f"FAILED: no parts for {recorded ^ set(PARTS)}")
+    for case, parts in PARTS.items():
+        with tempfile.TemporaryDirectory() as work:
+            there_and_back(case, parts, work)
+    for case, target, flags, expected in SAID:
+        with tempfile.TemporaryDirectory() as work:
+            command = ["reshard", ckpt(case), os.path.join(work, "out"), "--to", target, *flags]
+            if isinstance(expected, str):
+                message = run(*command, status=2)
+                if expected not in message or os.listdir(work):
+                    sys.exit(f"FAILED: {command}: no {expected!r} in\n{message}")
+                counted["refusals"] += 1
+            else:
+                run(*command, "--quiet")
+                check_target(case, os.path.join(work, "out"), expected)
+    with tempfile.TemporaryDirectory() as work:
+        source = os.path.join(TRACES, "deepspeed", "pipe_z1_pp2_dp1", "universal")
+        message = run("reshard", source, work + "/out", "--to", "pp=1", status=2)
+        if "layer files" not in message:
+            sys.exit(f"FAILED: {message}")
+        message = run("convert", ckpt("pipe_frozen_pp2_dp2"), work + "/out", "--to", "universal",
+                      status=2)
+        if "frozen parameters" not in message:
+            sys.exit(f"FAILED: {message}")
+    print(f"{counted['folders']} targets, {counted['refusals'] + 2} refusals")
+
+
+main()
