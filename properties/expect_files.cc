@@ -82,7 +82,7 @@ class FileJudge {
   void optim_file(int rank) {
     const std::string prefix = model_.dtype == DType::kBFloat16 ? "bf16_" : "";
     place_ = prefix + "zero_pp_rank_" + std::to_string(rank) + "_mp_rank_0" +
-             std::to_string(model_.tensor_rank) + "_optim_states.pt";
+             std::to_string(model_.mp_rank) + "_optim_states.pt";
     const TorchFile file(storage_, folder_ + "/" + place_);
     const Fields f(file);
     const NodeId state = f.need(f.root(), "optimizer_state_dict");
@@ -162,7 +162,7 @@ class FileJudge {
 
   void model_file(int rank) {
     place_ = (job_.stage == 3 ? "zero_pp_rank_" + std::to_string(rank) + "_" : std::string()) +
-             "mp_rank_0" + std::to_string(model_.tensor_rank) + "_model_states.pt";
+             "mp_rank_0" + std::to_string(model_.mp_rank) + "_model_states.pt";
     const TorchFile file(storage_, folder_ + "/" + place_);
     const Fields f(file);
     const std::vector<NodeId>& shapes = f.list(f.need(f.root(), "param_shapes"), "param_shapes");
@@ -177,10 +177,23 @@ class FileJudge {
     }
     same("dp_world_size", static_cast<int64_t>(job_.ranks()),
          f.integer(f.need(f.root(), "dp_world_size"), "dp_world_size"));
-    if (job_.stage == 3)
+    if (model_.layers > 0)
+      stage_of_pipeline(f);
+    else if (job_.stage == 3)
       frozen_slots(file, f, rank);
     else
       module_storages(file, f);
+  }
+
+  void stage_of_pipeline(const Fields& f) {
+    std::vector<std::string> actual;
+    for (NodeId node : f.list(f.need(f.root(), "buffer_names"), "buffer_names"))
+      actual.push_back(f.text(node, "buffer_names"));
+    same("buffer_names", buffers_on(model_), actual);
+    const NodeId degrees = f.need(f.root(), "checkpoint_parallel_dimensions");
+    same("pp_degree", static_cast<int64_t>(job_.pipeline),
+         f.integer(f.need(degrees, "pp_degree"), "pp_degree"));
+    same("module", checkpoint::kNoNode, f.maybe(f.root(), "module"));
   }
 
   static Bits unpack(const std::string& bytes, DType dtype) {
@@ -246,8 +259,8 @@ class FileJudge {
 std::string file_difference(Storage& storage, const std::string& folder, const Model& model,
                             const Job& job) {
   if (job.stage == 0) return "";
-  for (int tensor = 0; tensor < job.tensor; ++tensor) {
-    const Model part = shard_model(model, tensor, job.tensor);
+  for (int mp = 0; mp < job.mp_ranks(); ++mp) {
+    const Model part = part_of(model, job, mp);
     const std::string reason = FileJudge(storage, folder, part, job).run();
     if (!reason.empty()) return reason;
   }

@@ -180,6 +180,41 @@ void draw_cuts(Model* model) {
   }
 }
 
+// One in four models is a PipelineModule: the first parameter may be tied to a head, the others lie
+// in layers of one or several, all in one group (a stage must hold one of each).
+void make_pipeline(Case* value) {
+  Model& model = value->model;
+  const bool tied = one_in(2);
+  int layer = tied ? 1 : 0;
+  std::set<int> owned;  // layers that hold a parameter of the optimizer
+  bool open = false;    // the layer has a parameter
+  for (size_t i = 0; i < model.parameters.size(); ++i) {
+    ModelParameter& parameter = model.parameters[i];
+    parameter.alias.clear();
+    parameter.group = std::min(parameter.group, 0);
+    if (tied && i == 0) {
+      parameter.name = "tied_modules.k." + parameter.name;
+      continue;
+    }
+    if (open && !one_in(3)) ++layer;
+    open = true;
+    parameter.name = std::to_string(layer) + "." + parameter.name;
+    parameter.layers = {layer};
+    if (model.owned(i)) owned.insert(layer);
+  }
+  model.layers = layer + 2;  // the last one has no file
+  if (tied) model.parameters[0].layers = {0, model.layers - 1};
+  if (tied) model.buffers.clear();
+  for (size_t i = 0; i < model.buffers.size(); ++i)
+    model.buffers[i].name =
+        std::to_string(model.parameters[i].layers[0]) + "." + model.buffers[i].name;
+  model.reversed = false;
+  for (Job* job : {&value->a, &value->b, &value->c})
+    *job = {.data = std::min(job->data, 4),
+            .stage = 1,
+            .pipeline = draw(1, std::clamp(static_cast<int>(owned.size()), 1, 4))};
+}
+
 // A dynamic loss scaler does not fit into stage 0.
 void finish(Case* value) {
   draw_cuts(&value->model);
@@ -197,6 +232,7 @@ rc::Gen<Case> any_case() {
     draw_parameters(&value, 6);
     draw_optimizer(&value.model);
     finish(&value);
+    if (one_in(4)) make_pipeline(&value);
     return value;
   });
 }

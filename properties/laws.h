@@ -43,6 +43,9 @@ std::string a_damaged_file_is_refused(const Case& value, Mutant mutant);
 std::string cover_difference(const checkpoint::ShardedState& state,
                              const std::vector<checkpoint::FileBlueprint>& files, int stage);
 
+// The universal form of a pipeline has no place for buffers and what the optimizer does not own.
+bool has_universal_form(const Model& model);
+
 // The reference's own inverse, so that a mistake in it cannot hide: gather undoes partition.
 std::string reference_is_its_own_inverse(const Case& value, Mutant mutant);
 

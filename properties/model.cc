@@ -1,6 +1,7 @@
 // See model.h.
 #include "properties/model.h"
 
+#include <algorithm>
 #include <ostream>
 #include <span>
 
@@ -51,7 +52,7 @@ uint64_t kind_of(int state) { return static_cast<uint64_t>(state + 1); }
 
 std::ostream& operator<<(std::ostream& out, const Job& job) {
   return out << "dp=" << job.data << ",sp=" << job.sequence << ",tp=" << job.tensor
-             << ",stage=" << job.stage;
+             << ",pp=" << job.pipeline << ",stage=" << job.stage;
 }
 
 std::ostream& operator<<(std::ostream& out, const Model& model) {
@@ -60,8 +61,8 @@ std::ostream& operator<<(std::ostream& out, const Model& model) {
       << (model.bf16_optimizer ? ", BF16_Optimizer" : "")
       << (model.dynamic_scale ? ", dynamic scale" : "")
       << (model.client_state ? ", client state" : "") << (model.maps ? "" : ", no maps")
-      << ", heads " << model.heads << ", grain " << model.grain << ", sub_group_size "
-      << model.sub_group_size << "\n";
+      << ", heads " << model.heads << ", grain " << model.grain << ", layers " << model.layers
+      << ", sub_group_size " << model.sub_group_size << "\n";
   for (const ModelParameter& parameter : model.parameters) {
     out << "  " << quote(parameter.name) << " " << to_string(parameter.shape) << " group "
         << parameter.group << (parameter.zeros ? " zeros" : "") << " cut "
@@ -138,10 +139,58 @@ reference::CutRule rule_of(const Model& model, size_t number) {
   return rule;
 }
 
-Model shard_model(const Model& model, int rank, int ranks) {
+std::vector<int> parts_of(const Model& model, int stages) {
+  std::vector<int> owned;  // layers, of which a stage may begin at each
+  for (size_t i = 0; i < model.parameters.size(); ++i) {
+    const std::vector<int>& layers = model.parameters[i].layers;
+    if (model.owned(i) && layers.size() == 1 && (owned.empty() || owned.back() != layers[0]))
+      owned.push_back(layers[0]);
+  }
+  std::vector<int> parts = {0};
+  for (int stage = 1; stage < stages; ++stage)
+    parts.push_back(owned[owned.size() * static_cast<size_t>(stage) / static_cast<size_t>(stages)]);
+  parts.push_back(model.layers);
+  return parts;
+}
+
+namespace {
+
+bool is_on(const Model& part, const std::vector<int>& layers) {
+  return std::ranges::any_of(
+      layers, [&](int layer) { return layer >= part.stage.first && layer < part.stage.second; });
+}
+
+// Parameters of other stages have no element here.
+Model stage_of(const Model& model, int stage, int stages) {
+  Model result = model;
+  const std::vector<int> parts = parts_of(model, stages);
+  result.mp_rank = stage;
+  result.stage = {parts[static_cast<size_t>(stage)], parts[static_cast<size_t>(stage) + 1]};
+  for (ModelParameter& parameter : result.parameters) {
+    if (is_on(result, parameter.layers)) continue;
+    parameter.whole = parameter.shape;
+    parameter.shape = {0};
+  }
+  return result;
+}
+
+}  // namespace
+
+std::vector<std::string> buffers_on(const Model& part) {
+  std::vector<std::string> names;
+  for (size_t i = 0; i < part.buffers.size(); ++i) {
+    if (part.layers == 0 || is_on(part, part.parameters[i].layers))
+      names.push_back(part.buffers[i].name);
+  }
+  return names;
+}
+
+Model part_of(const Model& model, const Job& job, int mp) {
+  if (model.layers > 0) return stage_of(model, mp, job.pipeline);
+  const int rank = mp, ranks = job.tensor;
   Model result = model;
   if (ranks == 1) return result;
-  result.tensor_rank = rank;
+  result.mp_rank = rank;
   result.tensor_ranks = ranks;
   for (size_t i = 0; i < model.parameters.size(); ++i) {
     ModelParameter& parameter = result.parameters[i];
@@ -161,7 +210,7 @@ const Shape& whole_shape(const ModelParameter& parameter) {
 reference::Bits held(const Model& model, size_t number, const reference::Bits& whole) {
   if (model.tensor_ranks == 1) return whole;
   return reference::shard(rule_of(model, number), whole_shape(model.parameters[number]), whole,
-                          model.tensor_rank, model.tensor_ranks);
+                          model.mp_rank, model.tensor_ranks);
 }
 
 }  // namespace

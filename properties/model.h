@@ -7,6 +7,7 @@
 #include <iosfwd>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "core/dtype.h"
@@ -24,7 +25,8 @@ struct ModelParameter {
   // How tensor-parallel ranks share it; kParts: rows of the blocks.
   reference::Cut cut = reference::Cut::kWhole;
   std::vector<int64_t> parts = {};
-  std::optional<Shape> whole = {};  // of shard_model(): the shape on all ranks together
+  std::optional<Shape> whole = {};  // of part_of(): the shape on all ranks together
+  std::vector<int> layers = {};     // of a pipeline: those that use it; several: it is tied
 };
 
 struct ModelBuffer {
@@ -73,7 +75,9 @@ struct Model {
   int64_t heads = 0;  // key-value heads that tensor-parallel ranks keep whole; 0: none
   int64_t grain = 1;
   bool maps = true;  // the files record affine maps; false: lists of patterns alone
-  int tensor_rank = 0, tensor_ranks = 1;  // of shard_model()
+  int layers = 0;    // of a PipelineModule; 0: it is none
+  int mp_rank = 0, tensor_ranks = 1;   // of part_of()
+  std::pair<int, int> stage = {0, 0};  // likewise: its layers [first, second)
   Flip flip;
 
   bool owned(size_t number) const {
@@ -94,6 +98,8 @@ struct Job {
   int sequence = 1;
   int stage = 1;
   int tensor = 1;
+  int pipeline = 1;
+  int mp_ranks() const { return tensor * pipeline; }
   int ranks() const { return data * sequence; }
   bool operator==(const Job&) const = default;
 };
@@ -104,8 +110,13 @@ std::ostream& operator<<(std::ostream& out, const Job& job);
 // The rule by which a parameter is cut; DeepSpeed looks at its name.
 reference::CutRule rule_of(const Model& model, size_t number);
 
-// What one tensor-parallel rank holds of the model, as a model of its own.
-Model shard_model(const Model& model, int rank, int ranks);
+// What one tensor-parallel rank or pipeline stage holds of the model, as a model of its own.
+Model part_of(const Model& model, const Job& job, int mp);
+
+// PipelineModule.parts for that many stages, each of which holds a parameter of the optimizer.
+std::vector<int> parts_of(const Model& model, int stages);
+// Names of the buffers that the stage `part` holds.
+std::vector<std::string> buffers_on(const Model& part);
 
 // Numbers of the owned parameters of every group, in the optimizer's order; groups without any are
 // left out, as the optimizer never sees them.

@@ -241,7 +241,8 @@ std::string name(Mutant mutant) {
                                     "LostFragment",
                                     "CeilWidths",
                                     "ColumnForRow",
-                                    "SwappedShards"};
+                                    "SwappedShards",
+                                    "ShiftedStage"};
   return kNames[static_cast<size_t>(mutant)];
 }
 

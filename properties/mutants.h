@@ -39,6 +39,7 @@ enum class Mutant {
   kCeilWidths,         // tensor-parallel widths of torch.chunk
   kColumnForRow,       // a square row-parallel tensor is cut along its first axis
   kSwappedShards,      // tensor-parallel ranks 0 and 1 hold each other's shards
+  kShiftedStage,       // the second pipeline stage begins a layer early
 };
 
 std::string name(Mutant mutant);

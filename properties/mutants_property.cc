@@ -23,6 +23,7 @@ const Duel kDuels[] = {
     {Mutant::kCeilWidths, small_splits},
     {Mutant::kColumnForRow, small_splits},
     {Mutant::kSwappedShards, files_are_the_reference},
+    {Mutant::kShiftedStage, files_are_the_reference},
     {Mutant::kShiftedRun, files_are_the_reference},
     {Mutant::kAlphabeticalRanks, every_element_is_loaded, true},
     {Mutant::kKeptPadding, no_padding_leaves_its_file},

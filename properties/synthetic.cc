@@ -42,7 +42,7 @@ class FileWriter {
   checkpoint::Pickle& pickle() { return builder_.pickle; }
   bool bf16_optimizer() const { return uses_bf16_optimizer(model_, job_.stage); }
 
-  std::string mp_rank() const { return "mp_rank_0" + std::to_string(model_.tensor_rank); }
+  std::string mp_rank() const { return "mp_rank_0" + std::to_string(model_.mp_rank); }
 
   NodeId config() {
     Entries zero = {{"stage", pickle().integer(job_.stage)},
@@ -76,9 +76,9 @@ class ModelFile : public FileWriter {
   using FileWriter::FileWriter;
 
   FileBlueprint run() {
-    const bool stage3 = job_.stage == 3;
-    if (!stage3) lay_out_groups();
-    const NodeId modules = module();
+    const bool stage3 = job_.stage == 3, layers = model_.layers > 0;
+    if (!stage3 && !layers) lay_out_groups();
+    const NodeId modules = layers ? pickle().none() : module();
     const bool frozen = job_.stage >= 2;
     Entries root = {
         {"module", modules},
@@ -96,10 +96,10 @@ class ModelFile : public FileWriter {
         {"global_steps", pickle().integer(5)},
         {"global_samples", pickle().integer(320)},
         {"dp_world_size", pickle().integer(job_.ranks())},
-        {"mp_world_size", pickle().integer(job_.tensor)},
+        {"mp_world_size", pickle().integer(job_.mp_ranks())},
         {"checkpoint_parallel_dimensions",
          builder_.dict(
-             {{"pp_degree", pickle().integer(1)},
+             {{"pp_degree", pickle().integer(job_.pipeline)},
               {"tp_degree", pickle().integer(job_.tensor > 1 ? job_.tensor : job_.sequence)}})},
         {"ds_config", config()},
         {"ds_version", pickle().string(kVersion)}};
@@ -175,7 +175,7 @@ class ModelFile : public FileWriter {
 
   NodeId buffer_names() {
     std::vector<NodeId> names;
-    for (const ModelBuffer& buffer : model_.buffers) names.push_back(pickle().string(buffer.name));
+    for (const std::string& name : buffers_on(model_)) names.push_back(pickle().string(name));
     return pickle().list(std::move(names));
   }
 
@@ -233,13 +233,43 @@ class ModelFile : public FileWriter {
   NodeId shared_params() {
     Entries entries;
     for (const ModelParameter& parameter : model_.parameters) {
-      if (parameter.alias.empty() || rank_ + model_.tensor_rank > 0) continue;
+      if (parameter.alias.empty() || rank_ + model_.mp_rank > 0) continue;
       entries.emplace_back(parameter.alias, pickle().string(parameter.name));
     }
     return builder_.dict(std::move(entries));
   }
 
   std::map<int, TorchBuilder::TensorSpec> places_;
+};
+
+// The file of one layer of a pipeline: names local to the layer, every tensor whole.
+class LayerFile : public FileWriter {
+ public:
+  using FileWriter::FileWriter;
+
+  FileBlueprint run(int layer) {
+    std::vector<NodeId> items;
+    const auto add = [&](const std::string& name, NodeId tensor) {
+      items.push_back(pickle().string(name));
+      items.push_back(tensor);
+    };
+    for (size_t i = 0; i < model_.parameters.size(); ++i) {
+      const ModelParameter& parameter = model_.parameters[i];
+      if (parameter.layers[0] != layer) continue;  // a tied one's second use has no file
+      const size_t start = parameter.layers.size() > 1 ? std::string("tied_modules.k.").size()
+                                                       : parameter.name.find('.') + 1;
+      add(parameter.name.substr(start),
+          whole(module_bytes(model_, i), model_.dtype, parameter.shape));
+      if (i >= model_.buffers.size()) continue;
+      const ModelBuffer& buffer = model_.buffers[i];
+      add(buffer.name.substr(buffer.name.find('.') + 1),
+          whole(buffer_bytes(model_, i), buffer.dtype, buffer.shape));
+    }
+    const std::string number = std::to_string(layer);
+    return builder_.finish(
+        "layer_" + std::string(number.size() < 2 ? "0" : "") + number + "-model_states.pt",
+        pickle().ordered_dict(std::move(items)));
+  }
 };
 
 class OptimFile : public FileWriter {
@@ -433,8 +463,11 @@ class OptimFile : public FileWriter {
 void write_source(Storage& storage, const std::string& folder, const Model& model, const Job& job) {
   CHECK(job.stage >= 1, "a source of stage 1, 2 or 3");
   std::vector<FileBlueprint> files;
-  for (int tensor = 0; tensor < job.tensor; ++tensor) {
-    const Model part = shard_model(model, tensor, job.tensor);
+  for (int layer = 0; layer + 1 < model.layers;
+       ++layer)  // the last one uses a tied module, or none
+    files.push_back(LayerFile(model, job, 0).run(layer));
+  for (int mp = 0; mp < job.mp_ranks(); ++mp) {
+    const Model part = part_of(model, job, mp);
     std::vector<reference::RankBuffers> states;
     for (int state = -1; state < static_cast<int>(model.states.size()); ++state) {
       states.push_back(reference::partition(whole_state(part, state), form_of(part, job),

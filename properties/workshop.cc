@@ -37,6 +37,11 @@ void take_listing_for_ranks(Storage& storage, const std::string& folder, Storage
   }
 }
 
+// The second stage begins a layer earlier, if that leaves the first one any.
+void shift_stage(std::vector<int>* parts) {
+  if (parts->size() > 2 && (*parts)[1] > 1) --(*parts)[1];
+}
+
 // The model's heads, if they divide an axis that is cut; others are taken for a mistake, and change
 // no width.
 int64_t heads_told(const Model& model) {
@@ -97,9 +102,18 @@ ShardedState Workshop::with_splits(const ShardedState& state, const Job& job) {
 
 std::vector<checkpoint::FileBlueprint> Workshop::blueprints(const ShardedState& state,
                                                             const Job& job) const {
-  const Topology topology{.data = job.data, .sequence = job.sequence, .tensor = job.tensor};
-  const checkpoint::ReshardOptions options{
-      .allow_dropped = {}, .splits = {.kv_heads = heads_told(model_), .grain = model_.grain}};
+  const Topology topology{
+      .data = job.data, .sequence = job.sequence, .tensor = job.tensor, .pipeline = job.pipeline};
+  checkpoint::ReshardOptions options{
+      .allow_dropped = {},
+      .splits = {.kv_heads = heads_told(model_), .grain = model_.grain},
+      .stages = {}};
+  if (model_.layers > 0) options.stages.parts = parts_of(model_, job.pipeline);
+  if (mutant_ == Mutant::kShiftedStage) shift_stage(&options.stages.parts);
+  for (const ModelParameter& parameter : model_.parameters) {
+    if (parameter.layers.size() > 1)
+      options.stages.tied["k"] = {parameter.layers.begin(), parameter.layers.end()};
+  }
   std::vector<checkpoint::FileBlueprint> files =
       checkpoint::reshard_blueprints(state, topology, job.stage, options).files;
   mutate_files(mutant_, state, job, &files);
