@@ -30,6 +30,7 @@ ROOT = os.path.dirname(HERE)
 RECORDINGS = os.path.join(ROOT, "traces", "deepspeed")
 NAMES = os.path.join(ROOT, "traces", "names", "moe_gated.json")
 LLAMA, MIXTRAL, MOE = {"model": "llama"}, {"model": "mixtral"}, {"model": "moe"}
+FOLDED = "autoep_folded_tp2_ep2_dp2"
 PIPE = {"model": "pipeline", "stage": 1, "dtype": "fp32"}
 BF16 = {"dtype": "bf16", "tied": True, "functions": True, "groups": True, "method": "parameters"}
 KV = ["--num-kv-heads", "2"]
@@ -59,6 +60,9 @@ CASES = [
      None),
     ("moe migrated", "moe_gated_z1_ep2_dp2", ["migrate", "--names", NAMES],
      {**MIXTRAL, "autoep": 2, "universal": True}, 2, "autoep_migrated_ep2_dp2"),
+    ("folded to tp1", FOLDED, ["reshard", "--to", "tp=1,dp=2"], {**MIXTRAL, "autoep": 2}, 2, None),
+    ("folded, universal", FOLDED, ["convert", "--to", "universal", "--beyond-deepspeed"],
+     {**MIXTRAL, "autoep": 2, "universal": True}, 2, "folded to tp1"),
     ("pp2 to pp1", "pipe_z1_pp2_dp1", ["reshard", "--to", "pp=1,dp=2"], {**PIPE, "pipeline": 1}, 2,
      "pipe_pp2_to_pp1_dp2"),
     ("pp2 to pp3, tied", "pipe_z1_pp2_dp2_tied", ["reshard", "--to", "pp=3,dp=1"],
@@ -183,7 +187,8 @@ class Runner:
         source = os.path.join(RECORDINGS, source, "ckpt")
         folder = os.path.join(self.work, re.sub(r"\W+", "_", name))
         ours, out = os.path.join(folder, "ours"), os.path.join(folder, "out")
-        target = os.path.join(ours, "global_step3_universal") if command[0] == "migrate" else ours
+        universal = command[0] != "reshard"
+        target = os.path.join(ours, "global_step3_universal") if universal else ours
         made = self.isoshard(command[0], source, target, *command[1:], "--quiet")
         failed = made.stderr if made.returncode else run_ranks(case, world, ours, out)
         if failed:
@@ -191,6 +196,8 @@ class Runner:
         expected = ours
         if command[0] == "migrate":
             expected = os.path.join(RECORDINGS, against, "ckpt")
+        elif universal:  # what the other way to the same place gave
+            expected = os.path.join(self.work, re.sub(r"\W+", "_", against), "ours")
         compared = subprocess.run(
             [sys.executable, os.path.join(HERE, "compare_torch.py"), expected,
              os.path.join(out, "again"), "--ignore", r"\['ds_config'\]", "--ignore-file", "*.py"],

@@ -21,6 +21,7 @@ struct ConvertFlags {
   std::string source, target, to, format = "safetensors", max_shard_size = "5GB", like = "0.19.8";
   bool exclude_frozen = false;
   bool as_deepspeed = false;
+  bool beyond_deepspeed = false;
   ConversionFlags common;
 };
 

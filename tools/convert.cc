@@ -59,7 +59,9 @@ void run_convert(Session* session, const ConvertFlags& flags) {
           "swapped"};
     }
     checkpoint::TargetFiles universal =
-        checkpoint::universal_blueprints(state, {.extra_folders = !older(flags.like, "0.19.6")});
+        checkpoint::universal_blueprints(state, {.extra_folders = !older(flags.like, "0.19.6"),
+                                                 .beyond_deepspeed = flags.beyond_deepspeed});
+    if (flags.beyond_deepspeed) certificate["beyond_deepspeed"] = true;
     files = std::move(universal.files);
     for (const std::string& text : universal.synthesised)
       certificate["synthesised"].push_back(text);
@@ -114,6 +116,8 @@ void add_convert(CLI::App* app, Session* session) {
       ->capture_default_str();
   verb->add_flag("--as-deepspeed", flags->as_deepspeed,
                  "Round robin: swap parameters as DeepSpeed's converter does");
+  verb->add_flag("--beyond-deepspeed", flags->beyond_deepspeed,
+                 "universal: also where DeepSpeed's converter has no code (AutoEP with AutoTP)");
   add_conversion_flags(verb, &flags->common);
   add_source_flags(verb, session);
   add_only_flag(verb, session);

@@ -28,17 +28,24 @@ Totals totals_of(const ShardedState& state) {
 }
 
 std::vector<std::string> abilities(const ShardedState& state) {
-  switch (state.flavour) {
-    case Flavour::kWeights:
-      return {"digest, diff, show, verify"};
-    case Flavour::kUniversal12:
-    case Flavour::kUniversal3:
-      return {"digest, diff, show, verify", "convert --to fp32",
-              "reshard --to dp=N[,sp=,tp=,stage=]"};
-    default:
-      return {"digest, diff, show, verify", "convert --to universal", "convert --to fp32",
-              "reshard --to dp=N[,sp=,tp=,stage=]"};
-  }
+  std::vector<std::string> result = {"digest, diff, show, verify"};
+  if (state.flavour == Flavour::kWeights) return result;
+  const bool universal =
+      state.flavour == Flavour::kUniversal12 || state.flavour == Flavour::kUniversal3;
+  const bool experts = state.expert_layout != checkpoint::ExpertLayout::kNone;
+  const bool folded = experts && state.topology.tensor > 1;
+  if (!universal)
+    result.push_back(std::string("convert --to universal") + (folded ? " --beyond-deepspeed" : ""));
+  result.push_back("convert --to fp32");
+  if (folded)
+    result.push_back("reshard --to tp=1[,dp=,ep=,stage=]");
+  else if (experts)
+    result.push_back("reshard --to dp=N[,ep=,stage=]");
+  else if (state.pipeline.present())
+    result.push_back("reshard --to dp=N[,pp=]");
+  else if (state.topology.pipeline == 1)  // a pipeline's universal folder lacks its layers' files
+    result.push_back("reshard --to dp=N[,sp=,tp=,stage=]");
+  return result;
 }
 
 std::string target_text(const ShardedState& state) {

@@ -158,6 +158,13 @@ void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int 
   const NodeId info = fields.maybe(fields.root(), "universal_checkpoint_info");
   if (info == kNoNode) return;
   MappingCopy copy(builder, target.state, {file, info});
+  for (const char* key :
+       {"parameter_with_row_parallelism_patterns", "tp_replicated_parameter_patterns",
+        "vocabulary_parameter_patterns", "parameter_with_sub_params", "sub_param_shard_widths",
+        "parameter_to_average_patterns", "parameter_with_2_sub_params_cat_dim_0",
+        "autotp_unsupported_parameter_patterns", "affine_map"})
+    copy.erase(key);  // of tensor-parallel ranks, which the target has none of
+  root->erase("folding");
   copy.set_if_present("expert_parameter_patterns",
                       pickle.list({pickle.string(".*\\.experts\\.w[123]$")}));
   copy.set_if_present("ds_autoep_layers", layers.list());

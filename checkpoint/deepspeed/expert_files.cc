@@ -125,18 +125,27 @@ void check_expert_ranks(const ShardedState& state, const ExpertInfo& first, int 
 
 }  // namespace
 
+ExpertGroups groups_of_experts(const ShardedState& state, const ModelStates& model,
+                               const ExpertInfo& experts) {
+  ExpertGroups groups{GroupMask(model.param_shapes.size(), false),
+                      GroupMask(model.param_shapes.size(), false)};
+  for (size_t g = 0; g < model.param_shapes.size(); ++g) {
+    for (const auto& [name, shape] : model.param_shapes[g])
+      (experts.is_expert(name) ? groups.expert : groups.dense)[g] = true;
+    if (groups.dense[g] && groups.expert[g])
+      Fields(state.document(model.file))
+          .fail("An optimizer group holds experts and other parameters.", "param_shapes", "apart",
+                "group " + std::to_string(g));
+  }
+  return groups;
+}
+
 void read_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,
                   bool stage3) {
   state->expert_layout = experts.autoep() ? ExpertLayout::kAutoEp : ExpertLayout::kNative;
-  GroupMask dense(model.param_shapes.size(), false), expert(dense);
+  const auto [dense, expert] = groups_of_experts(*state, model, experts);
   size_t last = 0;
-  for (size_t g = 0; g < model.param_shapes.size(); ++g) {
-    for (const auto& [name, shape] : model.param_shapes[g])
-      (experts.is_expert(name) ? expert : dense)[g] = true;
-    if (dense[g] && expert[g])
-      Fields(state->document(model.file))
-          .fail("An optimizer group holds experts and other parameters.", "param_shapes", "apart",
-                "group " + std::to_string(g));
+  for (size_t g = 0; g < expert.size(); ++g) {
     if (expert[g]) last = g;
   }
   if (stage3)

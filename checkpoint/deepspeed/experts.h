@@ -82,6 +82,14 @@ TensorSplit stack_split(const ExpertLayer& layer, const Shape& shard);
 // AutoEP layers of a model file: ds_autoep_layers, or the older autoep_layers; kNoNode if none.
 NodeId autoep_layers(const Fields& fields, NodeId holder);
 
+// The optimizer's groups, by what they hold; those with experts hold nothing else, or
+// Error(kCorrupt).
+struct ExpertGroups {
+  std::vector<bool> dense, expert;
+};
+ExpertGroups groups_of_experts(const ShardedState& state, const ModelStates& model,
+                               const ExpertInfo& experts);
+
 // Experts of stages 1 to 3: the groups of the optimizer that hold them (sub-groups at stage 3) are
 // read rank by rank and joined; the others are read by read_zero12, read_zero3 into `state`.
 void read_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,

@@ -55,7 +55,7 @@ class ModelWriter {
     if (tensor > 1)
       root.set_after("universal_checkpoint_info", target_split_info(&builder_, target_),
                      "ds_version");
-    else if (state_.split_file >= 0)
+    else if (state_.split_file >= 0 && state_.expert_layout == ExpertLayout::kNone)
       root.erase("universal_checkpoint_info");
     root.set_if_present("ds_config", target_config(&builder_, target_));
     if (state_.expert_layout != ExpertLayout::kNone)

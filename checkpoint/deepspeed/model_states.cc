@@ -32,9 +32,6 @@ std::vector<NamedShapes> read_param_shapes(const Fields& fields, NodeId node) {
 }
 
 void refuse_unsupported(const Fields& fields, const ModelStates& model) {
-  const NodeId root = fields.root();
-  const bool folded = fields.maybe(root, "folding") != kNoNode;
-  if (folded) unsupported(fields, "AutoEP folded with AutoTP is not supported yet.", "folding");
   if (zero_option(fields, model.config, "mics_shard_size", -1) > 0) {
     unsupported(fields, "MiCS checkpoints are not supported.", "mics_shard_size");
   }

@@ -382,6 +382,18 @@ TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptio
                           .expected = "a ZeRO checkpoint",
                           .found = name(state.flavour)});
   }
+  const bool folded = state.expert_layout != ExpertLayout::kNone && state.topology.tensor > 1;
+  if (folded && !options.beyond_deepspeed) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "AutoEP folded with AutoTP has no universal form of DeepSpeed's "
+                "(NotImplementedError).",
+        .file = state.folder,
+        .entry = "folding",
+        .found = to_string(state.topology),
+        .next =
+            "pass --beyond-deepspeed: the form that a run with tp=1 has; or reshard --to tp=1"});
+  }
   const auto frozen = std::find_if(state.parameters.begin(), state.parameters.end(),
                                    [](const ParameterState& p) { return p.group < 0; });
   if (state.pipeline.present() && (!state.buffers.empty() || frozen != state.parameters.end())) {
@@ -393,7 +405,14 @@ TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptio
         .entry = quote(state.buffers.empty() ? frozen->name : state.buffers[0].name),
         .next = "convert --to fp32 keeps them"});
   }
-  return UniversalWriter(state, options).run();
+  if (!folded) return UniversalWriter(state, options).run();
+  Topology whole = state.topology;
+  whole.tensor = 1;
+  whole.data = state.topology.data * state.topology.tensor;  // so that ep divides it
+  ReshardTarget target = make_target(state, whole, state.stage, {});
+  UniversalOptions of_one_rank = options;
+  of_one_rank.model_file = model_blueprint(&target, {});
+  return UniversalWriter(state, of_one_rank).run();
 }
 
 }  // namespace isoshard::checkpoint

@@ -14,6 +14,7 @@ namespace isoshard::checkpoint {
 struct UniversalOptions {
   bool extra_folders = true;  // buffers, frozen parameters and aliases too (DeepSpeed ≥ 0.19.6)
   std::optional<FileBlueprint> model_file = {};  // instead of what the source's model file becomes
+  bool beyond_deepspeed = false;                 // what its converter has no code for
   bool plain_alignment = false;  // param_alignment_paddings: zero for each parameter of the state
 };
 

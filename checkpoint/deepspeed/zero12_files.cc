@@ -44,7 +44,8 @@ class Zero12Reader {
       if (groups_.empty() || groups_[group])
         read_group(static_cast<int>(group));
       else
-        state_.groups.emplace_back();
+        state_.groups.push_back(
+            {.hyper = hyper_of(static_cast<int>(group)), .parameters = {}, .flat_order = {}});
     }
   }
 
@@ -79,6 +80,7 @@ class Zero12Reader {
   }
 
   void read_group(int group);
+  NodeRef hyper_of(int group) const;
   void read_layout(int group);
   void check_slices(size_t rank, int group) const;
   void add_states(size_t rank, int group);
@@ -128,15 +130,7 @@ void Zero12Reader::read_group(int group) {
     check_slices(rank, group);
     add_states(rank, group);
   }
-  const Fields first = fields(0);
-  GroupState result;
-  const std::vector<NodeId>& hyper =
-      first.list(first.need(ranks_[0].base, "param_groups"), "param_groups");
-  if (hyper.size() != model_.param_shapes.size()) {
-    first.fail("The number of param_groups differs from param_shapes.", "param_groups",
-               std::to_string(model_.param_shapes.size()), std::to_string(hyper.size()));
-  }
-  result.hyper = {ranks_[0].file, hyper[static_cast<size_t>(group)]};
+  GroupState result{.hyper = hyper_of(group), .parameters = {}, .flat_order = {}};
   result.flat_order = parameters_;
   result.parameters = parameters_;
   if (state_.round_robin) {
@@ -145,6 +139,18 @@ void Zero12Reader::read_group(int group) {
       result.parameters[static_cast<size_t>(order[k])] = parameters_[k];
   }
   state_.groups.push_back(std::move(result));
+}
+
+// The group's entry of param_groups, as rank 0 has it.
+NodeRef Zero12Reader::hyper_of(int group) const {
+  const Fields first = fields(0);
+  const std::vector<NodeId>& hyper =
+      first.list(first.need(ranks_[0].base, "param_groups"), "param_groups");
+  if (hyper.size() != model_.param_shapes.size()) {
+    first.fail("The number of param_groups differs from param_shapes.", "param_groups",
+               std::to_string(model_.param_shapes.size()), std::to_string(hyper.size()));
+  }
+  return {ranks_[0].file, hyper[static_cast<size_t>(group)]};
 }
 
 // Adds the group's parameters and says where each begins in the flat buffer.

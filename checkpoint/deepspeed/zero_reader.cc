@@ -5,6 +5,7 @@
 
 #include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/experts.h"
+#include "checkpoint/deepspeed/folded_experts.h"
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/inventory.h"
 #include "checkpoint/deepspeed/merge.h"
@@ -144,15 +145,18 @@ class ZeroReader {
     const Fields fields(state_.document(first));
     const TensorParallelInfo info(fields, first,
                                   fields.maybe(fields.root(), "universal_checkpoint_info"));
+    folded_ = fields.maybe(fields.root(), "folding") != kNoNode;
     if (state_.topology.pipeline > 1 || !inventory_.layers.empty()) {
       read_stages(first);
+    } else if (folded_) {
+      read_folded(first, info);
     } else if (mp_ranks == 1 && (inventory_.stage3() || !info.says_anything())) {
       open_rank(0, first, &state_);
       read_rank(&state_, model);
     } else {
       read_parts(first, info);
     }
-    drop_pickles(&state_);
+    if (!folded_) drop_pickles(&state_);
   }
 
  private:
@@ -169,11 +173,14 @@ class ZeroReader {
   std::vector<MpPart> read_mp_ranks(int first);
   void read_parts(int first, const TensorParallelInfo& info);
   void read_stages(int first);
+  void read_dense(ShardedState* part, const ModelStates& model);
+  void read_folded(int first, const TensorParallelInfo& info);
 
   ShardedState& state_;
   Storage& storage_;
   const ReadOptions& options_;
   const Inventory inventory_;
+  bool folded_ = false;         // AutoEP with AutoTP
   std::string missing_models_;  // ranks, at stage 3
 };
 
@@ -277,6 +284,7 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
         .found = "missing: rank " + missing_models_,
         .next = "bring the missing files from the node that wrote them"});
   }
+  if (folded_) return read_dense(part, model);
   if (!inventory_.stage3() && !model.has_param_shapes) {
     if (!inventory_.experts.empty()) check_experts(ExpertInfo(*part, model), model);
     read_zero0(part, model, options_, storage_);
@@ -436,6 +444,28 @@ void ZeroReader::read_stages(int first) {
                   .found = std::to_string(inventory_.layers.size()) + " layer files without it",
                   .next = "bring it from the node that wrote it, or use an older checkpoint"});
   }
+}
+
+// A tensor-parallel rank of a folded checkpoint without its experts, which tensor-parallel ranks do
+// not share: read_folded() reads them by expert-parallel rank.
+void ZeroReader::read_dense(ShardedState* part, const ModelStates& model) {
+  const ExpertInfo experts(*part, model);
+  read_zero12(part, model, groups_of_experts(*part, model, experts).dense);
+  add_module_entries(part, experts.with_router_aliases(*part, model));
+  check_scalars(*part);
+}
+
+void ZeroReader::read_folded(int first, const TensorParallelInfo& info) {
+  const bool partitioned = !inventory_.stage3() && !inventory_.optim.empty() && !closed();
+  if (!partitioned)
+    refuse_uncovered(
+        "AutoEP folded with AutoTP is read at stages 1 and 2, with the optimizer's files.",
+        state_.folder, "folding", inventory_.stage3() ? "stage 3" : "model files alone");
+  const std::vector<MpPart> parts = read_mp_ranks(first);
+  merge_tensor_ranks(&state_, parts, info);
+  const ExpertInfo experts(state_, parts[0].model);
+  read_folded_experts(&state_, parts, experts);
+  add_expert_copies(&state_, experts, open_files(&state_, storage_, inventory_.experts, options_));
 }
 
 void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
