@@ -17,6 +17,7 @@ sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), ".."
 import compare_torch  # noqa: E402
 
 PROGRAM, TRACES = sys.argv[1:3]
+TIED = ["--tied-layers", "embed=0,7"]
 # case → (--to, flags there, flags back)
 CASES = {
     "z1_dp2_to_z1_dp4": ("dp=4", [], []),
@@ -28,9 +29,9 @@ CASES = {
     "autotp_tp2_to_tp1_dp2": ("tp=1,dp=2", [], ["--num-kv-heads", "2", "--split-like", "SOURCE"]),
     "autotp_tp2_to_tp4_dp1": ("tp=4,dp=1", ["--num-kv-heads", "2"], ["--num-kv-heads", "2"]),
     "pipe_pp2_to_pp1_dp2": ("pp=1,dp=2", [], ["--pp-parts", "0,3,6"]),
-    "pipe_tied_pp2_to_pp3_dp1": ("pp=3,dp=1", [], []),
-    "pipe_bf16_pp3_to_pp2_dp1": ("pp=2,dp=1", [], ["--partition-method", "parameters",
-                                                   "--num-layers", "9"]),
+    "pipe_tied_pp2_to_pp3_dp1": ("pp=3,dp=1", ["--pp-parts", "0,2,4,6"], ["--pp-parts", "0,3,6"]),
+    "pipe_bf16_pp3_to_pp2_dp1": ("pp=2,dp=1", ["--pp-parts", "0,3,9", *TIED],
+                                 ["--partition-method", "parameters", "--num-layers", "9", *TIED]),
     # Made from our own reshard, by a plain load: DeepSpeed's universal form loses what is frozen.
     "pipe_frozen_pp2_to_pp1_dp1": ("pp=1,dp=1", [], ["--pp-parts", "0,3,6"]),
     # Made from our own reshard, by a plain load: DeepSpeed cannot change the ep of native MoE.

@@ -11,6 +11,7 @@ Then what is refused: stages that are not certain, parts that do not fit, contra
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,8 +36,10 @@ TARGETS = [(3, [0, 6]), (1, [0, 2, 6]), (2, [0, 2, 3, 6]), (1, [0, 2, 3, 4, 6])]
 RULE = ["--partition-method", "parameters"]
 # case, --to, flags, parts of the target, or words of a refusal
 SAID = [
-    ("pipe_z1_pp2_dp1", "pp=3", [], [0, 2, 4, 6]),
+    ("pipe_z1_pp2_dp1", "pp=3", [], "type:REGEX"),  # uniform says 0,2,4,6
     ("pipe_z1_pp2_dp1", "pp=4", [], "not certain"),
+    ("pipe_bf16_pp3_dp2", "pp=2", [], [0, 3, 9]),  # whatever layer 5 is, and however many there are
+    ("pipe_bf16_pp3_dp2", "pp=4", ["--pp-parts", "0,2,4,6,9"], "layers 0,5"),  # or 0,7: the head
     ("pipe_z1_pp2_dp1", "pp=4", RULE, [0, 2, 3, 4, 6]),
     ("pipe_z1_pp2_dp1", "pp=4", ["--partition-method", "uniform"], [0, 2, 4, 5, 6]),
     ("pipe_z1_pp2_dp1", "pp=2", ["--partition-method", "uniform", "--num-layers", "9"],
@@ -48,11 +51,19 @@ SAID = [
     ("pipe_z1_pp2_dp1", "pp=2", ["--pp-parts", "0,3,5"], "behind layer 5"),
     ("pipe_z1_pp2_dp1", "pp=2", ["--pp-parts", "0,3,6", "--num-layers", "7"], "--num-layers"),
     ("pipe_z1_pp2_dp1", "pp=3", ["--num-layers", "5"], "more than 5"),
+    ("pipe_z1_pp2_dp1", "pp=2", ["--pp-parts", "0,3,6", *RULE], "--pp-parts alone"),
+    ("pipe_z1_pp2_dp1", "pp=100", RULE, "more stages than layers"),
+    ("pipe_z1_pp2_dp1", "pp=8", ["--num-layers", "8", *RULE], "A pipeline stage would hold no"),
+    ("pipe_bf16_pp3_dp2", "pp=2", ["--partition-method", "uniform"], "uniform does not"),
+    ("pipe_z1_pp2_dp2_tied", "pp=4", ["--pp-parts", "0,1,2,3,5"], 'layers that use "embed"'),
+    ("pipe_z1_pp2_dp2_tied", "pp=2", ["--tied-layers", "head=0,5"], '"embed"'),
     ("pipe_z1_pp2_dp1", "pp=1", ["--tied-layers", "embed=0,5"], "tied_modules"),
     ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed=0,3"], "layers without a file"),
     ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed=5"], "layer 0, whose file"),
     ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed=0"], "that hold it"),
-    ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed=0,5"], [0, 2, 4, 6]),
+    ("pipe_z1_pp2_dp2_tied", "pp=3",
+     ["--tied-layers", "embed=0,5", "--partition-method", "uniform"], [0, 2, 4, 6]),
+    ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed=0,1000000000"], "KEY=N"),
     ("pipe_z1_pp2_dp2_tied", "pp=3", ["--tied-layers", "embed"], "KEY=N"),
     ("pipe_z1_pp2_dp2_tied", "pp=2,stage=2", [], "AssertionError"),
     ("pipe_z1_pp2_dp2_tied", "pp=2,sp=2", [], "sequence-parallel"),
@@ -157,6 +168,39 @@ def there_and_back(case, own, work):
             sys.exit(f"FAILED: {case} to {parts} and back\n" + "\n".join(map(str, wrong[:10])))
 
 
+def config_and_export(work):
+    config = os.path.join(work, "ds.json")
+    for stages, world, expected in ((None, 4, "dp2.pp2"), ("auto", 2, "dp1.pp2"), (1, 3, "dp3"),
+                                    (None, 3, "a multiple of 2"), (3, 4, "a multiple of 3")):
+        with open(config, "w") as file:
+            json.dump({"zero_optimization": {"stage": 1}, "pipeline": {"stages": stages} if stages
+                       else {}}, file)
+        target = os.path.join(work, f"{stages}{world}")
+        refused = expected.startswith("a ")
+        text = run("reshard", ckpt("pipe_z1_pp2_dp1"), target, "--to-config", config, "--world",
+                   str(world), status=2 if refused else 0)
+        if expected not in text:
+            sys.exit(f"FAILED: --to-config, stages {stages}, world {world}: {text}")
+    for name, source in (("two", ckpt("pipe_z1_pp2_dp1")), ("one", os.path.join(work, "13"))):
+        run("export", source, os.path.join(work, name), "--no-config", "--quiet")
+    if sections(os.path.join(work, "one")) != sections(os.path.join(work, "two")):
+        sys.exit("FAILED: an export of one stage differs from that of two")
+
+
+def layer_names(work):
+    for name, keep, words in (("layer_5-model_states.pt", False, "name that DeepSpeed gives"),
+                              ("layer_2147483647-model_states.pt", True, "name that DeepSpeed"),
+                              ("layer_05-model_00-model_states.pt", True, "Two files are of one")):
+        source = shutil.copytree(ckpt("pipe_z1_pp2_dp1"), os.path.join(work, name))
+        layer = os.path.join(tag_of(source), "layer_05-model_states.pt")
+        shutil.copy(layer, os.path.join(tag_of(source), name))
+        if not keep:
+            os.remove(layer)
+        message = run("digest", source, status=2)
+        if words not in message:
+            sys.exit(f"FAILED: {name}: {message}")
+
+
 def main():
     recorded = {name for name in os.listdir(os.path.join(TRACES, "deepspeed"))
                 if name.startswith("pipe_")}
@@ -176,6 +220,10 @@ def main():
             else:
                 run(*command, "--quiet")
                 check_target(case, os.path.join(work, "out"), expected)
+    with tempfile.TemporaryDirectory() as work:
+        config_and_export(work)
+    with tempfile.TemporaryDirectory() as work:
+        layer_names(work)
     with tempfile.TemporaryDirectory() as work:
         source = os.path.join(TRACES, "deepspeed", "pipe_z1_pp2_dp1", "universal")
         message = run("reshard", source, work + "/out", "--to", "pp=1", status=2)

@@ -47,6 +47,10 @@ void run_convert(Session* session, const ConvertFlags& flags) {
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
   refuse_unfinished(session, state.folder, flags.common.force, &options);
   if (!session->only.empty()) certificate["source"]["only"] = session->only;
+  if (flags.beyond_deepspeed && flags.to != "universal")
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "--beyond-deepspeed goes with --to universal.",
+                          .next = "leave it out"});
   std::vector<checkpoint::FileBlueprint> files;
   if (flags.to == "universal") {
     if (flags.as_deepspeed && !state.round_robin)

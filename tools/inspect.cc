@@ -34,7 +34,10 @@ std::vector<std::string> abilities(const ShardedState& state) {
       state.flavour == Flavour::kUniversal12 || state.flavour == Flavour::kUniversal3;
   const bool experts = state.expert_layout != checkpoint::ExpertLayout::kNone;
   const bool folded = experts && state.topology.tensor > 1;
-  if (!universal)
+  const bool frozen = std::ranges::any_of(
+      state.parameters, [](const ParameterState& parameter) { return parameter.group < 0; });
+  const bool lossy = state.pipeline.present() && (frozen || !state.buffers.empty());
+  if (!universal && !lossy)
     result.push_back(std::string("convert --to universal") + (folded ? " --beyond-deepspeed" : ""));
   result.push_back("convert --to fp32");
   if (folded)

@@ -40,7 +40,7 @@ struct ReshardFlags {
       .next = "write the number into a copy of the config, or say --to instead"});
 }
 
-// stage and sp from a DeepSpeed config file, dp from --world.
+// stage, sp, tp and pp from a DeepSpeed config file.
 TargetSpec spec_from_config(Session* session, const ReshardFlags& flags) {
   const nlohmann::json config = nlohmann::json::parse(
       read_small_file(session->storage, flags.to_config, 16 << 20), nullptr, false);
@@ -65,18 +65,29 @@ TargetSpec spec_from_config(Session* session, const ReshardFlags& flags) {
   const nlohmann::json tensor = config.value("tensor_parallel", nlohmann::json::object());
   if (tensor.is_object())
     spec.topology.tensor = std::max(1, number(tensor, "autotp_size", 1, 0, 1'000'000));
-  const int64_t replica = int64_t{spec.topology.sequence} * std::max(1, spec.topology.tensor);
+  const nlohmann::json pipeline = config.value("pipeline", nlohmann::json::object());
+  if (pipeline.is_object() && pipeline.contains("stages") && pipeline["stages"] != "auto")
+    spec.topology.pipeline = number(pipeline, "stages", 1, 1, 1'000'000);
+  return spec;
+}
+
+// dp, from --world: what is left of it by sp, tp, and pp, which is the source's if the config has
+// none.
+void share_world(const ReshardFlags& flags, const Topology& source, TargetSpec* spec) {
+  const int64_t stages =
+      spec->topology.pipeline > 0 ? spec->topology.pipeline : int64_t{source.pipeline};
+  const int64_t replica =
+      stages * spec->topology.sequence * int64_t{std::max(1, spec->topology.tensor)};
   if (flags.world < 1 || flags.world % replica != 0) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kUsage,
         .what = "--to-config needs --world N, a multiple of the config's sequence_parallel_size "
-                "times autotp_size.",
+                "times autotp_size times the pipeline stages.",
         .file = flags.to_config,
         .expected = "a multiple of " + std::to_string(replica),
         .found = std::to_string(flags.world)});
   }
-  spec.topology.data = static_cast<int>(flags.world / replica);
-  return spec;
+  spec->topology.data = static_cast<int>(flags.world / replica);
 }
 
 // The number of key-value heads as AutoTP looks for it in a model's config.json.
@@ -131,7 +142,8 @@ void read_tied_layers(const std::vector<std::string>& texts,
     const std::string number = equals == std::string::npos ? text : text.substr(equals + 1);
     int layer = -1;
     const auto [rest, error] = std::from_chars(number.data(), number.data() + number.size(), layer);
-    if (key.empty() || error != std::errc() || rest != number.data() + number.size() || layer < 0)
+    if (key.empty() || error != std::errc() || rest != number.data() + number.size() || layer < 0 ||
+        layer > 100'000)
       throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                             .what = "The layers of a tied module cannot be read.",
                             .entry = "--tied-layers",
@@ -165,25 +177,7 @@ void check_vocabulary_flag(const ReshardFlags& flags, const Topology& source,
       .next = "leave it out"});
 }
 
-void run_reshard(Session* session, const ReshardFlags& flags) {
-  if (flags.to.empty() == flags.to_config.empty()) {
-    throw Error(ErrorInfo{
-        .code = ErrorCode::kUsage,
-        .what = "Say the target once: --to dp=4[,sp=,tp=,stage=], or --to-config FILE --world N."});
-  }
-  if (flags.to_config.empty() && flags.world != 0) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "--world goes with --to-config; --to says each degree.",
-                          .next = "leave --world out"});
-  }
-  const TargetSpec spec =
-      flags.to.empty() ? spec_from_config(session, flags) : parse_target(flags.to);
-  refuse_overlap(session, flags.source, flags.target);
-  checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
-  if (!flags.split_like.empty())
-    checkpoint::adopt_splits(&state, session->open(flags.split_like, /*prove=*/false));
-  const Topology topology = resolve(spec, state.topology);
-  const int stage = spec.stage >= 0 ? spec.stage : state.stage;
+std::string usable_tag(const ReshardFlags& flags, const checkpoint::ShardedState& state) {
   const std::string tag = flags.tag_out.empty() ? state.tag : flags.tag_out;
   if (const std::string why = why_unsafe_name(tag);
       !why.empty() || tag.find('/') != std::string::npos || tag.front() == '.' ||
@@ -195,6 +189,31 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
                   .found = quote(tag),
                   .next = "name one with --tag-out"});
   }
+  return tag;
+}
+
+void run_reshard(Session* session, const ReshardFlags& flags) {
+  if (flags.to.empty() == flags.to_config.empty()) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUsage,
+        .what =
+            "Say the target once: --to dp=4[,sp=,tp=,ep=,pp=,stage=], or --to-config FILE --world "
+            "N."});
+  }
+  if (flags.to_config.empty() && flags.world != 0) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "--world goes with --to-config; --to says each degree.",
+                          .next = "leave --world out"});
+  }
+  TargetSpec spec = flags.to.empty() ? spec_from_config(session, flags) : parse_target(flags.to);
+  refuse_overlap(session, flags.source, flags.target);
+  checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
+  if (!flags.split_like.empty())
+    checkpoint::adopt_splits(&state, session->open(flags.split_like, /*prove=*/false));
+  if (flags.to.empty()) share_world(flags, state.topology, &spec);
+  const Topology topology = resolve(spec, state.topology);
+  const int stage = spec.stage >= 0 ? spec.stage : state.stage;
+  const std::string tag = usable_tag(flags, state);
   checkpoint::ReshardOptions wanted;
   std::vector<std::string> inferred;
   wanted.allow_dropped = {flags.allow_dropped.begin(), flags.allow_dropped.end()};
@@ -268,17 +287,20 @@ void add_reshard(CLI::App* app, Session* session) {
                    "A checkpoint of the same model with several tensor-parallel ranks, for a "
                    "source of one, which does not say how its tensors are cut");
   verb->add_option("--pp-parts", flags->stages.parts,
-                   "First layer of each pipeline stage, and the number of layers: what "
-                   "PipelineModule.parts is in the target's run (0,3,6)")
-      ->delimiter(',');
+                   "Of the target: the first layer of each pipeline stage, then the number of "
+                   "layers (pp=2: 0,3,6), as PipelineModule.parts is in its run")
+      ->delimiter(',')
+      ->check(CLI::Range(0, 100'000));
   verb->add_option("--partition-method", flags->stages.method,
-                   "PipelineModule's partition_method, instead of --pp-parts")
-      ->check(CLI::IsMember({"uniform", "parameters"}));
+                   "Of the target, instead of --pp-parts (which type:REGEX needs). Without "
+                   "--num-layers the rule must give the source's stages too")
+      ->check(CLI::IsMember({"uniform", "parameters"}, CLI::ignore_case));
   verb->add_option("--num-layers", flags->stages.layers,
-                   "Layers given to PipelineModule; some at the end may have no file")
-      ->check(CLI::Range(1, 1'000'000));
+                   "Layers given to PipelineModule, functions too; the last may have no file")
+      ->check(CLI::Range(1, 100'000));
   verb->add_option("--tied-layers", flags->tied_layers,
-                   "KEY=0,5: the layers of a TiedLayerSpec, where files do not show them")
+                   "KEY=0,5: the layers that share the TiedLayerSpec KEY (tied_modules.KEY), where "
+                   "files do not show them")
       ->delimiter(',');
   verb->add_option("--allow-dropped", flags->allow_dropped,
                    "What may be left behind: client_state (of ranks other than 0), loss_scaler "

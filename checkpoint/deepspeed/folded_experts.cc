@@ -31,9 +31,6 @@ class FoldedExperts {
     whole_.topology.expert = ranks;
     std::vector<MpPart> joined;
     for (int rank = 0; rank < ranks; ++rank) joined.push_back(read(rank, ranks, groups.expert));
-    for (size_t g = 0; g < groups.expert.size(); ++g) {
-      if (groups.expert[g]) whole_.groups[g].hyper = joined[0].state.groups[g].hyper;
-    }
     merge_expert_ranks(&whole_, joined, experts_);
   }
 
@@ -89,12 +86,23 @@ class FoldedExperts {
     check(folding, "tp_rank", place.tensor);
     check(folding, "ep_size", place.expert_ranks);
     check(folding, "ep_rank", place.expert);
+    int64_t families = 0;
     for (const auto& [name, family] :
          f.named(f.need(folding, "param_families"), "param_families")) {
       if (!experts_.is_expert(name)) continue;
+      ++families;
       check(family, "zero_partition_rank", place.replica);
       check(family, "zero_partition_count", data_ * tensor_ / place.expert_ranks);
     }
+    const auto stacks = static_cast<int64_t>(3 * experts_.layers().size());
+    if (families != stacks)
+      refuse(file, "folding param_families", std::to_string(stacks) + " stacks of experts",
+             std::to_string(families));
+    const int model = parts_[static_cast<size_t>(place.tensor)].model.file;
+    const Fields of_model(whole_.document(model));
+    const NodeId rank = of_model.need(of_model.need(of_model.root(), "folding"), "tp_rank");
+    if (of_model.integer(rank, "tp_rank") != place.tensor)
+      refuse(model, "folding tp_rank", std::to_string(place.tensor), "another");
   }
 
   ShardedState& whole_;

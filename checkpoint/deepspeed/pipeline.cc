@@ -2,6 +2,7 @@
 #include "checkpoint/deepspeed/pipeline.h"
 
 #include <algorithm>
+#include <charconv>
 #include <map>
 #include <optional>
 #include <unordered_map>
@@ -161,6 +162,13 @@ void StageUnion::add_again(size_t stage, const ParameterState& again, int leaf_s
 
 }  // namespace
 
+int layer_in_name(const std::string& parameter) {
+  int layer = 0;
+  const char* end = parameter.data() + parameter.size();
+  const auto [rest, error] = std::from_chars(parameter.data(), end, layer);
+  return error == std::errc() && rest != end && *rest == '.' ? layer : kNoLayer;
+}
+
 std::string tied_key(const std::string& parameter) {
   constexpr std::string_view kTied = "tied_modules.";
   if (!parameter.starts_with(kTied)) return "";
@@ -261,7 +269,7 @@ void LayerCopies::add_tensor(const Fields& fields, int file, const std::string& 
     fields.fail("A parameter has two shapes.", quote(name), to_string(parameter.shape),
                 to_string(view.shape));
   state_.leaf(leaf).name = parameter.name;
-  if (parameter.model_copy >= 0) {  // another stage's copy of a tied module
+  if (parameter.model_copy >= 0) {  // another layer's copy of a tied module
     state_.leaf(leaf).state = "layer " + name.substr(0, name.find('.'));
     state_.replicas.emplace_back(parameter.model_copy, leaf);
     return;
@@ -278,6 +286,57 @@ void add_layer_copies(ShardedState* state, const std::set<std::string>& buffers,
   LayerCopies copies(state, buffers);
   for (int file : files) copies.add(file);
   copies.finish();
+}
+
+void check_layer_files(const std::vector<std::string>& names, const std::string& folder) {
+  constexpr int64_t kMostLayers = 100'000;
+  std::map<int64_t, std::string> files;
+  for (const std::string& name : names) {
+    const int64_t layer = layer_in_file_name(name).value_or(-1);
+    const std::string front =
+        std::string("layer_") + (layer < 10 ? "0" : "") + std::to_string(layer);
+    const bool named =
+        name == front + "-model_states.pt" || name == front + "-model_00-model_states.pt";
+    const auto [first, fresh] = files.emplace(layer, name);
+    if (named && fresh && layer >= 0 && layer <= kMostLayers) continue;
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kMismatch,
+        .what = fresh ? "A layer's file does not have the name that DeepSpeed gives it."
+                      : "Two files are of one layer; DeepSpeed takes them for shards.",
+        .file = folder + "/" + name,
+        .expected =
+            "layer_NN-model_states.pt, once for each layer up to " + std::to_string(kMostLayers),
+        .found = fresh ? name : first->second + " and " + name,
+        .next = "remove what is stale after looking at it, or rename it back"});
+  }
+}
+
+void check_layer_copies(const ShardedState& state, const std::set<std::string>& buffers) {
+  const auto refuse = [&](ErrorCode code, const std::string& what, const std::string& name,
+                          const std::string& next) {
+    throw Error(ErrorInfo{
+        .code = code,
+        .what = what,
+        .file = state.folder,
+        .entry = quote(name),
+        .expected = "layer_NN-model_states.pt of its layer",
+        .found = std::to_string(state.pipeline.layer_files.size()) + " layer files without it",
+        .next = next});
+  };
+  const std::string next = "bring it from the node that wrote it, or use an older checkpoint";
+  for (const ParameterState& parameter : state.parameters) {
+    if ((parameter.group < 0 ? parameter.weight : parameter.model_copy) < 0)
+      refuse(ErrorCode::kIncomplete, "The checkpoint is incomplete: a layer's file is missing.",
+             parameter.name, next);
+  }
+  for (const std::string& name : buffers) {
+    if (!tied_key(name).empty())
+      refuse(ErrorCode::kUnsupported, "Buffers of tied modules are not supported yet.", name,
+             "convert the checkpoint with DeepSpeed (ds_to_universal.py), which leaves them out");
+    if (std::ranges::none_of(state.buffers, [&](const BufferState& b) { return b.name == name; }))
+      refuse(ErrorCode::kIncomplete, "The checkpoint is incomplete: a layer's file lacks a buffer.",
+             name, next);
+  }
 }
 
 }  // namespace isoshard::checkpoint

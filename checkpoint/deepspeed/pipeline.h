@@ -11,12 +11,23 @@
 
 namespace isoshard::checkpoint {
 
+// 3 for "3.up.weight"; kNoLayer for others, as a tied module's.
+constexpr int kNoLayer = -1;
+int layer_in_name(const std::string& parameter);
+
 // The key of the TiedLayerSpec: "embed" for "tied_modules.embed.weight"; empty for others.
 std::string tied_key(const std::string& parameter);
 
 // Adds the parameters of all stages, in order, to `whole`. What two stages hold under one name must
 // agree: the pairs go to whole->replicas.
 void join_stages(ShardedState* whole, const std::vector<MpPart>& stages);
+
+// The names of the layer files: one file a layer, named as DeepSpeed names it, or Error(kMismatch).
+void check_layer_files(const std::vector<std::string>& names, const std::string& folder);
+
+// Every parameter and every buffer has its copy: Error(kIncomplete). Buffers of tied modules:
+// Error(kUnsupported).
+void check_layer_copies(const ShardedState& state, const std::set<std::string>& buffers);
 
 // The layer files (open, by number in the state's files): copies in the model's dtype. Tensor
 // "up.weight" of layer 3 is parameter "3.up.weight", or one of a tied module that has no copy yet;

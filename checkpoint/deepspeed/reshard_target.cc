@@ -27,51 +27,53 @@ std::string config_text(const Fields& fields, NodeId config, const char* section
 }
 
 void refuse_topology(const ShardedState& state, const Topology& topology) {
-  const auto no = [&](const std::string& what) {
+  const auto no = [&](const std::string& what, const std::string& next) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
                           .what = what,
                           .file = state.folder,
-                          .expected = "dp, sp, tp and stage",
-                          .found = to_string(topology)});
+                          .expected = "a topology that DeepSpeed has files for",
+                          .found = to_string(topology),
+                          .next = next});
   };
   if (topology.tensor > 1 && topology.sequence > 1)
-    no("DeepSpeed has no files for tensor- and sequence-parallel ranks together.");
+    no("DeepSpeed has no files for tensor- and sequence-parallel ranks together.",
+       "say tp=1 or sp=1 too");
   if (topology.expert > 1 && state.expert_layout == ExpertLayout::kNone)
-    no("The checkpoint has no experts that expert-parallel ranks could share.");
+    no("The checkpoint has no experts that expert-parallel ranks could share.", "leave ep out");
   if (state.expert_layout != ExpertLayout::kNone && topology.tensor > 1)
-    no("Resharding of experts to tensor-parallel ranks is not supported yet.");
-  if (state.flavour == Flavour::kWeights) no("Weights alone have no optimizer state to reshard.");
+    no("Resharding of experts to tensor-parallel ranks is not supported yet.", "say tp=1 too");
+  if (state.flavour == Flavour::kWeights)
+    no("Weights alone have no optimizer state to reshard.", "take the checkpoint they are from");
 }
 
 // A PipelineModule stays one at one stage too: its parameters are named by layer.
 void refuse_pipeline(const ShardedState& state, const Topology& topology, int stage) {
-  const auto no = [&](const std::string& what, const std::string& expected,
-                      const std::string& found) {
+  const auto no = [&](const std::string& what, const std::string& found, const std::string& next) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
                           .what = what,
                           .file = state.folder,
-                          .expected = expected,
-                          .found = found});
+                          .found = found,
+                          .next = next});
   };
   const Fields model(state.document(state.model_files[0]));
   const bool no_module = model.maybe(model.root(), "module") == kNoNode;
   if (!state.pipeline.present() && no_module)
-    no("A universal folder of a pipeline does not hold what its layer files do (frozen parameters, "
-       "buffers, layers without parameters); DeepSpeed itself loads it at another pp.",
-       "partition files with layer_NN-model_states.pt", "a universal folder");
+    no("A universal folder of a pipeline does not hold what its layer files do.",
+       "a universal folder",
+       "reshard the ZeRO checkpoint it is from; DeepSpeed itself loads the folder at any pp");
   if (!state.pipeline.present() && topology.pipeline > 1)
     no("The checkpoint is not of a PipelineModule, whose layers pipeline stages could share.",
-       "pp=1", "pp=" + std::to_string(topology.pipeline));
+       "pp=" + std::to_string(topology.pipeline), "leave pp out");
   if (!state.pipeline.present()) return;
   if (topology.sequence > 1 || topology.tensor > 1)
     no("Pipeline stages together with tensor- or sequence-parallel ranks are not supported.",
-       "dp and pp", to_string(topology));
+       to_string(topology), "say sp=1 and tp=1");
   if (stage >= 2)
     no("DeepSpeed has no pipelines at stages 2 and 3 (AssertionError), whatever their number of "
        "stages.",
-       "stage=1", "stage=" + std::to_string(stage));
+       "stage=" + std::to_string(stage), "say stage=1");
   if (stage == 0)
-    no("Resharding of a pipeline to stage 0 is not supported yet.", "stage=1", "stage=0");
+    no("Resharding of a pipeline to stage 0 is not supported yet.", "stage=0", "say stage=1");
 }
 
 // A group as one tensor- or expert-parallel rank has it: the parameters in flat order.

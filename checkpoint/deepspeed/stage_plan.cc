@@ -2,34 +2,26 @@
 #include "checkpoint/deepspeed/stage_plan.h"
 
 #include <algorithm>
-#include <charconv>
 #include <functional>
 #include <limits>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/pipeline.h"
+#include "checkpoint/deepspeed/stage_rules.h"
 #include "core/error.h"
-#include "core/pipeline_rules.h"
 
 namespace isoshard::checkpoint {
 namespace {
 
-constexpr int kMostInferred = 1024;  // layers; the balanced rule takes the square of them
-constexpr int kNoLayer = -1;         // of a tied module's parameter
-
-using Uses = std::map<std::string, std::set<int>>;  // layers that use a tied module, by key
-
-// 3 for "3.up.weight".
-int layer_of(const std::string& name) {
-  int layer = 0;
-  const char* end = name.data() + name.size();
-  const auto [rest, error] = std::from_chars(name.data(), end, layer);
-  return error == std::errc() && rest != end && *rest == '.' ? layer : kNoLayer;
-}
+using Uses = TiedUses;
 
 std::string list_text(const std::vector<int>& numbers) {
+  constexpr size_t kMostShown = 40;
   std::string text;
-  for (int number : numbers) text += (text.empty() ? "" : ",") + std::to_string(number);
+  for (size_t i = 0; i < std::min(numbers.size(), kMostShown); ++i)
+    text += (text.empty() ? "" : ",") + std::to_string(numbers[i]);
+  if (numbers.size() > kMostShown) text += ",… (" + std::to_string(numbers.size()) + " numbers)";
   return text;
 }
 
@@ -53,7 +45,7 @@ class StagePlanner {
       std::pair<int, int> range = {std::numeric_limits<int>::max(), kNoLayer};
       std::set<std::string> keys;
       for (int number : held) {
-        const int layer = layer_of(name(number));
+        const int layer = layer_in_name(name(number));
         if (layer == kNoLayer) keys.insert(tied_key(name(number)));
         if (layer == kNoLayer) continue;
         range = {std::min(range.first, layer), std::max(range.second, layer)};
@@ -74,12 +66,17 @@ class StagePlanner {
                            const std::string& next) const;
   void check_order() const;
   void check_options() const;
+  std::set<std::string> all_keys() const;
   std::vector<int> sizes() const;
   void each_uses(int layers, const std::function<void(const Uses&)>& found) const;
   bool fits_source(const Uses& uses) const;
   bool fits_source(const Uses& uses, const std::vector<int>& parts) const;
-  std::vector<int64_t> weights(int layers, const Uses& uses) const;
+  std::vector<std::set<int>> choices(const std::string& key, int layers) const;
+  bool may_use(const std::string& key, int layer) const;
+  int after(size_t stage) const;
+  int before(size_t stage) const;
   void explain();
+  [[noreturn]] void refuse_unexplained() const;
   void add(const std::vector<int>& parts, const Uses& uses, const std::string& why);
   StagePlan plan(const std::vector<int>& parts, const Uses& uses) const;
 
@@ -92,6 +89,7 @@ class StagePlanner {
   std::vector<std::pair<int, int>> ranges_;
   std::vector<std::set<std::string>> keys_;
   std::vector<Explanation> explanations_;  // that give different targets
+  bool explained_uses_ = false;            // some way to use the tied modules is possible
 };
 
 void StagePlanner::refuse(ErrorCode code, const std::string& what, const std::string& entry,
@@ -113,7 +111,7 @@ void StagePlanner::check_order() const {
     std::map<int, int> reached;  // layer by group
     for (int number : held) {
       const ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
-      const int layer = layer_of(parameter.name);
+      const int layer = layer_in_name(parameter.name);
       if (layer == kNoLayer && tied_key(parameter.name).empty())
         refuse(ErrorCode::kUnsupported, "A parameter belongs to no layer of the pipeline.",
                quote(parameter.name), "a layer's number, or tied_modules", parameter.name,
@@ -141,23 +139,33 @@ void StagePlanner::check_options() const {
   if (!parts.empty()) {
     const bool rising = std::ranges::adjacent_find(parts, std::greater_equal()) == parts.end();
     if (static_cast<int>(parts.size()) != stages_ + 1 || parts[0] != 0 || !rising)
-      at_fault(
-          "--pp-parts",
-          std::to_string(stages_ + 1) + " rising numbers from 0, for pp=" + std::to_string(stages_),
-          list_text(parts));
+      at_fault("--pp-parts",
+               std::to_string(stages_ + 1) + " rising numbers from 0, for pp=" +
+                   std::to_string(stages_) + ", the last above layer " + std::to_string(last_),
+               list_text(parts));
     if (parts.back() <= last_)
       at_fault("--pp-parts", "an end behind layer " + std::to_string(last_), list_text(parts));
+    if (!options_.method.empty())
+      at_fault("--partition-method", "--pp-parts alone, or the method alone", options_.method);
     if (options_.layers > 0 && options_.layers != parts.back())
       at_fault("--num-layers", std::to_string(parts.back()) + " as --pp-parts ends",
                std::to_string(options_.layers));
   }
+  const int most = sizes().back();
+  if (stages_ > most)
+    refuse(ErrorCode::kUnsupported, "There are more stages than layers.",
+           "pp=" + std::to_string(stages_), "at most " + std::to_string(most),
+           "the last layer with a file is " + std::to_string(last_), "take a smaller pp");
   if (options_.layers > 0 && options_.layers <= last_)
     at_fault("--num-layers", "more than " + std::to_string(last_) + ", the last layer with a file",
              std::to_string(options_.layers));
   for (const auto& [key, layers] : options_.tied) {
-    const auto known = [&](const std::set<std::string>& keys) { return keys.contains(key); };
-    if (std::ranges::none_of(keys_, known))
-      at_fault("--tied-layers", "a module under tied_modules", quote(key));
+    const std::set<std::string> keys = all_keys();
+    if (!keys.contains(key)) {
+      std::string known = keys.empty() ? "none: no module is tied" : "";
+      for (const std::string& one : keys) known += (known.empty() ? "" : ", ") + quote(one);
+      at_fault("--tied-layers", "a key under tied_modules (" + known + ")", quote(key));
+    }
     const auto found = state_.pipeline.tied_layers.find(key);
     for (int layer : found == state_.pipeline.tied_layers.end() ? std::set<int>() : found->second) {
       if (!layers.contains(layer))
@@ -178,6 +186,12 @@ void StagePlanner::check_options() const {
   }
 }
 
+std::set<std::string> StagePlanner::all_keys() const {
+  std::set<std::string> keys;
+  for (const std::set<std::string>& some : keys_) keys.insert(some.begin(), some.end());
+  return keys;
+}
+
 // Numbers of layers that are possible: some at the end may have no file, and mostly none or one
 // (a head tied to the embedding, a cast of the logits).
 std::vector<int> StagePlanner::sizes() const {
@@ -189,42 +203,67 @@ std::vector<int> StagePlanner::sizes() const {
   return {least, least + 1, least + 2};
 }
 
-// Every way in which tied modules may be used by layers without a file: a module is used at least
-// twice, and once in each stage that holds it.
+// Ways in which layers without a file may use the tied modules: as few as can be, any one, and as
+// many as can be. What holds for these holds for all between.
 void StagePlanner::each_uses(int layers, const std::function<void(const Uses&)>& found) const {
   std::vector<Uses> ways = {{}};
-  std::set<std::string> keys;
-  for (const std::set<std::string>& some : keys_) keys.insert(some.begin(), some.end());
-  for (const std::string& key : keys) {
-    const auto filed = state_.pipeline.tied_layers.find(key);
-    const std::set<int> base =
-        filed == state_.pipeline.tied_layers.end() ? std::set<int>() : filed->second;
-    std::vector<std::set<int>> choices;
-    if (const auto told = options_.tied.find(key); told != options_.tied.end()) {
-      choices = {told->second};
-    } else if (base.size() > 1 && fits_source({{key, base}})) {
-      choices = {base};
-    } else {
-      for (int layer = 0; layer < std::min(layers, kMostInferred); ++layer) {
-        if (files_.contains(layer)) continue;
-        choices.push_back(base);
-        choices.back().insert(layer);
-      }
-    }
+  for (const std::string& key : all_keys()) {
     std::vector<Uses> more;
-    for (const Uses& way : ways) {
-      for (const std::set<int>& choice : choices) {
-        if (choice.empty() || *choice.rbegin() >= layers || !fits_source({{key, choice}})) continue;
+    for (const std::set<int>& choice : choices(key, layers)) {
+      if (choice.empty() || *choice.rbegin() >= layers || !fits_source({{key, choice}})) continue;
+      for (const Uses& way : ways) {
         more.push_back(way);
         more.back()[key] = choice;
+        if (more.size() > 256)
+          refuse(ErrorCode::kUsage, "Too many layers may use the tied modules.", quote(key),
+                 "--tied-layers KEY=0,5", "many layers without a file",
+                 "say which layers use them");
       }
     }
     ways = std::move(more);
-    if (ways.size() > 256)
-      refuse(ErrorCode::kUsage, "Too many layers may use the tied modules.", quote(key),
-             "--tied-layers KEY=0,5", "many layers without a file", "say which layers use them");
   }
-  for (const Uses& way : ways) found(way);
+  for (const Uses& way : ways) {
+    throw_if_cancelled();
+    found(way);
+  }
+}
+
+std::vector<std::set<int>> StagePlanner::choices(const std::string& key, int layers) const {
+  if (const auto told = options_.tied.find(key); told != options_.tied.end()) return {told->second};
+  const auto filed = state_.pipeline.tied_layers.find(key);
+  const std::set<int> base =
+      filed == state_.pipeline.tied_layers.end() ? std::set<int>() : filed->second;
+  std::vector<std::set<int>> result = {base};
+  std::set<int> most = base;
+  for (int layer = 0; layer < std::min(layers, kMostInferred); ++layer) {
+    if (files_.contains(layer)) continue;
+    result.push_back(base);
+    result.back().insert(layer);
+    if (may_use(key, layer)) most.insert(layer);
+  }
+  result.push_back(std::move(most));
+  return result;
+}
+
+// A layer without a file: no stage that lacks the module must hold it, one that has it may.
+bool StagePlanner::may_use(const std::string& key, int layer) const {
+  bool found = false;
+  for (size_t s = 0; s < ranges_.size(); ++s) {
+    const auto& [first, last] = ranges_[s];
+    if (!keys_[s].contains(key) && layer >= first && layer <= last) return false;
+    found = found || (keys_[s].contains(key) && layer > after(s) && layer < before(s));
+  }
+  return found;
+}
+
+// Bounds of where a stage of the source can lie: the layers with parameters on its sides.
+int StagePlanner::after(size_t stage) const {
+  return stage == 0 ? kNoLayer : ranges_[stage - 1].second;
+}
+int StagePlanner::before(size_t stage) const {
+  return stage + 1 < ranges_.size() && ranges_[stage + 1].second != kNoLayer
+             ? ranges_[stage + 1].first
+             : std::numeric_limits<int>::max();
 }
 
 // A stage of the source holds a tied module where a layer of it uses the module. Where a stage ends
@@ -232,11 +271,7 @@ void StagePlanner::each_uses(int layers, const std::function<void(const Uses&)>&
 bool StagePlanner::fits_source(const Uses& uses) const {
   for (const auto& [key, layers] : uses) {
     for (size_t s = 0; s < ranges_.size(); ++s) {
-      const int after = s == 0 ? kNoLayer : ranges_[s - 1].second;
-      const int before = s + 1 < ranges_.size() && ranges_[s + 1].second != kNoLayer
-                             ? ranges_[s + 1].first
-                             : std::numeric_limits<int>::max();
-      const auto may = [&](int layer) { return layer > after && layer < before; };
+      const auto may = [&](int layer) { return layer > after(s) && layer < before(s); };
       const auto must = [&](int layer) {
         return layer >= ranges_[s].first && layer <= ranges_[s].second;
       };
@@ -261,45 +296,31 @@ bool StagePlanner::fits_source(const Uses& uses, const std::vector<int>& parts) 
   return true;
 }
 
-// Trained elements of each layer; those of a tied module count in each layer that uses it.
-std::vector<int64_t> StagePlanner::weights(int layers, const Uses& uses) const {
-  std::vector<int64_t> result(static_cast<size_t>(layers), 0);
-  for (const ParameterState& parameter : state_.parameters) {
-    if (parameter.group < 0) continue;
-    const int64_t count = numel(parameter.shape);
-    if (const int layer = layer_of(parameter.name); layer != kNoLayer && layer < layers)
-      result[static_cast<size_t>(layer)] += count;
-    const auto tied = uses.find(tied_key(parameter.name));
-    if (tied == uses.end()) continue;
-    for (int layer : tied->second) result[static_cast<size_t>(layer)] += count;
-  }
-  return result;
-}
-
 void StagePlanner::explain() {
+  const bool target_told = !options_.method.empty() && options_.layers > 0;
   for (int layers : sizes()) {
     each_uses(layers, [&](const Uses& uses) {
-      if (!options_.parts.empty()) return add(options_.parts, uses, "--pp-parts");
+      explained_uses_ = true;
+      if (!options_.parts.empty()) return add(options_.parts, uses, "as --pp-parts says");
       if (stages_ == 1) return add({0, layers}, uses, "one stage");
-      if (layers > kMostInferred) return;
-      for (const char* method : {"uniform", "parameters"}) {
-        if (!options_.method.empty() && options_.method != method) continue;
-        const auto parts_of = [&](int stages) {
-          return method == std::string("uniform") ? uniform_parts(layers, stages)
-                                                  : balanced_parts(weights(layers, uses), stages);
-        };
-        const bool target_told = !options_.method.empty() && options_.layers > 0;
-        if (!target_told && !fits_source(uses, parts_of(static_cast<int>(ranges_.size()))))
-          continue;  // the source's run may have had another rule, if the target's is told in full
-        add(parts_of(stages_), uses,
-            std::string("partition_method ") + method + ", " + std::to_string(layers) + " layers");
+      for (const StageRule& rule : stage_rules(state_, layers, uses, options_.method)) {
+        const std::string why =
+            "partition_method " + rule.name + ", " + std::to_string(layers) + " layers, ";
+        if (target_told)
+          add(rule.parts(stages_), uses, why + "as told");
+        else if (fits_source(uses, rule.parts(static_cast<int>(ranges_.size()))))
+          add(rule.parts(stages_), uses, why + "which gives the source's stages");
       }
     });
   }
 }
 
 void StagePlanner::add(const std::vector<int>& parts, const Uses& uses, const std::string& why) {
-  Explanation found{parts, why, plan(parts, uses)};
+  if (explanations_.size() > 1) return;  // it is not certain, and these two are shown
+  std::string text = why;
+  for (const auto& [key, layers] : uses)
+    text += ", " + quote(key) + " in layers " + list_text({layers.begin(), layers.end()});
+  Explanation found{parts, text, plan(parts, uses)};
   const bool known = std::ranges::any_of(
       explanations_, [&](const Explanation& other) { return other.plan == found.plan; });
   if (!known) explanations_.push_back(std::move(found));
@@ -311,7 +332,7 @@ StagePlan StagePlanner::plan(const std::vector<int>& parts, const Uses& uses) co
     const auto inside = [&](int layer) { return layer >= parts[s] && layer < parts[s + 1]; };
     // Where a name stands in the stage: tied modules by their first use, then layers; or nowhere.
     const auto place = [&](const std::string& of) -> std::pair<int, int> {
-      if (const int layer = layer_of(of); layer != kNoLayer)
+      if (const int layer = layer_in_name(of); layer != kNoLayer)
         return inside(layer) ? std::pair(1, layer) : std::pair(-1, 0);
       const auto tied = uses.find(tied_key(of));
       if (tied == uses.end()) return {-1, 0};
@@ -339,6 +360,26 @@ StagePlan StagePlanner::plan(const std::vector<int>& parts, const Uses& uses) co
   return result;
 }
 
+// What could not be explained, and what would help.
+void StagePlanner::refuse_unexplained() const {
+  const std::string target = "pp=" + std::to_string(stages_);
+  const std::set<std::string> keys = all_keys();
+  if (!explained_uses_ && !keys.empty())
+    refuse(ErrorCode::kUsage,
+           "Which layers use a tied module is not known: no layer without a file of its own, among "
+           "those that the flags leave, explains which stages of the source hold it.",
+           target, "layers that use " + quote(*keys.begin()),
+           sizes().size() > 1 ? "none that fits" : std::to_string(sizes()[0]) + " layers in all",
+           "give --tied-layers KEY=0,5, and a number of layers above the last of them");
+  const bool one = !options_.method.empty();
+  refuse(ErrorCode::kUsage, "Where the stages of the target end cannot be told from the source.",
+         target, "a partition_method that gives the source's stages",
+         (one ? options_.method + " does not" : "neither uniform nor parameters does") +
+             (sizes()[0] > kMostInferred ? "; with so many layers uniform alone is tried" : ""),
+         std::string("give --pp-parts (print(engine.module.parts) in the target's run)") +
+             (one ? ", or --num-layers too: then the source's stages do not matter" : ""));
+}
+
 StagePlan StagePlanner::run(std::vector<std::string>* inferred) {
   check_options();
   const bool told = !options_.parts.empty() || !options_.method.empty() || options_.layers > 0 ||
@@ -347,23 +388,34 @@ StagePlan StagePlanner::run(std::vector<std::string>* inferred) {
     return {state_.pipeline.held, state_.pipeline.buffers};
   check_order();
   explain();
-  const std::string next =
-      "give --pp-parts, as PipelineModule.parts of the target is, or --partition-method with "
-      "--num-layers; and --tied-layers KEY=0,5 for a TiedLayerSpec of several stages";
-  const std::string target = "pp=" + std::to_string(stages_);
-  if (explanations_.empty())
-    refuse(ErrorCode::kUsage, "No rule of PipelineModule explains the source's stages.", target,
-           "the layers of each stage", "none that fits", next);
+  if (explanations_.empty()) refuse_unexplained();
+  const auto described = [](const Explanation& found) {
+    return list_text(found.parts) + " (" + found.why + ")";
+  };
   if (explanations_.size() > 1)
     refuse(ErrorCode::kUsage, "Where the stages end, no checkpoint records, and it is not certain.",
-           target, "one way to cut the layers",
-           list_text(explanations_[0].parts) + " (" + explanations_[0].why + ") and " +
-               list_text(explanations_[1].parts) + " (" + explanations_[1].why + ")",
-           next);
+           "pp=" + std::to_string(stages_), "one way to cut the layers",
+           described(explanations_[0]) + " and " + described(explanations_[1]),
+           "give --pp-parts as print(engine.module.parts) says in the target's run" +
+               std::string(all_keys().empty()
+                               ? ""
+                               : "; --tied-layers KEY=0,5 where a tied module is in doubt"));
   const Explanation& found = explanations_[0];
-  if (options_.parts.empty() && stages_ > 1)
-    inferred->push_back("layers of the stages: " + list_text(found.parts) + ", by " + found.why +
-                        ", which explains the source's too");
+  for (size_t stage = 0; stage < found.plan.held.size(); ++stage) {
+    if (found.plan.held[stage].empty())
+      refuse(
+          ErrorCode::kUnsupported,
+          "A pipeline stage would hold no element that is trained, which DeepSpeed cannot train.",
+          "pp=" + std::to_string(stages_) + ", stage " + std::to_string(stage),
+          "a trained parameter on every stage; the last layer with a file is " +
+              std::to_string(last_),
+          "stages " + described(found), "take a smaller pp, or other stages (--pp-parts)");
+  }
+  if (stages_ > 1 || told)
+    inferred->push_back("layers of the stages: " + described(found) +
+                        (options_.parts.empty() ? "; every other way that was found to explain the "
+                                                  "source gives the same files"
+                                                : ""));
   return found.plan;
 }
 

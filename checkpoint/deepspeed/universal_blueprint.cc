@@ -392,7 +392,8 @@ TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptio
         .entry = "folding",
         .found = to_string(state.topology),
         .next =
-            "pass --beyond-deepspeed: the form that a run with tp=1 has; or reshard --to tp=1"});
+            "isoshard convert --to universal --beyond-deepspeed writes the form that a run with "
+            "tp=1 has; or reshard --to tp=1"});
   }
   const auto frozen = std::find_if(state.parameters.begin(), state.parameters.end(),
                                    [](const ParameterState& p) { return p.group < 0; });
@@ -403,7 +404,7 @@ TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptio
                 "(DeepSpeed drops them).",
         .file = state.folder,
         .entry = quote(state.buffers.empty() ? frozen->name : state.buffers[0].name),
-        .next = "convert --to fp32 keeps them"});
+        .next = "reshard --to pp=N keeps all of it; convert --to fp32 the weights"});
   }
   if (!folded) return UniversalWriter(state, options).run();
   Topology whole = state.topology;

@@ -325,12 +325,12 @@ void ZeroReader::read_module(ShardedState* part, const ModelStates& model,
   list_parameters(part, model, experts, files);
   if (experts.present()) add_expert_copies(part, experts, files);
   add_module_entries(part, experts.with_router_aliases(*part, model));
-  promote_copies(part, /*all=*/state_.topology.pipeline == 1);
+  promote_copies(part, /*all=*/inventory_.layers.empty());
   std::set<std::string> held;
   for (const ParameterState& parameter : part->parameters) held.insert(parameter.name);
   for (const Alias& alias : part->aliases) held.insert(alias.name);
   for (const auto& [name, shape] : model.frozen_shapes) {
-    if (held.contains(name) || state_.topology.pipeline > 1) continue;
+    if (held.contains(name) || !inventory_.layers.empty()) continue;
     throw Error(
         ErrorInfo{.code = ErrorCode::kIncomplete,
                   .what = "The model's files do not hold a frozen parameter that they name.",
@@ -422,6 +422,9 @@ void ZeroReader::read_stages(int first) {
   if (state_.topology.tensor > 1)
     refuse("Pipeline stages with tensor-parallel ranks are not supported yet.",
            "tp=" + std::to_string(state_.topology.tensor));
+  if (state_.topology.sequence > 1)
+    refuse("A pipeline has no sequence-parallel ranks.",
+           "sp=" + std::to_string(state_.topology.sequence));
   if (inventory_.stage3() || (inventory_.optim.empty() && !closed()))
     refuse("Pipelines are supported at stages 1 and 2 only.",
            inventory_.stage3() ? "stage 3" : "no optimizer files");
@@ -430,20 +433,10 @@ void ZeroReader::read_stages(int first) {
   std::set<std::string> buffers;
   for (const MpPart& stage : stages)
     buffers.insert(stage.model.buffer_names.begin(), stage.model.buffer_names.end());
+  check_layer_files(inventory_.layers, state_.folder);
   add_layer_copies(&state_, buffers, open_files(&state_, storage_, inventory_.layers, options_));
   promote_copies(&state_);
-  for (const ParameterState& parameter : state_.parameters) {
-    const bool frozen = parameter.group < 0;
-    if ((frozen ? parameter.weight : parameter.model_copy) >= 0) continue;
-    throw Error(
-        ErrorInfo{.code = ErrorCode::kIncomplete,
-                  .what = "The checkpoint is incomplete: a layer's file is missing.",
-                  .file = state_.folder,
-                  .entry = quote(parameter.name),
-                  .expected = "layer_NN-model_states.pt of its layer",
-                  .found = std::to_string(inventory_.layers.size()) + " layer files without it",
-                  .next = "bring it from the node that wrote it, or use an older checkpoint"});
-  }
+  check_layer_copies(state_, buffers);
 }
 
 // A tensor-parallel rank of a folded checkpoint without its experts, which tensor-parallel ranks do
@@ -456,11 +449,20 @@ void ZeroReader::read_dense(ShardedState* part, const ModelStates& model) {
 }
 
 void ZeroReader::read_folded(int first, const TensorParallelInfo& info) {
-  const bool partitioned = !inventory_.stage3() && !inventory_.optim.empty() && !closed();
-  if (!partitioned)
+  if (closed()) {
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kUnsupported,
+                  .what = "Of AutoEP folded with AutoTP the model files alone are not read.",
+                  .file = state_.folder,
+                  .entry = "folding",
+                  .expected = "the optimizer's masters",
+                  .found = "model files alone",
+                  .next = "export --dtype fp32, or reshard --to tp=1 and export that"});
+  }
+  if (inventory_.stage3() || inventory_.optim.empty())
     refuse_uncovered(
         "AutoEP folded with AutoTP is read at stages 1 and 2, with the optimizer's files.",
-        state_.folder, "folding", inventory_.stage3() ? "stage 3" : "model files alone");
+        state_.folder, "folding", inventory_.stage3() ? "stage 3" : "no optimizer files");
   const std::vector<MpPart> parts = read_mp_ranks(first);
   merge_tensor_ranks(&state_, parts, info);
   const ExpertInfo experts(state_, parts[0].model);
