@@ -18,6 +18,7 @@ import tempfile
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "scripts"))
 import compare_torch  # noqa: E402
+import hostile  # noqa: E402
 
 PROGRAM, TRACES = sys.argv[1:3]
 # case → its parts
@@ -187,6 +188,14 @@ def config_and_export(work):
         sys.exit("FAILED: an export of one stage differs from that of two")
 
 
+def a_layer_without_its_buffer(work):
+    folder = hostile.ZeroFolder(ckpt("pipe_frozen_pp2_dp2"))
+    folder.replace(hostile.text("scale"), hostile.text("other"), only="layer_01")
+    message = run("digest", str(folder.write(os.path.join(work, "source"))), status=2)
+    if "lacks a buffer" not in message or '"1.scale"' not in message:
+        sys.exit(f"FAILED: {message}")
+
+
 def layer_names(work):
     for name, keep, words in (("layer_5-model_states.pt", False, "name that DeepSpeed gives"),
                               ("layer_2147483647-model_states.pt", True, "name that DeepSpeed"),
@@ -224,6 +233,10 @@ def main():
         config_and_export(work)
     with tempfile.TemporaryDirectory() as work:
         layer_names(work)
+        a_layer_without_its_buffer(work)
+    stages = json.loads(run("inspect", ckpt("pipe_z1_pp2_dp2_tied"), "--json").splitlines()[0])
+    if stages["stages"] != ["1 2, tied embed", "3 4, tied embed"]:
+        sys.exit(f"FAILED: {stages['stages']}")
     with tempfile.TemporaryDirectory() as work:
         source = os.path.join(TRACES, "deepspeed", "pipe_z1_pp2_dp1", "universal")
         message = run("reshard", source, work + "/out", "--to", "pp=1", status=2)

@@ -1,8 +1,10 @@
 // isoshard inspect: what a checkpoint is, from headers alone.
 #include <algorithm>
 #include <iostream>
+#include <set>
 
 #include "checkpoint/deepspeed/name_filter.h"
+#include "checkpoint/deepspeed/pipeline.h"
 #include "core/error.h"
 #include "tools/session.h"
 
@@ -62,6 +64,27 @@ std::string target_text(const ShardedState& state) {
   return text + ",stage=" + std::to_string(state.stage);
 }
 
+// Of each pipeline stage: "0 1 2, tied embed".
+std::vector<std::string> stages_of(const ShardedState& state) {
+  std::vector<std::string> result;
+  for (const std::vector<int>& held : state.pipeline.held) {
+    std::set<int> layers;
+    std::set<std::string> keys;
+    for (int number : held) {
+      const std::string& name = state.parameters[static_cast<size_t>(number)].name;
+      if (const int layer = checkpoint::layer_in_name(name); layer != checkpoint::kNoLayer)
+        layers.insert(layer);
+      else
+        keys.insert(checkpoint::tied_key(name));
+    }
+    std::string text;
+    for (int layer : layers) text += (text.empty() ? "" : " ") + std::to_string(layer);
+    for (const std::string& key : keys) text += (text.empty() ? "tied " : ", tied ") + key;
+    result.push_back(std::move(text));
+  }
+  return result;
+}
+
 std::string states_of(const ShardedState& state, const ParameterState& parameter) {
   std::string text;
   for (int leaf : parameter.states) text += (text.empty() ? "" : " ") + state.leaf(leaf).state;
@@ -88,6 +111,7 @@ void print_json_form(Session* session, const ShardedState& state, const Totals& 
                            {"stepped", state.stepped},
                            {"inferred", state.inferred},
                            {"notices", state.notices}};
+  if (state.pipeline.present()) object["stages"] = stages_of(state);
   for (const checkpoint::Alias& alias : state.aliases) object["aliases"][alias.name] = alias.target;
   session->print_json(object);
   const checkpoint::NameFilter filter(session->only);
@@ -127,6 +151,9 @@ void print_text(Session* session, const ShardedState& state, const Totals& total
   session->say("buffers      " + std::to_string(state.buffers.size()));
   for (const checkpoint::Alias& alias : state.aliases)
     session->say("tied         " + quote(alias.name) + " = " + quote(alias.target));
+  const std::vector<std::string> stages = stages_of(state);
+  for (size_t stage = 0; stage < stages.size(); ++stage)
+    session->say("pp stage " + std::to_string(stage) + "   trained layers " + stages[stage]);
   if (state.round_robin) {
     session->say(
         "round robin  the flat buffers are permuted; DeepSpeed's own converter swaps parameters "
