@@ -43,6 +43,7 @@ SAID = [
     ("pipe_bf16_pp3_dp2", "pp=4", ["--pp-parts", "0,2,4,6,9"], "layers 0,5"),  # or 0,7: the head
     ("pipe_z1_pp2_dp1", "pp=4", RULE, [0, 2, 3, 4, 6]),
     ("pipe_z1_pp2_dp1", "pp=4", ["--partition-method", "uniform"], [0, 2, 4, 5, 6]),
+    ("pipe_z1_pp2_dp1", "pp=4", ["--partition-method", "Uniform"], [0, 2, 4, 5, 6]),
     ("pipe_z1_pp2_dp1", "pp=2", ["--partition-method", "uniform", "--num-layers", "9"],
      [0, 5, 9]),
     ("pipe_z1_pp2_dp1", "pp=7", ["--pp-parts", "0,1,2,3,4,5,6,7"], "no element"),

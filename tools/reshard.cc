@@ -294,7 +294,7 @@ void add_reshard(CLI::App* app, Session* session) {
   verb->add_option("--partition-method", flags->stages.method,
                    "Of the target, instead of --pp-parts (which type:REGEX needs). Without "
                    "--num-layers the rule must give the source's stages too")
-      ->check(CLI::IsMember({"uniform", "parameters"}, CLI::ignore_case));
+      ->transform(CLI::IsMember({"uniform", "parameters"}, CLI::ignore_case));
   verb->add_option("--num-layers", flags->stages.layers,
                    "Layers given to PipelineModule, functions too; the last may have no file")
       ->check(CLI::Range(1, 100'000));
