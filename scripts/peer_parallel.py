@@ -107,10 +107,7 @@ def build_model(case):
 
 
 def pipeline_main(case, load, out):
-    import deepspeed
-    model = record_pipeline.build_model(case)
-    engine = deepspeed.initialize(model=model, config=record_pipeline.deepspeed_config(case),
-                                  model_parameters=record_pipeline.parameters_of(case, model))[0]
+    engine = record_pipeline.make_engine(case)
     state = {"epoch": engine.load_checkpoint(load)[1]["epoch"]}
     engine.save_checkpoint(os.path.join(out, "again"), client_state=state)
     record_pipeline.train(engine, 1)

@@ -93,6 +93,13 @@ def deepspeed_config(case):
     return config
 
 
+def make_engine(case):
+    import deepspeed
+    model = build_model(case)
+    return deepspeed.initialize(model=model, config=deepspeed_config(case),
+                                model_parameters=parameters_of(case, model))[0]
+
+
 def train(engine, steps):
     """Every rank draws the same tokens: what a stage gets depends on no topology but dp = 1."""
     import torch

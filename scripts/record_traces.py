@@ -168,12 +168,9 @@ def train_and_save(case, out):
 
 
 def train_pipeline(case, out, rank):
-    import deepspeed
     import record_pipeline
     import torch
-    model = record_pipeline.build_model(case)
-    engine = deepspeed.initialize(model=model, config=record_pipeline.deepspeed_config(case),
-                                  model_parameters=record_pipeline.parameters_of(case, model))[0]
+    engine = record_pipeline.make_engine(case)
     if "load_from" in case:
         path, _ = engine.load_checkpoint(os.path.join(TRACES, case["load_from"]))
         assert path is not None, f"nothing to load in {case['load_from']}"

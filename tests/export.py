@@ -21,19 +21,11 @@ from program_case import CONFIG, ProgramCase, run_tests  # noqa: E402
 SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I64": 8}
 
 
-def rounded(word):
-    """The bits of a bfloat16: to nearest, ties to even; a NaN keeps its upper half."""
-    bits = struct.unpack("<I", word)[0]
-    if bits & 0x7FFFFFFF > 0x7F800000:
-        return struct.pack("<H", bits >> 16 | 0x40)
-    return struct.pack("<H", bits + 0x7FFF + (bits >> 16 & 1) >> 16)
-
-
 def as_dtype(data, dtype):
     """fp32 bytes as a lower dtype."""
     words = [data[i : i + 4] for i in range(0, len(data), 4)]
     if dtype == "BF16":
-        return b"".join(map(rounded, words))
+        return h.bfloat16_of(data)
     if dtype == "F16":
         return b"".join(struct.pack("<e", struct.unpack("<f", word)[0]) for word in words)
     return data

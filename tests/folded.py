@@ -6,7 +6,6 @@ universal form under --beyond-deepspeed, with one digest. What each expert and e
 shard is, the test works out by itself, from the expert files and the ranks' modules.
 """
 
-import struct
 import sys
 
 import hostile as h
@@ -17,12 +16,6 @@ import compare_torch  # noqa: E402
 
 SOURCE = "autoep_folded_tp2_ep2_dp2"
 OPTIM = "bf16_zero_pp_rank_{}_mp_rank_0{}_optim_states.pt"
-
-
-def rounded(bits):
-    """float32 to bfloat16, to nearest, ties to even."""
-    return b"".join(struct.pack("<H", (word + 0x7FFF + (word >> 16 & 1)) >> 16)
-                    for (word,) in struct.iter_unpack("<I", bits))
 
 
 class Folded(ProgramCase):
@@ -58,7 +51,7 @@ class Folded(ProgramCase):
         def master(name):
             if name not in masters:
                 held = compare_torch.load(str(zero / name / "fp32.pt"))["param"]
-                masters[name] = (rounded(bytes(held.bits())), held.shape)
+                masters[name] = (h.bfloat16_of(bytes(held.bits())), held.shape)
             return masters[name]
 
         compared = 0

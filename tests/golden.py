@@ -17,13 +17,13 @@ only under --as-deepspeed. Not compared: uninitialised padding of stage-3 master
 import json
 import os
 import re
-import struct
 import subprocess
 import sys
 import tempfile
 
 sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "scripts"))
 import compare_torch  # noqa: E402
+import hostile  # noqa: E402
 
 PROGRAM, TRACES, CASE = sys.argv[1:4]
 FOLDER = os.path.join(TRACES, "deepspeed", CASE)
@@ -319,14 +319,6 @@ def truth_of_shards(tag, degree):
         done.append(f"{compared} shards equal the live engine's")
 
 
-def rounded(bits):
-    """float32 to bfloat16, to nearest, ties to even."""
-    found = b""
-    for (word,) in struct.iter_unpack("<I", bits):
-        found += struct.pack("<H", (word + 0x7FFF + (word >> 16 & 1)) >> 16)
-    return found
-
-
 def truth_of_stages(tag):
     """Every stage's parameters from the live engine are our masters, rounded if need be."""
     compared = 0
@@ -335,7 +327,7 @@ def truth_of_stages(tag):
             ours = compare_torch.load(os.path.join(tag, "zero", name, "fp32.pt"))["param"]
             bits = bytes(ours.bits())
             if theirs.dtype == "bfloat16":
-                bits = rounded(bits)
+                bits = hostile.bfloat16_of(bits)
             if bits != bytes(theirs.bits()):
                 sys.exit(f"FAILED: {name} differs from {file}'s")
             compared += 1

@@ -243,6 +243,16 @@ def split_zip(path):
         return prefix, {each[len(prefix) + 1 :]: archive.read(each) for each in names}
 
 
+def bfloat16_of(data):
+    """float32 bytes as bfloat16: to nearest, ties to even; a NaN keeps its upper half."""
+    found = b""
+    for (bits,) in struct.iter_unpack("<I", data):
+        nan = bits & 0x7FFFFFFF > 0x7F800000
+        found += struct.pack("<H", bits >> 16 | 0x40 if nan
+                             else bits + 0x7FFF + (bits >> 16 & 1) >> 16)
+    return found
+
+
 class ZeroFolder:
     """A copy of a recorded checkpoint whose pickles and payloads can be edited."""
 

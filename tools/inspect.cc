@@ -1,7 +1,6 @@
 // isoshard inspect: what a checkpoint is, from headers alone.
 #include <algorithm>
 #include <iostream>
-#include <set>
 
 #include "checkpoint/deepspeed/name_filter.h"
 #include "checkpoint/deepspeed/pipeline.h"
@@ -67,16 +66,7 @@ std::string target_text(const ShardedState& state) {
 // Of each pipeline stage: "0 1 2, tied embed".
 std::vector<std::string> stages_of(const ShardedState& state) {
   std::vector<std::string> result;
-  for (const std::vector<int>& held : state.pipeline.held) {
-    std::set<int> layers;
-    std::set<std::string> keys;
-    for (int number : held) {
-      const std::string& name = state.parameters[static_cast<size_t>(number)].name;
-      if (const int layer = checkpoint::layer_in_name(name); layer != checkpoint::kNoLayer)
-        layers.insert(layer);
-      else
-        keys.insert(checkpoint::tied_key(name));
-    }
+  for (const auto& [layers, keys] : checkpoint::stage_holdings(state)) {
     std::string text;
     for (int layer : layers) text += (text.empty() ? "" : " ") + std::to_string(layer);
     for (const std::string& key : keys) text += (text.empty() ? "tied " : ", tied ") + key;

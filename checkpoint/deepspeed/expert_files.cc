@@ -176,9 +176,6 @@ void read_experts(ShardedState* state, const ModelStates& model, const ExpertInf
     if (!experts.autoep()) name_globally(&part.state, rank);
     parts.push_back(std::move(part));
   }
-  for (size_t g = 0; g < expert.size() && !stage3; ++g) {  // at stage 3 sub-groups are counted
-    if (expert[g]) state->groups[g].hyper = parts[0].state.groups[g].hyper;
-  }
   if (experts.autoep()) {
     merge_expert_ranks(state, parts, experts);
   } else {

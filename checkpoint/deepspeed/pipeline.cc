@@ -175,6 +175,26 @@ std::string tied_key(const std::string& parameter) {
   return parameter.substr(kTied.size(), parameter.find('.', kTied.size()) - kTied.size());
 }
 
+std::vector<StageHolding> stage_holdings(const ShardedState& state) {
+  std::vector<StageHolding> result;
+  for (const std::vector<int>& held : state.pipeline.held) {
+    StageHolding& holding = result.emplace_back();
+    for (int number : held) {
+      const std::string& name = state.parameters[static_cast<size_t>(number)].name;
+      if (const int layer = layer_in_name(name); layer != kNoLayer)
+        holding.layers.insert(layer);
+      else
+        holding.keys.insert(tied_key(name));
+    }
+  }
+  return result;
+}
+
+int layer_of_file(const ShardedState& state, int file) {
+  const std::string& name = state.files[static_cast<size_t>(file)].relative;
+  return static_cast<int>(layer_in_file_name(name).value());
+}
+
 void join_stages(ShardedState* whole, const std::vector<MpPart>& stages) {
   StageUnion(whole, stages).run();
 }
@@ -194,8 +214,7 @@ class LayerCopies {
 
   void add(int file) {
     const Fields fields(state_.document(file));
-    const std::string& path = state_.files[static_cast<size_t>(file)].relative;
-    layer_ = static_cast<int>(layer_in_file_name(path).value_or(0));
+    layer_ = layer_of_file(state_, file);
     const std::string layer = std::to_string(layer_);
     for (const auto& [local, node] : fields.named(fields.root(), "layer"))
       add_tensor(fields, file, layer + "." + local, local, fields.tensor(node, local));

@@ -18,6 +18,16 @@ int layer_in_name(const std::string& parameter);
 // The key of the TiedLayerSpec: "embed" for "tied_modules.embed.weight"; empty for others.
 std::string tied_key(const std::string& parameter);
 
+// What one stage's optimizer holds.
+struct StageHolding {
+  std::set<int> layers;        // with parameters of their own
+  std::set<std::string> keys;  // of tied modules
+};
+std::vector<StageHolding> stage_holdings(const ShardedState& state);
+
+// The number in a layer file's name, which check_layer_files() has seen.
+int layer_of_file(const ShardedState& state, int file);
+
 // Adds the parameters of all stages, in order, to `whole`. What two stages hold under one name must
 // agree: the pairs go to whole->replicas.
 void join_stages(ShardedState* whole, const std::vector<MpPart>& stages);

@@ -6,7 +6,6 @@
 #include <limits>
 
 #include "checkpoint/cancel.h"
-#include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/pipeline.h"
 #include "checkpoint/deepspeed/stage_rules.h"
 #include "core/error.h"
@@ -36,22 +35,13 @@ class StagePlanner {
  public:
   StagePlanner(const ShardedState& state, int stages, const StageOptions& options)
       : state_(state), stages_(stages), options_(options) {
-    for (int file : state.pipeline.layer_files) {
-      const std::string& name = state.files[static_cast<size_t>(file)].relative;
-      files_.insert(static_cast<int>(layer_in_file_name(name).value_or(0)));
-    }
+    for (int file : state.pipeline.layer_files) files_.insert(layer_of_file(state, file));
     last_ = files_.empty() ? 0 : *files_.rbegin();
-    for (const std::vector<int>& held : state.pipeline.held) {
-      std::pair<int, int> range = {std::numeric_limits<int>::max(), kNoLayer};
-      std::set<std::string> keys;
-      for (int number : held) {
-        const int layer = layer_in_name(name(number));
-        if (layer == kNoLayer) keys.insert(tied_key(name(number)));
-        if (layer == kNoLayer) continue;
-        range = {std::min(range.first, layer), std::max(range.second, layer)};
-      }
-      ranges_.push_back(range);
-      keys_.push_back(std::move(keys));
+    for (StageHolding& holding : stage_holdings(state)) {
+      ranges_.emplace_back(std::numeric_limits<int>::max(), kNoLayer);
+      if (!holding.layers.empty())
+        ranges_.back() = {*holding.layers.begin(), *holding.layers.rbegin()};
+      keys_.push_back(std::move(holding.keys));
     }
   }
 
@@ -67,6 +57,7 @@ class StagePlanner {
   void check_order() const;
   void check_options() const;
   std::set<std::string> all_keys() const;
+  std::set<int> filed(const std::string& key) const;
   std::vector<int> sizes() const;
   void each_uses(int layers, const std::function<void(const Uses&)>& found) const;
   bool fits_source(const Uses& uses) const;
@@ -166,17 +157,15 @@ void StagePlanner::check_options() const {
       for (const std::string& one : keys) known += (known.empty() ? "" : ", ") + quote(one);
       at_fault("--tied-layers", "a key under tied_modules (" + known + ")", quote(key));
     }
-    const auto found = state_.pipeline.tied_layers.find(key);
-    for (int layer : found == state_.pipeline.tied_layers.end() ? std::set<int>() : found->second) {
+    const std::set<int> shown = filed(key);
+    for (int layer : shown) {
       if (!layers.contains(layer))
         at_fault("--tied-layers " + key,
                  "layer " + std::to_string(layer) + ", whose file holds it, among them",
                  list_text({layers.begin(), layers.end()}));
     }
     for (int layer : layers) {
-      const bool own = files_.contains(layer) && (found == state_.pipeline.tied_layers.end() ||
-                                                  !found->second.contains(layer));
-      if (layer < 0 || own)
+      if (layer < 0 || (files_.contains(layer) && !shown.contains(layer)))
         at_fault("--tied-layers " + key, "layers without a file of another module",
                  std::to_string(layer));
     }
@@ -190,6 +179,12 @@ std::set<std::string> StagePlanner::all_keys() const {
   std::set<std::string> keys;
   for (const std::set<std::string>& some : keys_) keys.insert(some.begin(), some.end());
   return keys;
+}
+
+// Layers whose file holds the tied module.
+std::set<int> StagePlanner::filed(const std::string& key) const {
+  const auto found = state_.pipeline.tied_layers.find(key);
+  return found == state_.pipeline.tied_layers.end() ? std::set<int>() : found->second;
 }
 
 // Numbers of layers that are possible: some at the end may have no file, and mostly none or one
@@ -230,9 +225,7 @@ void StagePlanner::each_uses(int layers, const std::function<void(const Uses&)>&
 
 std::vector<std::set<int>> StagePlanner::choices(const std::string& key, int layers) const {
   if (const auto told = options_.tied.find(key); told != options_.tied.end()) return {told->second};
-  const auto filed = state_.pipeline.tied_layers.find(key);
-  const std::set<int> base =
-      filed == state_.pipeline.tied_layers.end() ? std::set<int>() : filed->second;
+  const std::set<int> base = filed(key);
   std::vector<std::set<int>> result = {base};
   std::set<int> most = base;
   for (int layer = 0; layer < std::min(layers, kMostInferred); ++layer) {

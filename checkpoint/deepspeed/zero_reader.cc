@@ -156,7 +156,7 @@ class ZeroReader {
     } else {
       read_parts(first, info);
     }
-    if (!folded_) drop_pickles(&state_);
+    drop_pickles(&state_);
   }
 
  private:
