@@ -13,6 +13,7 @@ calls it. Exit status: 0 all equal, 1 something differs.
 Not verified: GPUs, several nodes, more than one step.
 """
 import argparse
+import glob
 import json
 import os
 import re
@@ -58,6 +59,20 @@ CASES = [
     ("moe ep2 to ep4", "moe_z1_ep2_dp4", ["reshard", "--to", "ep=4"], {**MOE, "ep": 4}, 4, None),
     ("moe ep2 to ep1", "moe_z1_ep2_dp4", ["reshard", "--to", "ep=1,dp=2"], {**MOE, "ep": 1}, 2,
      None),
+    ("moe stage 0, ep2 to ep4", "moe_z0_ep2_dp4", ["reshard", "--to", "ep=4"],
+     {**MOE, "ep": 4, "stage": 0}, 4, None),
+    ("moe stage 0 to stage 1", "moe_z0_ep2_dp4", ["reshard", "--to", "stage=1"], {**MOE, "ep": 2},
+     4, None),
+    ("moe stage 1 to stage 0", "moe_z1_ep2_dp4", ["reshard", "--to", "stage=0"],
+     {**MOE, "ep": 2, "stage": 0}, 4, None),
+    ("autoep stage 0, ep2 to ep4", "autoep_z0_ep2_dp4", ["reshard", "--to", "ep=4"],
+     {**MIXTRAL, "autoep": 4, "stage": 0}, 4, None),
+    ("autoep stage 0 to stage 1", "autoep_z0_ep2_dp4", ["reshard", "--to", "stage=1,dp=2"],
+     {**MIXTRAL, "autoep": 2}, 2, None),
+    ("autoep stage 0, universal", "autoep_z0_ep2_dp4", ["convert", "--to", "universal"],
+     {**MIXTRAL, "autoep": 2, "universal": True}, 2, "autoep stage 0 to stage 1"),
+    ("autoep stage 1 to stage 0", "autoep_z1_ep2_dp2", ["reshard", "--to", "stage=0"],
+     {**MIXTRAL, "autoep": 2, "stage": 0}, 2, None),
     ("moe migrated", "moe_gated_z1_ep2_dp2", ["migrate", "--names", NAMES],
      {**MIXTRAL, "autoep": 2, "universal": True}, 2, "autoep_migrated_ep2_dp2"),
     ("folded to tp1", FOLDED, ["reshard", "--to", "tp=1,dp=2"], {**MIXTRAL, "autoep": 2}, 2, None),
@@ -162,6 +177,8 @@ def run_ranks(case, world, load, out):
                 [sys.executable, os.path.abspath(__file__), "--rank", json.dumps(case), load, out],
                 env=env, stdout=log, stderr=subprocess.STDOUT))
     failed = [rank for rank, process in enumerate(ranks) if process.wait(timeout=600)]
+    for left in glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{port}_*"):
+        os.remove(left)  # DeepSpeed leaves them, and a full /dev/shm lets the next ranks hang
     if not failed:
         return ""
     with open(os.path.join(out, f"log{failed[0]}.txt")) as log:

@@ -24,7 +24,7 @@ RESHARDS = [
     ("autotp_tp2_to_tp1_dp2", "tp=2", ["--split-like", "z1_bf16_dp2"], "not of the same model"),
     ("autotp_uneven_tp3", "tp=2", ["--num-kv-heads", "2"], "[16, 16, 8]"),
     ("autoep_z1_ep2_dp2", "ep=3,dp=3", [], "ValueError"),
-    ("autoep_z1_ep2_dp2", "stage=0", [], "stage 0 is not supported"),
+    ("moe_z0_one_group", "stage=1", [], "experts and other parameters"),
     ("moe_z1_ep2_dp4", "stage=3", [], "AssertionError"),
     ("moe_z1_ep2_dp4", "ep=8,dp=8", [], "1 2 4"),
     ("moe_z2_ep2_dp2", "tp=2", [], "ensor-parallel"),

@@ -34,6 +34,7 @@ void refuse_partial(const ConvertFlags& flags) {
 }  // namespace
 
 void run_convert(Session* session, const ConvertFlags& flags) {
+  session->read.lost_experts = true;  // weights are saved where masters are gone; it says so
   refuse_overlap(session, flags.source, flags.target);
   ShardedState state = open_to_convert(session, flags.source, flags.common);
   std::vector<std::string> left_out;

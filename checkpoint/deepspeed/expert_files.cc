@@ -49,34 +49,6 @@ void name_globally(ShardedState* state, int rank) {
   state->set_parameters(std::move(parameters));
 }
 
-// Adds the parameters of all ranks, with their leaves, to their groups, in the order that a model
-// of one expert-parallel rank has: layer by layer, every layer's experts by their numbers.
-void join_native(ShardedState* whole, const std::vector<MpPart>& parts) {
-  std::map<std::string, size_t> layers;  // by path, in order of appearance
-  std::vector<std::pair<std::pair<size_t, int64_t>, ParameterState>> all;
-  for (const MpPart& part : parts) {
-    const int first = static_cast<int>(whole->leaves.size());
-    whole->leaves.insert(whole->leaves.end(), part.state.leaves.begin(), part.state.leaves.end());
-    for (ParameterState parameter : part.state.parameters) {
-      if (parameter.weight >= 0) parameter.weight += first;
-      for (int& leaf : parameter.states) leaf += first;
-      const auto number = ExpertInfo::expert_number(parameter.name);
-      const size_t layer = layers.try_emplace(number->first, layers.size()).first->second;
-      all.emplace_back(std::pair(layer, number->second), std::move(parameter));
-    }
-    whole->stepped = whole->stepped || part.state.stepped;
-  }
-  std::stable_sort(all.begin(), all.end(),
-                   [](const auto& a, const auto& b) { return a.first < b.first; });
-  for (auto& [place, parameter] : all) {
-    const int number = static_cast<int>(whole->parameters.size());
-    GroupState& group = whole->groups[static_cast<size_t>(parameter.group)];
-    group.parameters.push_back(number);
-    group.flat_order.push_back(number);
-    whole->parameters.push_back(std::move(parameter));
-  }
-}
-
 void refuse_round_robin(const ShardedState& state, const ModelStates& model) {
   if (!state.round_robin) return;
   throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
@@ -179,7 +151,36 @@ void read_experts(ShardedState* state, const ModelStates& model, const ExpertInf
   if (experts.autoep()) {
     merge_expert_ranks(state, parts, experts);
   } else {
-    join_native(state, parts);
+    join_native_ranks(state, parts);
+  }
+}
+
+void join_native_ranks(ShardedState* whole, const std::vector<MpPart>& parts) {
+  std::map<std::string, size_t> layers;  // by path, in order of appearance
+  std::vector<std::pair<std::pair<size_t, int64_t>, ParameterState>> all;
+  for (const MpPart& part : parts) {
+    const int first = static_cast<int>(whole->leaves.size());
+    whole->leaves.insert(whole->leaves.end(), part.state.leaves.begin(), part.state.leaves.end());
+    for (ParameterState parameter : part.state.parameters) {
+      if (parameter.weight >= 0) parameter.weight += first;
+      if (parameter.model_copy >= 0) parameter.model_copy += first;
+      for (int& leaf : parameter.states) leaf += first;
+      const auto number = ExpertInfo::expert_number(parameter.name);
+      const size_t layer = layers.try_emplace(number->first, layers.size()).first->second;
+      all.emplace_back(std::pair(layer, number->second), std::move(parameter));
+    }
+    whole->stepped = whole->stepped || part.state.stepped;
+  }
+  std::stable_sort(all.begin(), all.end(),
+                   [](const auto& a, const auto& b) { return a.first < b.first; });
+  for (auto& [place, parameter] : all) {
+    const int number = static_cast<int>(whole->parameters.size());
+    if (parameter.group >= 0) {
+      GroupState& group = whole->groups[static_cast<size_t>(parameter.group)];
+      group.parameters.push_back(number);
+      group.flat_order.push_back(number);
+    }
+    whole->parameters.push_back(std::move(parameter));
   }
 }
 

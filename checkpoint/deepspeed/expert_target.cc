@@ -48,27 +48,40 @@ void share_experts(ReshardTarget* target) {
     target->local_experts[layer] = share_of(*target, layer, experts);
 }
 
+// Stage 0 alone takes a group like that; the other stages want experts in groups of their own.
+[[noreturn]] void refuse_mixed(const ReshardTarget& target, size_t group) {
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUnsupported,
+      .what = "An optimizer group holds experts and other parameters, as stage 0 alone allows.",
+      .file = target.state.folder,
+      .entry = "group " + std::to_string(group),
+      .expected = "experts in groups of their own (moe: True)",
+      .found = std::to_string(target.state.groups[group].parameters.size()) + " parameters of both",
+      .next = "--to fp32 writes the weights; reshard and universal need groups apart, as "
+              "split_params_into_different_moe_groups_for_optimizer makes them"});
+}
+
 }  // namespace
 
 void prepare_experts(ReshardTarget* target) {
   const ShardedState& state = target->state;
   const bool native = state.expert_layout == ExpertLayout::kNative;
-  if (target->stage == 0 || (target->stage == 3 && native)) {
+  if (target->stage == 3 && native) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = target->stage == 0
-                                      ? "Resharding of experts to stage 0 is not supported yet."
-                                      : "DeepSpeed has no native MoE at stage 3 (AssertionError).",
+                          .what = "DeepSpeed has no native MoE at stage 3 (AssertionError).",
                           .file = state.folder,
-                          .expected = native ? "stage=1 or stage=2" : "stage=1, 2 or 3",
-                          .found = "stage=" + std::to_string(target->stage)});
+                          .expected = "stage=0, 1 or 2",
+                          .found = "stage=3"});
   }
   target->experts =
       std::make_shared<ExpertInfo>(state, read_model_states(state, target->model_file()));
   const ExpertInfo& experts = *target->experts;
   for (size_t g = 0; g < state.groups.size(); ++g) {
     const std::vector<int>& members = state.groups[g].parameters;
-    target->expert_groups[g] =
-        !members.empty() && experts.is_expert(target->parameter(members[0]).name);
+    const auto held = std::ranges::count_if(
+        members, [&](int number) { return experts.is_expert(target->parameter(number).name); });
+    target->expert_groups[g] = held > 0;
+    if (held > 0 && held < static_cast<int64_t>(members.size())) refuse_mixed(*target, g);
   }
   const auto groups = std::ranges::count(target->expert_groups, true);
   if (groups > 1 && target->topology.expert != state.topology.expert) {
@@ -104,7 +117,7 @@ void number_parameters(ReshardTarget* target) {
   for (const std::string& name : state.module_order) {
     if (state.find_parameter(name) == nullptr) continue;
     const ExpertLayer* layer = target->experts ? target->experts->layer_around(name) : nullptr;
-    const bool router = layer != nullptr && name.starts_with(layer->module_path + ".router.");
+    const bool router = layer != nullptr && name.starts_with(router_of(*layer));
     if (open != nullptr && (!router || layer != open)) close();
     number(name);
     if (router) open = layer;

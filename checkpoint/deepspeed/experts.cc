@@ -30,6 +30,10 @@ int64_t positive(const Fields& fields, NodeId entry, const char* key) {
 
 }  // namespace
 
+std::string router_of(const ExpertLayer& layer) {
+  return (layer.module_path.empty() ? "" : layer.module_path + ".") + "router.";
+}
+
 NodeId autoep_layers(const Fields& fields, NodeId holder) {
   const NodeId list = fields.maybe(holder, "ds_autoep_layers");
   return list != kNoNode ? list : fields.maybe(holder, "autoep_layers");

@@ -30,6 +30,9 @@ struct ExpertLayer {
   bool operator==(const ExpertLayer&) const = default;
 };
 
+// How the names of its router's parameters begin: "model.layers.0.mlp.router.".
+std::string router_of(const ExpertLayer& layer);
+
 class ExpertInfo {
  public:
   // Of rank 0's model file. Throws Error(kCorrupt, kUnsupported) for metadata that DeepSpeed

@@ -8,8 +8,8 @@
 namespace isoshard::checkpoint {
 
 const char* const kCovered =
-    "ZeRO stages 0 to 3, BF16_Optimizer, Ulysses, AutoTP, AutoEP at stages 1 to 3, "
-    "native MoE at stages 1 and 2";
+    "ZeRO stages 0 to 3, BF16_Optimizer, Ulysses, AutoTP, AutoEP, "
+    "native MoE at stages 0 to 2";
 const char* const kElsewhere =
     "rename a file that only its name makes so, or convert the checkpoint with DeepSpeed "
     "(ds_to_universal.py); docs/SUPPORT.md lists what is covered";
@@ -32,13 +32,20 @@ void refuse_uncovered(const FileName& name, const std::string& file, const std::
   if (file == "offloaded_tensors")
     refuse(ErrorCode::kUnsupported, "Optimizer state offloaded to NVMe is not supported.", path,
            "no offloaded_tensors folder", "one", "save without NVMe offload");
-  if (name.kind == Kind::kExpertOptim)
+  if (name.kind == Kind::kExpertOptim && name.mp != 0)
     refuse(ErrorCode::kUnsupported,
-           "Mixture-of-experts checkpoints of stage 0 are not supported yet.", path, kCovered, file,
-           kElsewhere);
+           "Experts of stage 0 with tensor-parallel ranks are not supported yet.", path, kCovered,
+           file, kElsewhere);
 }
 
 void check_forms(const Inventory& inventory, const std::string& folder) {
+  if (!inventory.expert_optim.empty() && (inventory.stage3() || !inventory.optim.empty()))
+    refuse(ErrorCode::kMismatch,
+           "Optimizer files of stage 0 and of other stages lie in one folder.", folder, "one form",
+           inventory.expert_optim.begin()->second + " and " +
+               (inventory.optim.empty() ? inventory.first_model()
+                                        : inventory.optim.begin()->second.begin()->second),
+           "find out which save is the newer one; do not delete before");
   if (inventory.stage3() && !inventory.model.empty())
     refuse(ErrorCode::kMismatch, "Model files of stage 3 and of stages 0 to 2 lie in one folder.",
            folder, "one form", inventory.model.begin()->second + " and " + inventory.first_model(),
@@ -81,6 +88,7 @@ Inventory take_inventory(Storage& storage, const std::string& folder) {
     Inventory::ByRank* where = &inventory.model;
     if (name.kind == Kind::kModelOfRank) where = &inventory.model_of_rank[name.mp];
     if (name.kind == Kind::kOptim) where = &inventory.optim[name.mp];
+    if (name.kind == Kind::kExpertOptim) where = &inventory.expert_optim;
     const int rank = name.kind == Kind::kModel ? name.mp : name.dp;
     const auto [known, fresh] = where->emplace(rank, entry.name);
     if (!fresh) {

@@ -19,6 +19,7 @@ struct Inventory {
   std::map<int, ByRank> model_of_rank;        // by mp rank; stage 3
   std::map<int, ByRank> optim;                // by mp rank
   std::vector<std::string> experts;           // one file an expert
+  ByRank expert_optim;                        // stage 0: by expert-parallel rank
   std::vector<std::string> layers;            // one file a layer of a pipeline
   std::vector<std::string> other;
   bool stage3() const { return !model_of_rank.empty(); }

@@ -12,13 +12,16 @@ namespace isoshard::checkpoint {
 namespace {
 
 // Fills `target` with the elements of a tensor from element `begin` on.
-void read_elements(const ReadableFile& file, const std::vector<FileFragment>& fragments,
-                   int64_t item, int64_t begin, std::span<std::byte> target) {
+void read_elements(const ShardedState& state, const Leaf& leaf, int64_t begin,
+                   std::span<std::byte> target) {
+  const std::vector<FileFragment>& fragments = leaf.fragments;
+  const int64_t item = item_size_bytes(leaf.dtype);
   auto next = std::upper_bound(fragments.begin(), fragments.end(), begin,
                                [](int64_t at, const FileFragment& f) { return at < f.begin; });
   for (const FileFragment* f = &*--next; !target.empty(); ++f) {
     const int64_t count =
         std::min(f->begin + f->count - begin, static_cast<int64_t>(target.size()) / item);
+    const ReadableFile& file = state.files[static_cast<size_t>(f->file)].bytes();
     file.read_at(f->offset_bytes + (begin - f->begin) * item,
                  target.first(static_cast<size_t>(count * item)));
     target = target.subspan(static_cast<size_t>(count * item));
@@ -42,13 +45,11 @@ std::string bits_of(std::span<const std::byte> element) {
 
 }  // namespace
 
-std::optional<Difference> compare(const TorchFile& document, const TensorView& master,
-                                  const TensorView& module) {
+std::optional<Difference> compare(const ShardedState& state, const Leaf& master,
+                                  const Leaf& module) {
   const int64_t master_item = item_size_bytes(master.dtype);
   const int64_t item = item_size_bytes(module.dtype);
   const int64_t total = numel(master.shape);
-  const std::vector<FileFragment> masters = file_fragments(document, 0, master);
-  const std::vector<FileFragment> modules = file_fragments(document, 0, module);
   std::vector<std::byte> raw, expected, found;
   // The first piece is short: tensors that differ mostly do so at once.
   for (int64_t begin = 0, piece = 1024; begin < total; begin += piece, piece = 1 << 18) {
@@ -56,8 +57,8 @@ std::optional<Difference> compare(const TorchFile& document, const TensorView& m
     raw.resize(static_cast<size_t>(count * master_item));
     expected.resize(static_cast<size_t>(count * item));
     found.resize(static_cast<size_t>(count * item));
-    read_elements(document.file(), masters, master_item, begin, raw);
-    read_elements(document.file(), modules, item, begin, found);
+    read_elements(state, master, begin, raw);
+    read_elements(state, module, begin, found);
     cast(master.dtype, raw, module.dtype, expected);
     if (expected == found) continue;
     for (int64_t i = 0; i < count; ++i) {

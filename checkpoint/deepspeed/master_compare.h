@@ -15,8 +15,8 @@ struct Difference {
   std::string found;
 };
 
-// Both tensors lie in `document` and have one shape; can_cast() knows their dtypes. Two NaNs agree.
-std::optional<Difference> compare(const TorchFile& document, const TensorView& master,
-                                  const TensorView& module);
+// Both tensors have one shape; can_cast() knows their dtypes. Two NaNs agree.
+std::optional<Difference> compare(const ShardedState& state, const Leaf& master,
+                                  const Leaf& module);
 
 }  // namespace isoshard::checkpoint

@@ -60,6 +60,7 @@ class TensorMerge {
       merge_parameter(name);
       const int number = static_cast<int>(whole_.parameters.size()) - 1;
       const int owner = whole_.parameters.back().group;
+      if (owner < 0) continue;
       GroupState& group = whole_.groups[static_cast<size_t>(owner)];
       group.parameters.push_back(number);
       group.flat_order.push_back(number);

@@ -27,6 +27,10 @@ void merge_tensor_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
 void merge_expert_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
                         const ExpertInfo& experts);
 
+// The same for native experts, whose names are those among all ranks' experts: they stand in the
+// order that a model of one expert-parallel rank has, layer by layer, by their numbers.
+void join_native_ranks(ShardedState* whole, const std::vector<MpPart>& parts);
+
 // Fragments of a tensor from those of its shards by rank; nullptr: the shard has no element.
 // Padding rows of a vocabulary are left out.
 std::vector<FileFragment> compose(const TensorSplit& split, const std::vector<const Leaf*>& shards);

@@ -25,7 +25,7 @@ FileName parse_file_name(const std::string& name) {
   static const re2::RE2 kOptim(
       "(bf16_|fp16_)?zero_pp_rank_(\\d{1,7})_mp_rank_(\\d{2,6})_?optim_states\\.pt");
   static const re2::RE2 kExpert("(layer_-?\\d+_)?expert_\\d+_mp_rank_\\d+_model_states\\.pt");
-  static const re2::RE2 kExpertOptim("expp_rank_\\d+_mp_rank_\\d+_optim_states\\.pt");
+  static const re2::RE2 kExpertOptim("expp_rank_(\\d{1,7})_mp_rank_(\\d{2,6})_optim_states\\.pt");
   static const re2::RE2 kLayer("layer_\\d+-.*model_states\\.pt");
   FileName result;
   using Kind = FileName::Kind;
@@ -37,7 +37,7 @@ FileName parse_file_name(const std::string& name) {
     result.kind = Kind::kOptim;
   } else if (re2::RE2::FullMatch(name, kExpert)) {
     result.kind = Kind::kExpert;
-  } else if (re2::RE2::FullMatch(name, kExpertOptim)) {
+  } else if (re2::RE2::FullMatch(name, kExpertOptim, &result.dp, &result.mp)) {
     result.kind = Kind::kExpertOptim;
   } else if (re2::RE2::FullMatch(name, kLayer)) {
     result.kind = Kind::kLayer;
@@ -64,6 +64,10 @@ std::string model_file_name(int mp) { return "mp_rank_" + two_digits(mp) + "_mod
 
 std::string model_file_name_of_rank(int dp, int mp) {
   return "zero_pp_rank_" + std::to_string(dp) + "_mp_rank_" + two_digits(mp) + "_model_states.pt";
+}
+
+std::string expert_optim_file_name(int expert_rank) {
+  return "expp_rank_" + std::to_string(expert_rank) + "_mp_rank_00_optim_states.pt";
 }
 
 std::string optim_file_name(const std::string& prefix, int dp, int mp) {

@@ -3,6 +3,7 @@
 //   mp_rank_XX_model_states.pt                                 stages 0, 1, 2
 //   zero_pp_rank_D_mp_rank_XX_model_states.pt                  stage 3
 //   [bf16_|fp16_]zero_pp_rank_D_mp_rank_XX_optim_states.pt     stages 1, 2, 3
+//   expp_rank_D_mp_rank_XX_optim_states.pt                     stage 0 with experts
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,7 @@ std::optional<int64_t> layer_in_file_name(const std::string& name);
 
 std::string model_file_name(int mp);
 std::string model_file_name_of_rank(int dp, int mp);
+std::string expert_optim_file_name(int expert_rank);
 std::string optim_file_name(const std::string& prefix, int dp, int mp);
 
 }  // namespace isoshard::checkpoint

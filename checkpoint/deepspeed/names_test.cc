@@ -29,7 +29,7 @@ TEST(FileName, EveryFormOfDeepSpeedIsKnown) {
       {"layer_03-model_states.pt", Kind::kLayer, 0, 0, ""},
       {"layer_0_expert_3_mp_rank_00_model_states.pt", Kind::kExpert, 0, 0, ""},
       {"expert_3_mp_rank_00_model_states.pt", Kind::kExpert, 0, 0, ""},
-      {"expp_rank_1_mp_rank_00_optim_states.pt", Kind::kExpertOptim, 0, 0, ""},
+      {"expp_rank_1_mp_rank_00_optim_states.pt", Kind::kExpertOptim, 1, 0, ""},
   };
   for (const Row& row : rows) {
     const FileName found = parse_file_name(row.name);

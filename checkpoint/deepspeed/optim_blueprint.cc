@@ -269,8 +269,8 @@ class OptimWriter {
   NodeId states_by_parameter() {
     std::vector<NodeId> items;
     int64_t index = 0;
-    for (const GroupState& group : state_.groups) {
-      for (int number : group.parameters) {
+    for (size_t g = 0; g < state_.groups.size(); ++g) {
+      for (int number : own(g)) {
         const ParameterState& parameter = target_.parameter(number);
         std::vector<std::pair<std::string, NodeId>> entry;
         for (const Scalar& scalar : parameter.scalars) {
@@ -291,22 +291,41 @@ class OptimWriter {
 
   NodeId masters_by_parameter() {
     std::vector<NodeId> groups;
-    for (const GroupState& group : state_.groups) {
+    for (size_t g = 0; g < state_.groups.size(); ++g) {
       std::vector<NodeId> masters;
-      for (int number : group.parameters)
-        masters.push_back(whole_tensor(number, target_.parameter(number).weight, true));
+      for (int number : own(g))
+        masters.push_back(whole_tensor(number, target_.parameter(number).weight,
+                                       /*requires_grad=*/target_.experts == nullptr));
       groups.push_back(pickle_.list(std::move(masters)));
     }
     return pickle_.list(std::move(groups));
   }
 
-  // This tensor-parallel rank's part of a leaf of a parameter.
+  // Stage 0: the parameters of a group that this rank has, all but other ranks' native experts.
+  std::vector<int> own(size_t group) const {
+    std::vector<int> numbers;
+    for (int number : state_.groups[group].parameters) {
+      if (!target_.is_expert(number) || target_.holds_expert(expert_rank(), number))
+        numbers.push_back(number);
+    }
+    return numbers;
+  }
+
+  int expert_rank() const {
+    const auto& partitions = target_.expert_partitions;
+    const auto found = std::ranges::find_if(
+        partitions, [&](const auto& ranks) { return std::ranges::count(ranks, rank_.zero) > 0; });
+    return static_cast<int>(found - partitions.begin());
+  }
+
+  // This tensor- or expert-parallel rank's part of a leaf of a parameter.
   NodeId whole_tensor(int parameter, int number, bool requires_grad) {
     const Leaf& leaf = state_.leaf(number);
-    const Shape shape = target_.shard_shape(parameter, rank_.mp);
+    const int shard = target_.is_expert(parameter) ? expert_rank() : rank_.mp;
+    const Shape shape = target_.shard_shape(parameter, shard);
     StorageFill fill{
         .dtype = leaf.dtype, .numel = numel(shape), .runs = {}, .copy = {}, .literal = {}};
-    target_.add_runs(&fill, parameter, rank_.mp, {number, 0, fill.numel, 0});
+    target_.add_runs(&fill, parameter, shard, {number, 0, fill.numel, 0});
     return builder_.tensor({.shape = shape,
                             .storage = builder_.add_storage(std::move(fill)),
                             .requires_grad = requires_grad});
@@ -319,8 +338,7 @@ class OptimWriter {
     for (size_t g = 0; g < state_.groups.size(); ++g) {
       std::vector<NodeId> numbers;
       if (target_.stage == 0) {
-        for (size_t i = 0; i < state_.groups[g].parameters.size(); ++i)
-          numbers.push_back(pickle_.integer(index++));
+        for (size_t i = 0; i < own(g).size(); ++i) numbers.push_back(pickle_.integer(index++));
       } else {
         for (size_t k = 0; k < buffers_.size(); ++k) {
           if (buffers_[k]->group == static_cast<int>(g))
@@ -465,6 +483,14 @@ FileBlueprint global_state_blueprint(ReshardTarget* target) {
 
 NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int mp) {
   return OptimWriter(target, builder, {mp, 0}).stage0();
+}
+
+FileBlueprint stage0_blueprint(ReshardTarget* target, int expert_rank) {
+  TorchBuilder builder;
+  const int first = target->expert_partitions.at(static_cast<size_t>(expert_rank)).at(0);
+  const NodeId optimizer = OptimWriter(target, &builder, {0, first}).stage0();
+  return builder.finish(expert_optim_file_name(expert_rank),
+                        builder.dict({{"optimizer", optimizer}}));
 }
 
 }  // namespace isoshard::checkpoint

@@ -24,6 +24,9 @@ struct ReadOptions {
   // Stages 0 to 2: optimizer files stay closed; every parameter is its copy in the model's dtype,
   // and frozen. No meaning at stage 3, where the masters are the only weights, and in other forms.
   bool model_files_only = false;
+  // Stage 0: go on where an expert-parallel rank's optimizer file is missing (convert does). Its
+  // experts have no masters and moments then, and their weights are in the model's dtype.
+  bool lost_experts = false;
   bool places = true;  // where each element lies; inspect does without it at stage 3
 };
 
@@ -35,8 +38,6 @@ ShardedState read_checkpoint(Storage& storage, const std::string& path, const Re
 
 // Parts of the above, one a family (each in its own file).
 void read_zero(ShardedState* state, Storage& storage, const ReadOptions& options);
-void read_zero0(ShardedState* state, const ModelStates& model, const ReadOptions& options,
-                Storage& storage);
 void read_universal(ShardedState* state, Storage& storage, const ReadOptions& options);
 void read_weights(ShardedState* state, Storage& storage, const SourcePlace& place);
 

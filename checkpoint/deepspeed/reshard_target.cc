@@ -453,6 +453,8 @@ TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topolo
       result.files.push_back(optim_blueprint(&target, {mp, rank}));
     }
   }
+  for (int rank = 0; target.experts && stage == 0 && rank < topology.expert; ++rank)
+    result.files.push_back(stage0_blueprint(&target, rank));
   if (state.expert_layout != ExpertLayout::kNone && stage != 3) {
     for (FileBlueprint& file : expert_blueprints(&target)) result.files.push_back(std::move(file));
   }

@@ -154,6 +154,8 @@ std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target);
 FileBlueprint model_blueprint(ReshardTarget* target, TargetRank rank);
 FileBlueprint optim_blueprint(ReshardTarget* target, TargetRank rank);
 NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int mp);
+// expp_rank_<e>_mp_rank_00_optim_states.pt of stage 0 with experts.
+FileBlueprint stage0_blueprint(ReshardTarget* target, int expert_rank);
 // zero/optimizer_state.pt of a universal folder whose source has no partition files (stage 0).
 FileBlueprint global_state_blueprint(ReshardTarget* target);
 

@@ -27,7 +27,9 @@ class UniversalWriter {
     if (!stage3_ && options_.extra_folders) add_extra_folders();
     TargetFiles result;
     if (state_.flavour == Flavour::kZero0) {
-      ReshardTarget target = make_target(state_, state_.topology, 1, {});
+      Topology topology = state_.topology;  // param_shapes names all experts of native layers
+      if (state_.expert_layout == ExpertLayout::kNative) topology.expert = 1;
+      ReshardTarget target = make_target(state_, topology, 1, {});
       files_.push_back(global_state_blueprint(&target));
       for (int tensor = 0; tensor < state_.topology.tensor; ++tensor)
         files_.push_back(model_blueprint(&target, {tensor, 0}));

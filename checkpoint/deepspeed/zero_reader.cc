@@ -11,67 +11,15 @@
 #include "checkpoint/deepspeed/merge.h"
 #include "checkpoint/deepspeed/module_weights.h"
 #include "checkpoint/deepspeed/pipeline.h"
+#include "checkpoint/deepspeed/rank_checks.h"
 #include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/deepspeed/zero0_files.h"
 #include "checkpoint/deepspeed/zero_files.h"
 #include "core/check.h"
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
 namespace {
-
-void check_scalars(const ShardedState& state) {
-  // Every rank's optimizer must stand at the same step.
-  std::map<std::string, std::pair<std::string, std::string>> first;  // state[k] name → value, file
-  for (int file : state.optim_files) {
-    const Fields f(state.document(file));
-    const NodeId optimizer = f.need(f.root(), "optimizer_state_dict");
-    const NodeId base = state.flavour == Flavour::kZero3
-                            ? f.need(optimizer, "optimizer_state_dict")
-                            : f.need(optimizer, "base_optimizer_state");
-    const std::vector<NodeId>& entries = f.pickle().entries(f.need(base, "state"));
-    for (size_t i = 0; i + 1 < entries.size(); i += 2) {
-      const std::string index = std::to_string(f.integer(entries[i], "state key"));
-      for (const auto& [key, node] : sort_optimizer_state(f, entries[i + 1], "state").scalars) {
-        const std::string value = scalar_text(state, {file, node});
-        const auto [known, fresh] =
-            first.emplace(index + " " + key, std::pair(value, f.document().path()));
-        if (fresh || known->second.first == value) continue;
-        throw Error(
-            ErrorInfo{.code = ErrorCode::kMismatch,
-                      .what = "Ranks stand at different steps: files of two saves are mixed.",
-                      .file = f.document().path(),
-                      .entry = "state[" + index + "][" + quote(key) + "]",
-                      .expected = known->second.first + " as in " + known->second.second,
-                      .found = value,
-                      .next = "put the files of one save together"});
-      }
-    }
-  }
-}
-
-// What ranks above 0 hold of their own at stage 3: client state and buffers. Their pickles are
-// dropped where they say nothing that rank 0's does not.
-void compare_ranks(ShardedState* state, const ModelStates& model) {
-  const std::string first = client_state_json(state->document(model.file)).dump();
-  const auto crc_of = [&](int file, const std::string& name) -> int64_t {
-    const Fields f(state->document(file));
-    const TensorView view = f.tensor(f.need(f.need(f.root(), "module"), name), name);
-    return f.document().record(view.storage).crc32;
-  };
-  bool same_buffers = true;
-  for (size_t rank = 1; rank < state->model_files.size(); ++rank) {
-    const int file = state->model_files[rank];
-    for (const std::string& name : model.buffer_names) {
-      same_buffers = same_buffers && crc_of(file, name) == crc_of(model.file, name);
-    }
-    const bool same = client_state_json(state->document(file)).dump() == first;
-    if (!same) state->own_client_state.push_back(file);
-  }
-  if (!same_buffers) {
-    state->notices.push_back("buffers differ between ranks; rank 0's are used, as DeepSpeed does");
-    state->skipped.push_back("buffers of ranks other than 0, which differ from rank 0's");
-  }
-}
 
 // Files above the first need no pickle any more: what was read of it stands in the state.
 void drop_pickles(ShardedState* state) {
@@ -169,6 +117,7 @@ class ZeroReader {
   void open_rank(int mp, int first, ShardedState* part);
   void read_module(ShardedState* part, const ModelStates& model, const ExpertInfo& experts);
   void read_rank(ShardedState* part, const ModelStates& model);
+  void read_stage0(ShardedState* part, const ModelStates& model);
   void check_experts(const ExpertInfo& experts, const ModelStates& model) const;
   std::vector<MpPart> read_mp_ranks(int first);
   void read_parts(int first, const TensorParallelInfo& info);
@@ -285,11 +234,7 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
         .next = "bring the missing files from the node that wrote them"});
   }
   if (folded_) return read_dense(part, model);
-  if (!inventory_.stage3() && !model.has_param_shapes) {
-    if (!inventory_.experts.empty()) check_experts(ExpertInfo(*part, model), model);
-    read_zero0(part, model, options_, storage_);
-    return;
-  }
+  if (!inventory_.stage3() && !model.has_param_shapes) return read_stage0(part, model);
   const ExpertInfo experts(*part, model);
   if (experts.present() || !inventory_.experts.empty()) check_experts(experts, model);
   if (closed()) return read_module(part, model, experts);
@@ -310,6 +255,22 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
   add_module_entries(part, experts.with_router_aliases(*part, model));
   if (inventory_.stage3() && experts.present()) give_expert_dtype(part, model, experts);
   check_scalars(*part);
+}
+
+void ZeroReader::read_stage0(ShardedState* part, const ModelStates& model) {
+  const ExpertInfo experts(*part, model);
+  const ModelStates named = experts.with_router_aliases(*part, model);
+  if (inventory_.experts.empty() && inventory_.expert_optim.empty() && !experts.autoep())
+    return read_zero0(part, named, experts, options_, storage_);
+  if (inventory_.mp_ranks() > 1)
+    refuse_uncovered("Experts of stage 0 with tensor-parallel ranks are not supported yet.",
+                     state_.folder, "num_experts");
+  std::map<int, int> optim;
+  for (const auto& [rank, name] : inventory_.expert_optim) {
+    if (!closed()) optim[rank] = open_files(part, storage_, {name}, options_)[0];
+  }
+  read_zero0_experts(part, named, experts, open_files(part, storage_, inventory_.experts, options_),
+                     optim, options_, storage_);
 }
 
 void ZeroReader::read_module(ShardedState* part, const ModelStates& model,
