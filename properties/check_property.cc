@@ -35,7 +35,9 @@ int cases_for(int share) {
 }
 
 void check_law(const LawRun& run) {
-  const rc::Gen<Case> cases = run.many_ranks ? case_of_many_ranks() : any_case();
+  const rc::Gen<Case> cases = run.experts      ? any_expert_case()
+                              : run.many_ranks ? case_of_many_ranks()
+                                               : any_case();
   int ran = 0;
   const auto property = [&] {
     const Case value = *cases;

@@ -13,6 +13,7 @@ struct LawRun {
   Law law = nullptr;
   int share = 1;
   bool many_ranks = false;  // cases of case_of_many_ranks()
+  bool experts = false;     // cases of any_expert_case()
 };
 
 // Inside a googletest TEST: fails it on a counterexample. RC_PARAMS is RapidCheck's own: seed,

@@ -2,6 +2,7 @@
 #include "properties/generators.h"
 
 #include <algorithm>
+#include <numeric>
 #include <set>
 
 #include "core/utf8.h"
@@ -233,6 +234,43 @@ rc::Gen<Case> any_case() {
     draw_optimizer(&value.model);
     finish(&value);
     if (one_in(4)) make_pipeline(&value);
+    return value;
+  });
+}
+
+rc::Gen<Case> any_expert_case() {
+  return rc::gen::exec([] {
+    Case value{.model = draw_settings(), .a = {}, .b = {}, .c = {}};
+    Model& model = value.model;
+    model.reversed = model.round_robin = model.bf16_optimizer = model.dynamic_scale = false;
+    model.data_first = one_in(2);
+    const auto job = [](int stage) {
+      const int expert = draw(1, 4);
+      return Job{.data = expert * draw(1, 3), .stage = stage, .expert = expert};
+    };
+    value.a = job(0);
+    value.b = job(draw(0, 2));
+    value.c = job(draw(0, 2));
+    const int experts = std::lcm(std::lcm(value.a.expert, value.b.expert), value.c.expert);
+    std::vector<ModelParameter> dense, all;
+    const int layers = draw(1, 2);
+    for (int layer = 0; layer < layers; ++layer) {
+      const std::string path = "m" + std::to_string(layer) + ".deepspeed_moe.";
+      dense.push_back({.name = "d" + std::to_string(layer), .shape = {draw(1, 7), draw(1, 3)}});
+      dense.push_back({.name = path + "gate.wg.weight", .shape = {draw(1, 5)}});
+      model.experts.push_back(experts * draw(1, 2));
+      const Shape weight = {draw(1, 4), draw(1, 5)}, bias = {draw(1, 9)};
+      for (int number = 0; number < model.experts.back(); ++number) {
+        const std::string front = path + "experts.deepspeed_experts." + std::to_string(number);
+        all.push_back({.name = front + ".a.weight", .shape = weight, .group = 1});
+        all.push_back({.name = front + ".a.bias", .shape = bias, .group = 1});
+      }
+    }
+    dense.push_back({.name = "head", .shape = {draw(1, 6)}});
+    model.parameters = dense;
+    model.parameters.insert(model.parameters.end(), all.begin(), all.end());
+    draw_optimizer(&model);
+    value.choice = static_cast<uint64_t>(draw(0, 1'000));
     return value;
   });
 }

@@ -38,6 +38,10 @@ std::string one_bit_changes_one_section(const Case& value, Mutant mutant);
 std::string a_swap_changes_the_digest(const Case& value, Mutant mutant);
 std::string a_damaged_file_is_refused(const Case& value, Mutant mutant);
 
+// Cases of any_expert_case(): from a hand-made stage 0 to B, by way of the universal form and of C,
+// every expert keeps weights and moments of its own, and B's and C's files are the reference.
+std::string experts_keep_what_is_theirs(const Case& value, Mutant mutant);
+
 // Over all optimizer files of a target (stage 0: its model file) each element of each master and
 // state of the source is written once.
 std::string cover_difference(const checkpoint::ShardedState& state,

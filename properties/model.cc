@@ -52,7 +52,7 @@ uint64_t kind_of(int state) { return static_cast<uint64_t>(state + 1); }
 
 std::ostream& operator<<(std::ostream& out, const Job& job) {
   return out << "dp=" << job.data << ",sp=" << job.sequence << ",tp=" << job.tensor
-             << ",pp=" << job.pipeline << ",stage=" << job.stage;
+             << ",pp=" << job.pipeline << ",ep=" << job.expert << ",stage=" << job.stage;
 }
 
 std::ostream& operator<<(std::ostream& out, const Model& model) {

@@ -74,8 +74,10 @@ struct Model {
   int64_t sub_group_size = 1'000'000'000;
   int64_t heads = 0;  // key-value heads that tensor-parallel ranks keep whole; 0: none
   int64_t grain = 1;
-  bool maps = true;  // the files record affine maps; false: lists of patterns alone
-  int layers = 0;    // of a PipelineModule; 0: it is none
+  bool maps = true;               // the files record affine maps; false: lists of patterns alone
+  int layers = 0;                 // of a PipelineModule; 0: it is none
+  std::vector<int> experts = {};  // native MoE: of each layer; the experts are group 1
+  bool data_first = false;        // use_data_before_expert_parallelism
   int mp_rank = 0, tensor_ranks = 1;   // of part_of()
   std::pair<int, int> stage = {0, 0};  // likewise: its layers [first, second)
   Flip flip;
@@ -99,6 +101,7 @@ struct Job {
   int stage = 1;
   int tensor = 1;
   int pipeline = 1;
+  int expert = 1;
   int mp_ranks() const { return tensor * pipeline; }
   int ranks() const { return data * sequence; }
   bool operator==(const Job&) const = default;

@@ -104,6 +104,18 @@ void swap_shards(std::vector<FileBlueprint>* files) {
   }
 }
 
+// Experts 0 and 1 of the first layer.
+std::pair<ParameterState*, ParameterState*> two_experts(ShardedState* state) {
+  std::pair<ParameterState*, ParameterState*> found = {nullptr, nullptr};
+  for (ParameterState& parameter : state->parameters) {
+    if (parameter.name == "m0.deepspeed_moe.experts.deepspeed_experts.0.a.weight")
+      found.first = &parameter;
+    if (parameter.name == "m0.deepspeed_moe.experts.deepspeed_experts.1.a.weight")
+      found.second = &parameter;
+  }
+  return found;
+}
+
 const ParameterState* first_owned(const ShardedState& state) {
   for (const ParameterState& parameter : state.parameters) {
     if (parameter.group >= 0) return &parameter;
@@ -242,7 +254,9 @@ std::string name(Mutant mutant) {
                                     "CeilWidths",
                                     "ColumnForRow",
                                     "SwappedShards",
-                                    "ShiftedStage"};
+                                    "ShiftedStage",
+                                    "SwappedExperts",
+                                    "DoubledExpert"};
   return kNames[static_cast<size_t>(mutant)];
 }
 
@@ -250,6 +264,13 @@ ShardedState mutate_source(Mutant mutant, const ShardedState& source, const Job&
   ShardedState state = source;
   if (mutant == Mutant::kKeptPadding) padding_leaf(&state);
   if (mutant == Mutant::kUnpermutedGroups) unpermute(&state, job.ranks());
+  const auto [first, second] = two_experts(&state);
+  if (second != nullptr && mutant == Mutant::kSwappedExperts)
+    std::swap(first->states, second->states);
+  if (second != nullptr && mutant == Mutant::kDoubledExpert) {
+    second->weight = first->weight;
+    second->model_copy = first->model_copy;
+  }
   return state;
 }
 

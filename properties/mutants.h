@@ -40,6 +40,8 @@ enum class Mutant {
   kColumnForRow,       // a square row-parallel tensor is cut along its first axis
   kSwappedShards,      // tensor-parallel ranks 0 and 1 hold each other's shards
   kShiftedStage,       // the second pipeline stage begins a layer early
+  kSwappedExperts,     // two experts exchange their moments
+  kDoubledExpert,      // an expert's weights stand for another's too
 };
 
 std::string name(Mutant mutant);

@@ -11,6 +11,7 @@ struct Duel {
   Mutant mutant = Mutant::kNone;
   Law law = nullptr;
   bool many_ranks = false;
+  bool experts = false;
 };
 
 std::string small_layouts(const Case&, Mutant mutant) {
@@ -24,6 +25,8 @@ const Duel kDuels[] = {
     {Mutant::kColumnForRow, small_splits},
     {Mutant::kSwappedShards, files_are_the_reference},
     {Mutant::kShiftedStage, files_are_the_reference},
+    {Mutant::kSwappedExperts, experts_keep_what_is_theirs, false, true},
+    {Mutant::kDoubledExpert, experts_keep_what_is_theirs, false, true},
     {Mutant::kShiftedRun, files_are_the_reference},
     {Mutant::kAlphabeticalRanks, every_element_is_loaded, true},
     {Mutant::kKeptPadding, no_padding_leaves_its_file},
@@ -58,7 +61,9 @@ class Mutants : public testing::TestWithParam<Duel> {};
 
 TEST_P(Mutants, IsKilled) {
   const Duel& duel = GetParam();
-  const rc::Gen<Case> cases = duel.many_ranks ? case_of_many_ranks() : any_case();
+  const rc::Gen<Case> cases = duel.experts      ? any_expert_case()
+                              : duel.many_ranks ? case_of_many_ranks()
+                                                : any_case();
   constexpr int kMost = 500;
   for (uint64_t seed = 1; seed <= kMost; ++seed) {
     const Case value = cases(rc::Random(seed), 100).value();

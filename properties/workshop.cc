@@ -7,6 +7,7 @@
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/reshard_target.h"
 #include "checkpoint/deepspeed/universal_blueprint.h"
+#include "properties/expert_source.h"
 #include "properties/listing_storage.h"
 #include "properties/synthetic.h"
 #include "reshard/executor.h"
@@ -66,7 +67,10 @@ Workshop::Workshop(const Model& model, Mutant mutant) : model_(model), mutant_(m
 }
 
 ShardedState Workshop::source(const Job& job, const std::string& folder) {
-  write_source(storage_, folder, model_, job);
+  if (model_.experts.empty())
+    write_source(storage_, folder, model_, job);
+  else
+    write_expert_source(storage_, folder, model_, job);
   return read(folder);
 }
 
@@ -102,8 +106,11 @@ ShardedState Workshop::with_splits(const ShardedState& state, const Job& job) {
 
 std::vector<checkpoint::FileBlueprint> Workshop::blueprints(const ShardedState& state,
                                                             const Job& job) const {
-  const Topology topology{
-      .data = job.data, .sequence = job.sequence, .tensor = job.tensor, .pipeline = job.pipeline};
+  const Topology topology{.data = job.data,
+                          .sequence = job.sequence,
+                          .tensor = job.tensor,
+                          .expert = job.expert,
+                          .pipeline = job.pipeline};
   checkpoint::ReshardOptions options{
       .allow_dropped = {},
       .splits = {.kv_heads = heads_told(model_), .grain = model_.grain},
@@ -137,7 +144,8 @@ ShardedState Workshop::weights(const ShardedState& state, const std::string& fol
 }
 
 ShardedState Workshop::read(const std::string& folder, uint64_t shuffle) {
-  const checkpoint::ReadOptions options{.tag = "", .param_order = kOrderPath, .workers = 1};
+  const checkpoint::ReadOptions options{
+      .tag = "", .param_order = model_.experts.empty() ? kOrderPath : "", .workers = 1};
   if (shuffle == 0) return checkpoint::read_checkpoint(storage_, folder, options);
   ListingStorage listing(storage_, shuffle);
   if (mutant_ == Mutant::kListedRanks) {

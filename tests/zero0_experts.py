@@ -7,6 +7,7 @@ experts alone, and the certificate says so; files that disagree are refused or f
 """
 
 import shutil
+import struct
 import sys
 
 import hostile as h
@@ -149,6 +150,44 @@ class Zero0Experts(ProgramCase):
         folder.files[f"global_step3/{OPTIM.format(2)}"] = (prefix.replace("_1_", "_2_"), records)
         text = self.run_program(2, "digest", folder.write(self.place / "three")).stderr
         self.assertIn("two saves are mixed", text)
+
+    def test_exchanged_files_are_found(self):
+        for case in (NATIVE, AUTOEP):
+            folder = h.ZeroFolder(self.recorded(case))
+            first, second = (f"global_step3/{OPTIM.format(rank)}" for rank in (0, 1))
+            for (_, a), (_, b) in [(folder.files[first], folder.files[second])]:
+                copy = dict(a)
+                a.clear(), a.update(b), b.clear(), b.update(copy)
+            source = folder.write(self.place / case)
+            text = self.run_program(None, "verify", source).stdout
+            self.assertNotIn("VERIFIED", text)
+            self.run_program(2, "convert", source, self.place / "none", "--to", "universal")
+
+    def test_other_hyper_parameters_are_refused(self):
+        folder = h.ZeroFolder(self.recorded(NATIVE))
+        folder.replace(b"G" + struct.pack(">d", 0.01), b"G" + struct.pack(">d", 0.5),
+                       "expp_rank_1", 1)
+        text = self.run_program(2, "digest", folder.write(self.place / "source")).stderr
+        self.assertIn("param_groups or loss scaler, ep rank 1", text)
+
+    def test_missing_and_surplus_expert_files(self):
+        source = self.copy(NATIVE)
+        for path in (source / "global_step3").glob("layer_*"):
+            path.unlink()
+        text = self.run_program(1, "verify", source).stdout
+        self.assertIn("experts of every layer (DeepSpeed: FileNotFoundError)", text)
+        for command in (("digest", source), ("export", source, self.place / "hf", "--to", "hf",
+                                             "--no-config")):
+            self.assertIn("1 layers", self.run_program(2, *command).stderr)
+        folder = h.ZeroFolder(self.recorded(AUTOEP))
+        inside = "global_step3/layer_1_expert_7_mp_rank_00_model_states.pt"
+        prefix, records = folder.files[inside]
+        records = {key: data.replace(b".w1.7", b".w1.9").replace(b".w2.7", b".w2.9")
+                   .replace(b".w3.7", b".w3.9") if key == "data.pkl" else data
+                   for key, data in records.items()}
+        folder.files[inside.replace("_7_", "_9_")] = (prefix.replace("_7_", "_9_"), records)
+        text = self.run_program(2, "digest", folder.write(self.place / "more")).stderr
+        self.assertIn("no layer of experts has", text)
 
     def test_one_group_of_all_parameters(self):
         """Stage 0 alone allows it: weights come out, no other stage can hold it."""

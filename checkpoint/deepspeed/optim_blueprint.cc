@@ -5,6 +5,7 @@
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/reshard_target.h"
+#include "checkpoint/deepspeed/zero0_files.h"
 #include "core/check.h"
 #include "core/error.h"
 
@@ -347,7 +348,9 @@ class OptimWriter {
       }
       MappingCopy copy(&builder_, state_, state_.groups[g].hyper);
       copy.set("params", pickle_.list(std::move(numbers)));
-      if (target_.expert_groups[g])
+      const NodeRef hyper = state_.groups[g].hyper;
+      if (target_.expert_groups[g] &&
+          is_group_of_experts(Fields(state_.document(hyper.file)), hyper.node))
         copy.set_if_present("name",
                             pickle_.string("ep_size_" + std::to_string(target_.topology.expert)));
       groups.push_back(copy.finish());

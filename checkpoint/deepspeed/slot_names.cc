@@ -80,7 +80,7 @@ SlotNames::Search SlotNames::search(bool values, bool empty_ones) {
     const OrderSearch found(
         group_sizes_, candidates.size(), [&, values](size_t slot, size_t candidate) {
           const size_t entry = candidates[candidate];
-          return fits_shape(slots_[slot], entries_[entry]) && (!values || !difference(slot, entry));
+          return fits(slots_[slot], entries_[entry]) && (!values || !difference(slot, entry));
         });
     result.too_many = result.too_many || found.too_many;
     if (&order == &orders_.front()) result.stuck = found.stuck;
@@ -175,8 +175,9 @@ void SlotNames::take_order(const std::string& path, const std::string& text) {
     slots_[i].entry = number->second;
     numbers.erase(number);
     const ModuleEntry& entry = entries_[slots_[i].entry];
-    if (fits_shape(slots_[i], entry)) continue;
-    refuse(ErrorCode::kMismatch, "The order names a parameter of another shape.", path,
+    if (fits(slots_[i], entry)) continue;
+    refuse(ErrorCode::kMismatch,
+           "The order names a parameter of another shape, or an expert in another group.", path,
            describe(slots_[i]), describe(entry));
   }
 }

@@ -24,6 +24,7 @@ namespace isoshard::checkpoint {
 struct Slot {
   size_t group = 0;
   size_t index_local = 0;      // in the group
+  std::optional<bool> expert;  // whether its group is one of experts; nothing: no group says so
   std::optional<Shape> shape;  // nothing: never stepped, and there is no master
   std::optional<TensorView> master;
   NodeId state = kNoNode;
@@ -37,8 +38,9 @@ struct Slot {
 struct ModuleEntry {
   Leaf leaf;               // in the model's dtype; its name is the one among all ranks' experts
   std::string local_name;  // as the rank's own module names it
-  bool replaced = false;   // by AutoEP, which makes new parameters of routers and experts
-  bool owned = false;      // by the optimizer
+  bool expert = false;
+  bool replaced = false;  // by AutoEP, which makes new parameters of routers and experts
+  bool owned = false;     // by the optimizer
 };
 
 std::string describe(const Slot& slot);
@@ -72,8 +74,9 @@ class SlotNames {
 
   Search search(bool values, bool empty_ones);
   [[noreturn]] void explain(const Search& result, bool values) const;
-  bool fits_shape(const Slot& slot, const ModuleEntry& entry) const {
-    return !slot.shape || *slot.shape == entry.leaf.shape;
+  bool fits(const Slot& slot, const ModuleEntry& entry) const {
+    return (!slot.expert || *slot.expert == entry.expert) &&
+           (!slot.shape || *slot.shape == entry.leaf.shape);
   }
   const std::optional<Difference>& difference(size_t slot, size_t entry);
 

@@ -144,10 +144,18 @@ void Zero0Reader::read_module() {
 
 void Zero0Reader::insert_experts() {
   for (const ExpertBlock& block : rank_.experts) {
-    auto place = std::find_if(entries_.rbegin(), entries_.rend(), [&](const ModuleEntry& entry) {
-      return entry.local_name.starts_with(block.after);
+    // Behind the last name of the module, alias or not, that is registered before them.
+    const std::vector<std::string>& order = state_.module_order;
+    const auto last = std::find_if(order.rbegin(), order.rend(), [&](const std::string& name) {
+      return name.starts_with(block.after);
     });
-    const auto at = place == entries_.rend() ? entries_.end() : place.base();
+    if (last == order.rend() && !options_.model_files_only)
+      refuse("Where a layer's experts stand among the module's parameters is not known.",
+             quote(block.after), "its gate or router in the module", "nothing");
+    const std::set<std::string> before(order.begin(), last.base());
+    const auto at = std::find_if(entries_.begin(), entries_.end(), [&](const ModuleEntry& entry) {
+      return !entry.expert && !before.contains(entry.local_name);
+    });
     entries_.insert(at, block.entries.begin(), block.entries.end());
   }
 }
@@ -198,6 +206,9 @@ void Zero0Reader::read_optimizer() {
                  : "The optimizer's state has an unknown form.",
            "optimizer", "state, param_groups; or optimizer_state_dict, fp32_groups", keys);
   }
+  if (!fields_.pickle().is_mapping(state))
+    fields_.fail("The optimizer's state is no dictionary.", "state", "dict",
+                 name(fields_.pickle().kind(state)));
   std::map<int64_t, NodeId> states;
   const std::vector<NodeId>& entries = fields_.pickle().entries(state);
   for (size_t i = 0; i + 1 < entries.size(); i += 2) {
@@ -220,6 +231,8 @@ void Zero0Reader::read_slots(const std::vector<NodeId>& hypers, const std::vecto
   };
   same("fp32_groups", hypers.size(), masters.size());
   std::set<int64_t> used;
+  const bool apart = std::ranges::any_of(
+      hypers, [&](NodeId hyper) { return is_group_of_experts(fields_, hyper); });
   for (size_t group = 0; group < hypers.size(); ++group) {
     const std::string place = "fp32_groups[" + std::to_string(group) + "]";
     const std::vector<NodeId>& params =
@@ -231,6 +244,7 @@ void Zero0Reader::read_slots(const std::vector<NodeId>& hypers, const std::vecto
       Slot slot;
       slot.group = group;
       slot.index_local = i;
+      if (apart) slot.expert = is_group_of_experts(fields_, hypers[group]);
       const int64_t index = fields_.integer(params[i], "params");
       if (!used.insert(index).second) {
         fields_.fail("A parameter stands twice in param_groups.", "params", "once",
@@ -333,6 +347,11 @@ void Zero0Reader::add_frozen() {
 }
 
 }  // namespace
+
+bool is_group_of_experts(const Fields& fields, NodeId hyper) {
+  const NodeId flag = fields.maybe(hyper, "moe");
+  return flag != kNoNode && fields.pickle().kind(flag) == Kind::kBool && fields.truth(hyper, "moe");
+}
 
 void read_zero0_rank(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,
                      const Zero0Rank& rank, const ReadOptions& options, Storage& storage) {

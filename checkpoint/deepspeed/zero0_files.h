@@ -29,6 +29,10 @@ struct Zero0Rank {
   std::string notice;  // why it is not there
 };
 
+// A group whose `moe` is True holds experts alone, and then they stand in no other group
+// (deepspeed/moe/utils.py).
+bool is_group_of_experts(const Fields& fields, NodeId hyper);
+
 // Reads the module and that rank's optimizer into `state`. Without the optimizer's files
 // (ReadOptions::model_files_only) every parameter is frozen.
 void read_zero0_rank(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,

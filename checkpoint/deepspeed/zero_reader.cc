@@ -260,7 +260,12 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
 void ZeroReader::read_stage0(ShardedState* part, const ModelStates& model) {
   const ExpertInfo experts(*part, model);
   const ModelStates named = experts.with_router_aliases(*part, model);
-  if (inventory_.experts.empty() && inventory_.expert_optim.empty() && !experts.autoep())
+  const Fields fields(part->document(model.file));
+  const NodeId counts = fields.maybe(fields.root(), "num_experts");
+  const bool counted = counts != kNoNode && fields.pickle().kind(counts) == Kind::kList &&
+                       !fields.pickle().items(counts).empty();
+  if (inventory_.experts.empty() && inventory_.expert_optim.empty() && !experts.autoep() &&
+      !counted)
     return read_zero0(part, named, experts, options_, storage_);
   if (inventory_.mp_ranks() > 1)
     refuse_uncovered("Experts of stage 0 with tensor-parallel ranks are not supported yet.",

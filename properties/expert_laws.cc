@@ -1,0 +1,193 @@
+// See laws.h. The law of experts: their files at stages 0 to 2, compared with what each rank holds
+// by definition (deepspeed/utils/groups.py, expert and expert-data-parallel groups).
+#include <algorithm>
+
+#include "checkpoint/deepspeed/fields.h"
+#include "checkpoint/deepspeed/zero_files.h"
+#include "properties/expect.h"
+#include "properties/expert_source.h"
+#include "properties/laws.h"
+#include "properties/workshop.h"
+
+namespace isoshard::properties {
+namespace {
+
+using checkpoint::Fields;
+using checkpoint::NodeId;
+using checkpoint::ShardedState;
+using checkpoint::TensorView;
+using checkpoint::TorchFile;
+
+class ExpertJudge {
+ public:
+  ExpertJudge(Storage& storage, const std::string& folder, const Model& model, const Job& job)
+      : storage_(storage), folder_(folder), model_(model), job_(job) {}
+
+  std::string run() {
+    for (size_t layer = 0; layer < model_.experts.size(); ++layer) {
+      for (int number = 0; number < model_.experts[layer]; ++number)
+        expert_file(static_cast<int>(layer), number);
+    }
+    if (job_.stage == 0) {
+      for (int rank = 0; rank < job_.expert; ++rank) slots(rank);
+      return reason_;
+    }
+    names();
+    partitions(-1);
+    for (int rank = 0; rank < job_.expert; ++rank) partitions(rank);
+    return reason_;
+  }
+
+ private:
+  void fail(const std::string& reason) {
+    if (reason_.empty()) reason_ = place_ + ": " + reason;
+  }
+
+  // The tensor's whole storage holds these bytes.
+  void same(const TorchFile& file, const TensorView& view, const std::string& wanted,
+            const std::string& what) {
+    const checkpoint::ZipRecord& record = file.record(view.storage);
+    std::string bytes(static_cast<size_t>(record.size_bytes), '\0');
+    file.file().read_at(record.data_offset, std::as_writable_bytes(std::span(bytes)));
+    if (wanted != bytes) fail(what + " differs");
+  }
+
+  void expert_file(int layer, int number) {
+    place_ = "layer_" + std::to_string(layer) + "_expert_" + std::to_string(number) +
+             "_mp_rank_00_model_states.pt";
+    const TorchFile file(storage_, folder_ + "/" + place_);
+    const Fields f(file);
+    size_t expected = 0;
+    for (size_t i = 0; i < model_.parameters.size(); ++i) {
+      const ExpertPlace place = expert_place(model_.parameters[i].name);
+      if (place.layer != layer || place.number != number) continue;
+      const std::string& name = model_.parameters[i].name;
+      same(file, f.tensor(f.need(f.root(), name), name), module_bytes(model_, i), name);
+      ++expected;
+    }
+    if (f.named(f.root(), "expert file").size() != expected) fail("another number of tensors");
+  }
+
+  // Stage 0: every slot of a rank's own optimizer.
+  void slots(int rank) {
+    place_ = "expp_rank_" + std::to_string(rank) + "_mp_rank_00_optim_states.pt";
+    const TorchFile file(storage_, folder_ + "/" + place_);
+    const Fields f(file);
+    const NodeId optimizer = f.need(f.root(), "optimizer");
+    const bool masters = model_.dtype != DType::kFloat32;
+    const NodeId plain = masters ? f.need(optimizer, "optimizer_state_dict") : optimizer;
+    int64_t index = 0;
+    for (const int trained : {-1, rank}) {
+      const std::vector<int> numbers = optimizer_groups(trained_by(model_, job_, trained)).at(0);
+      for (size_t i = 0; i < numbers.size(); ++i, ++index) {
+        const std::string& name = model_.parameters[static_cast<size_t>(numbers[i])].name;
+        if (masters) {
+          const NodeId group =
+              f.list(f.need(optimizer, "fp32_groups"), "fp32_groups").at(trained < 0 ? 0 : 1);
+          const TensorView view = f.tensor(f.list(group, "group").at(i), name);
+          same(file, view, pack(state_bits(model_, numbers[i], -1), DType::kFloat32), name);
+        }
+        const NodeId entry = checkpoint::find_index(f.pickle(), f.need(plain, "state"), index);
+        for (size_t s = 0; s < model_.states.size(); ++s) {
+          const auto& [state, dtype] = model_.states[s];
+          same(file, f.tensor(f.need(entry, state), state),
+               pack(state_bits(model_, numbers[i], static_cast<int>(s)), dtype),
+               name + " " + state);
+        }
+      }
+    }
+  }
+
+  // param_shapes names what rank 0 trains, as its own module does.
+  void names() {
+    place_ = "mp_rank_00_model_states.pt";
+    const TorchFile file(storage_, folder_ + "/" + place_);
+    const Fields f(file);
+    const std::vector<NodeId>& groups = f.list(f.need(f.root(), "param_shapes"), "param_shapes");
+    for (const int trained : {-1, 0}) {
+      std::string wanted, found;
+      const std::vector<int> members = optimizer_groups(trained_by(model_, job_, trained)).at(0);
+      for (int number : members)
+        wanted += local_name(model_, job_, static_cast<size_t>(number)) + " ";
+      for (const auto& [name, shape] : f.named(groups.at(trained < 0 ? 0 : 1), "param_shapes"))
+        found += name + " ";
+      if (wanted != found) fail("expected " + wanted + ", found " + found);
+    }
+  }
+
+  // Stages 1 and 2: the flat partitions of the dense group (rank −1), which all ranks share, or of
+  // one expert-parallel rank's experts.
+  void partitions(int expert_rank) {
+    const bool dense = expert_rank < 0;
+    const Model part = trained_by(model_, job_, expert_rank);
+    const int replicas = dense ? job_.ranks() : job_.ranks() / job_.expert;
+    const reference::Form form = form_of(part, {.data = replicas, .stage = job_.stage});
+    for (int state = -1; state < static_cast<int>(model_.states.size()); ++state) {
+      const DType dtype = state_dtype(model_, state);
+      const reference::RankBuffers held = reference::partition(whole_state(part, state), form, 0);
+      for (int replica = 0; replica < replicas; ++replica) {
+        int rank = replica;
+        if (!dense && model_.data_first) rank = expert_rank * replicas + replica;
+        if (!dense && !model_.data_first) rank = replica * job_.expert + expert_rank;
+        const std::string prefix = model_.dtype == DType::kBFloat16 ? "bf16_" : "";
+        place_ = prefix + "zero_pp_rank_" + std::to_string(rank) + "_mp_rank_00_optim_states.pt";
+        const TorchFile file(storage_, folder_ + "/" + place_);
+        const Fields f(file);
+        const NodeId root = f.need(f.root(), "optimizer_state_dict");
+        const NodeId base = f.need(f.need(root, "base_optimizer_state"), "state");
+        const size_t group = dense ? 0 : 1;
+        const char* masters = "single_partition_of_fp32_groups";
+        NodeId node = checkpoint::kNoNode;
+        if (state < 0) {
+          node = f.list(f.need(root, masters), masters).at(group);
+        } else {
+          const NodeId entry =
+              checkpoint::find_index(f.pickle(), base, static_cast<int64_t>(group));
+          node = f.need(entry, model_.states[static_cast<size_t>(state)].name);
+        }
+        same(file, f.tensor(node, "partition"),
+             pack(held.at(static_cast<size_t>(replica)).at(0), dtype),
+             "group " + std::to_string(group) + " state " + std::to_string(state));
+      }
+    }
+  }
+
+  Storage& storage_;
+  const std::string folder_;
+  const Model& model_;
+  const Job& job_;
+  std::string place_, reason_;
+};
+
+std::string in(const std::string& place, const std::string& reason) {
+  return reason.empty() ? "" : place + ": " + reason;
+}
+
+}  // namespace
+
+std::string experts_keep_what_is_theirs(const Case& value, Mutant mutant) {
+  Workshop workshop(value.model, mutant);
+  const ShardedState a = workshop.source(value.a, "/a");
+  std::string reason = in("A", state_difference(a, value.model));
+  if (!reason.empty()) return reason;
+  const ShardedState b = workshop.reshard(a, value.b, "/b");
+  reason = in("B", state_difference(b, value.model));
+  if (reason.empty())
+    reason = in("B", ExpertJudge(workshop.storage(), "/b", value.model, value.b).run());
+  if (!reason.empty()) return reason;
+  const ShardedState universal = workshop.universal(b, "/u");
+  reason = in("universal", state_difference(universal, value.model));
+  if (!reason.empty()) return reason;
+  const ShardedState c = workshop.reshard(value.choice % 2 == 0 ? b : universal, value.c, "/c");
+  reason = in("C", state_difference(c, value.model));
+  if (reason.empty())
+    reason = in("C", ExpertJudge(workshop.storage(), "/c", value.model, value.c).run());
+  if (!reason.empty()) return reason;
+  const std::string root = workshop.digest(a).root;
+  for (const ShardedState* other : {&b, &universal, &c}) {
+    if (workshop.digest(*other).root != root) return "another digest";
+  }
+  return "";
+}
+
+}  // namespace isoshard::properties

@@ -1,0 +1,213 @@
+// See expert_source.h. Keys: deepspeed/runtime/engine.py, _save_moe_checkpoint;
+// fp16/unfused_optimizer.py, state_dict (DeepSpeed 0.19.8).
+#include "properties/expert_source.h"
+
+#include <cstdio>
+
+#include "checkpoint/torch_builder.h"
+#include "reshard/executor.h"
+
+namespace isoshard::properties {
+namespace {
+
+using checkpoint::FileBlueprint;
+using checkpoint::NodeId;
+using checkpoint::TorchBuilder;
+using Entries = std::vector<std::pair<std::string, NodeId>>;
+
+class ExpertFileWriter {
+ public:
+  ExpertFileWriter(const Model& model, const Job& job) : model_(model), job_(job) {}
+
+  FileBlueprint model_file() {
+    std::vector<NodeId> module, counts;
+    for (size_t i = 0; i < model_.parameters.size(); ++i) {
+      if (expert_place(model_.parameters[i].name).layer >= 0) continue;
+      module.push_back(pickle().string(model_.parameters[i].name));
+      module.push_back(module_tensor(i));
+    }
+    for (int count : model_.experts) counts.push_back(pickle().integer(count));
+    const Entries root = {
+        {"module", pickle().ordered_dict(std::move(module))},
+        {"buffer_names", pickle().list({})},
+        {"optimizer", optimizer(0)},
+        {"param_shapes", pickle().none()},
+        {"frozen_param_shapes", pickle().none()},
+        {"shared_params", pickle().none()},
+        {"frozen_param_fragments", pickle().none()},
+        {"lr_scheduler", pickle().none()},
+        {"data_sampler", pickle().none()},
+        {"random_ltd", pickle().none()},
+        {"skipped_steps", pickle().integer(0)},
+        {"global_steps", pickle().integer(5)},
+        {"global_samples", pickle().integer(320)},
+        {"dp_world_size", pickle().integer(job_.ranks())},
+        {"mp_world_size", pickle().integer(1)},
+        {"checkpoint_parallel_dimensions",
+         builder_.dict({{"pp_degree", pickle().integer(1)}, {"tp_degree", pickle().integer(1)}})},
+        {"ds_config", config()},
+        {"ds_version", pickle().string("0.19.8")},
+        {"num_experts", pickle().list(std::move(counts))},
+        {"ds_autoep_layers", pickle().none()}};
+    return builder_.finish("mp_rank_00_model_states.pt", builder_.dict(root));
+  }
+
+  FileBlueprint optim_file(int rank) {
+    const NodeId root = builder_.dict({{"optimizer", optimizer(rank)}});
+    return builder_.finish("expp_rank_" + std::to_string(rank) + "_mp_rank_00_optim_states.pt",
+                           root);
+  }
+
+  FileBlueprint expert_file(int layer, int number) {
+    Entries entries;
+    for (size_t i = 0; i < model_.parameters.size(); ++i) {
+      const ExpertPlace place = expert_place(model_.parameters[i].name);
+      if (place.layer == layer && place.number == number)
+        entries.emplace_back(model_.parameters[i].name, module_tensor(i));
+    }
+    return builder_.finish("layer_" + std::to_string(layer) + "_expert_" + std::to_string(number) +
+                               "_mp_rank_00_model_states.pt",
+                           builder_.dict(std::move(entries)));
+  }
+
+ private:
+  checkpoint::Pickle& pickle() { return builder_.pickle; }
+
+  NodeId whole(const std::string& bytes, DType dtype, const Shape& shape) {
+    const int64_t count = static_cast<int64_t>(bytes.size()) / item_size_bytes(dtype);
+    const int storage = builder_.add_storage(
+        {.dtype = dtype, .numel = count, .runs = {}, .copy = {}, .literal = bytes});
+    return builder_.tensor({.shape = shape, .storage = storage});
+  }
+
+  NodeId module_tensor(size_t i) {
+    return whole(module_bytes(model_, i), model_.dtype, model_.parameters[i].shape);
+  }
+
+  NodeId state_tensor(int number, int state) {
+    const DType dtype = state_dtype(model_, state);
+    return whole(pack(state_bits(model_, number, state), dtype), dtype,
+                 model_.parameters[static_cast<size_t>(number)].shape);
+  }
+
+  NodeId config() {
+    Entries root = {{"train_batch_size", pickle().integer(64)},
+                    {"zero_optimization",
+                     builder_.dict({{"stage", pickle().integer(0)},
+                                    {"parameter_alignment", pickle().boolean(model_.aligned)}})},
+                    {"use_data_before_expert_parallelism", pickle().boolean(model_.data_first)}};
+    const char* section = model_.dtype == DType::kBFloat16 ? "bf16" : "fp16";
+    if (model_.dtype != DType::kFloat32)
+      root.emplace_back(section, builder_.dict({{"enabled", pickle().boolean(true)}}));
+    return builder_.dict(std::move(root));
+  }
+
+  NodeId scalar(const ScalarKind& kind, int group) {
+    const float value = static_cast<float>(kind.value + group);
+    switch (kind.form) {
+      case ScalarKind::Form::kInt:
+        return pickle().integer(kind.value + group);
+      case ScalarKind::Form::kFloat:
+        return pickle().real(value);
+      case ScalarKind::Form::kNone:
+        return pickle().none();
+      case ScalarKind::Form::kTensor:
+        break;
+    }
+    return whole(std::string(reinterpret_cast<const char*>(&value), 4), DType::kFloat32, {});
+  }
+
+  NodeId optimizer(int rank) {
+    std::vector<NodeId> states, groups, masters;
+    int64_t index = 0;
+    for (const int trained : {-1, rank}) {
+      const int group = trained < 0 ? 0 : 1;
+      std::vector<NodeId> numbers, tensors;
+      const std::vector<int> members = optimizer_groups(trained_by(model_, job_, trained)).at(0);
+      for (int number : members) {
+        Entries entry;
+        for (const ScalarKind& kind : model_.scalars)
+          entry.emplace_back(kind.name, scalar(kind, group));
+        for (size_t s = 0; s < model_.states.size(); ++s)
+          entry.emplace_back(model_.states[s].name, state_tensor(number, static_cast<int>(s)));
+        if (!entry.empty()) {
+          states.push_back(pickle().integer(index));
+          states.push_back(builder_.dict(std::move(entry)));
+        }
+        numbers.push_back(pickle().integer(index++));
+        if (model_.dtype != DType::kFloat32) tensors.push_back(state_tensor(number, -1));
+      }
+      Entries hyper = {{"lr", pickle().real(0.001 * (group + 1))}};
+      if (group == 1) {
+        hyper.emplace_back("name", pickle().string("ep_size_" + std::to_string(job_.expert)));
+        hyper.emplace_back("moe", pickle().boolean(true));
+      }
+      hyper.emplace_back("params", pickle().list(std::move(numbers)));
+      groups.push_back(builder_.dict(std::move(hyper)));
+      masters.push_back(pickle().list(std::move(tensors)));
+    }
+    const NodeId plain = builder_.dict({{"state", pickle().dict(std::move(states))},
+                                        {"param_groups", pickle().list(std::move(groups))}});
+    if (model_.dtype == DType::kFloat32) return plain;
+    return builder_.dict({{"dynamic_loss_scale", pickle().boolean(false)},
+                          {"cur_scale", pickle().real(1.0)},
+                          {"cur_iter", pickle().integer(5)},
+                          {"optimizer_state_dict", plain},
+                          {"fp32_groups", pickle().list(std::move(masters))}});
+  }
+
+  const Model& model_;
+  const Job& job_;
+  TorchBuilder builder_;
+};
+
+}  // namespace
+
+ExpertPlace expert_place(const std::string& name) {
+  ExpertPlace place;
+  const bool expert = std::sscanf(name.c_str(), "m%d.deepspeed_moe.experts.deepspeed_experts.%d.",
+                                  &place.layer, &place.number) == 2;
+  return expert ? place : ExpertPlace{};
+}
+
+Model trained_by(const Model& model, const Job& job, int rank) {
+  Model part = model;
+  for (ModelParameter& parameter : part.parameters) {
+    const ExpertPlace place = expert_place(parameter.name);
+    if (place.layer < 0) {
+      if (rank >= 0) parameter.group = -1;
+      continue;
+    }
+    const int local = model.experts[static_cast<size_t>(place.layer)] / job.expert;
+    if (place.number / local != rank) parameter.group = -1;
+  }
+  return part;
+}
+
+std::string local_name(const Model& model, const Job& job, size_t parameter) {
+  const std::string& name = model.parameters[parameter].name;
+  const ExpertPlace place = expert_place(name);
+  if (place.layer < 0) return name;
+  const int local = model.experts[static_cast<size_t>(place.layer)] / job.expert;
+  const std::string number = "." + std::to_string(place.number) + ".";
+  const size_t at = name.find(number);
+  return name.substr(0, at) + "." + std::to_string(place.number % local) +
+         name.substr(at + number.size() - 1);
+}
+
+void write_expert_source(Storage& storage, const std::string& folder, const Model& model,
+                         const Job& job) {
+  std::vector<FileBlueprint> files = {ExpertFileWriter(model, job).model_file()};
+  for (int rank = 0; rank < job.expert; ++rank)
+    files.push_back(ExpertFileWriter(model, job).optim_file(rank));
+  for (size_t layer = 0; layer < model.experts.size(); ++layer) {
+    for (int number = 0; number < model.experts[layer]; ++number)
+      files.push_back(ExpertFileWriter(model, job).expert_file(static_cast<int>(layer), number));
+  }
+  storage.make_directories(folder);
+  const checkpoint::ShardedState nothing;
+  const reshard::ReshardPlan plan = reshard::make_plan(nothing, std::move(files));
+  reshard::execute(storage, nothing, plan, folder, {.workers = 1});
+}
+
+}  // namespace isoshard::properties
