@@ -30,6 +30,13 @@ int& degree_of(Topology& topology, Axis axis) {
   return topology.pipeline;
 }
 
+// "pp=3" for " pp=3", as it stands behind a comma.
+std::string without_blanks(const std::string& text) {
+  const size_t begin = text.find_first_not_of(' ');
+  if (begin == std::string::npos) return "";
+  return text.substr(begin, text.find_last_not_of(' ') - begin + 1);
+}
+
 Error bad_target(const std::string& text, const std::string& part, const std::string& why) {
   return Error(ErrorInfo{.code = ErrorCode::kUsage,
                          .what = "The target topology cannot be read: " + why,
@@ -75,7 +82,7 @@ TargetSpec parse_target(const std::string& text) {
   std::set<std::string> seen;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
-    const std::string part = text.substr(begin, end - begin);
+    const std::string part = without_blanks(text.substr(begin, end - begin));
     const size_t equals = part.find('=');
     if (equals == std::string::npos) throw bad_target(text, part, "a part has no '='.");
     int value = 0;

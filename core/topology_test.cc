@@ -39,6 +39,14 @@ TEST(Topology, DegreeNamesEveryAxis) {
   }
 }
 
+TEST(Target, BlanksMayStandAroundAPartButNotInsideIt) {
+  EXPECT_EQ(parse_target("pp=3, dp=2 ").topology.pipeline, 3);
+  EXPECT_EQ(parse_target(" pp=3 ,dp=2").topology.data, 2);
+  EXPECT_NE(refusal("dp=1 2").what, "");
+  EXPECT_NE(refusal("d p=2").what, "");
+  EXPECT_NE(refusal("dp=2, ").what, "");
+}
+
 TEST(Target, AxesLeftOutKeepTheSourceDegree) {
   const Topology source{.data = 2, .sequence = 4, .tensor = 8};
   const TargetSpec spec = parse_target("dp=6");

@@ -126,6 +126,16 @@ class Usage(ProgramCase):
         process.send_signal(signal.SIGTERM)
         self.assertEqual(process.wait(timeout=60), 128 + signal.SIGTERM)
 
+    def test_deepspeeds_own_flags(self):
+        """What it will do is said when nothing is refused any more."""
+        source, target = self.recorded() / "global_step3", self.place / "universal"
+        flags = ["ds_to_universal", "--input_folder", source, "--output_folder", target]
+        self.assertNotIn("***", self.run_program(2, *flags).stdout)
+        text = self.run_program(0, *flags, "--inject_missing_state").stdout
+        self.assertIn("*** 1. Extracting ZeRO fragments", text)
+        expected = self.run_program(0, "digest", self.recorded()).stdout
+        self.assertEqual(self.run_program(0, "digest", target).stdout, expected)
+
     def test_help_of_a_verb(self):
         self.assertIn("--to", self.run_program(0, "help", "convert").stdout)
         self.run_program(0, "plan", "--help")

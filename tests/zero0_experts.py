@@ -6,6 +6,7 @@ universal form must hold its bits. An optimizer file that is missing costs maste
 experts alone, and the certificate says so; files that disagree are refused or found by verify.
 """
 
+import re
 import shutil
 import struct
 import sys
@@ -188,6 +189,19 @@ class Zero0Experts(ProgramCase):
         folder.files[inside.replace("_7_", "_9_")] = (prefix.replace("_7_", "_9_"), records)
         text = self.run_program(2, "digest", folder.write(self.place / "more")).stderr
         self.assertIn("no layer of experts has", text)
+
+    def test_slots_and_experts_must_be_as_many(self):
+        folder = h.ZeroFolder(self.recorded(NATIVE))
+        for number in (2, 3):
+            del folder.files[f"global_step3/layer_0_expert_{number}_mp_rank_00_model_states.pt"]
+        records = folder.files["global_step3/mp_rank_00_model_states.pt"][1]
+        records["data.pkl"], hits = re.subn(
+            b"(num_experts(?:q.|r....)\\](?:q.|r....))K\x04", b"\\1K\x02", records["data.pkl"],
+            flags=re.DOTALL)
+        self.assertEqual(hits, 1)
+        text = self.run_program(2, "digest", folder.write(self.place / "source")).stderr
+        self.assertIn("8 on all ranks", text)
+        self.assertIn("8 on each of 2", text)
 
     def test_one_group_of_all_parameters(self):
         """Stage 0 alone allows it: weights come out, no other stage can hold it."""

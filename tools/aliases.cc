@@ -43,10 +43,10 @@ void run_ds_to_universal(Session* session, const UniversalAlias& alias) {
                             .next = "pass --inject_missing_state, as DeepSpeed asks too"});
     }
   }
-  session->say("*** 1. Extracting ZeRO fragments");
-  session->say("*** 2. Merging slices .....");
-  session->say("*** 3. Saving common optimizer states");
-  run_convert(session, alias.flags);
+  ConvertFlags flags = alias.flags;
+  flags.banner = {"*** 1. Extracting ZeRO fragments", "*** 2. Merging slices .....",
+                  "*** 3. Saving common optimizer states"};
+  run_convert(session, flags);
 }
 
 }  // namespace

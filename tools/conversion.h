@@ -22,6 +22,7 @@ struct ConvertFlags {
   bool exclude_frozen = false;
   bool as_deepspeed = false;
   bool beyond_deepspeed = false;
+  std::vector<std::string> banner;  // said when nothing is refused any more
   ConversionFlags common;
 };
 

@@ -92,6 +92,7 @@ void run_convert(Session* session, const ConvertFlags& flags) {
     }
   }
   options.certificate = std::move(certificate);
+  for (const std::string& line : flags.banner) session->say(line);
   finish_conversion(session, state, std::move(files), flags.common, &options);
 }
 

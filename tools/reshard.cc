@@ -136,7 +136,8 @@ checkpoint::SplitOptions split_options(Session* session, const ReshardFlags& fla
 void read_tied_layers(const std::vector<std::string>& texts,
                       std::map<std::string, std::set<int>>* tied) {
   std::string key;
-  for (const std::string& text : texts) {
+  for (std::string text : texts) {
+    text.erase(0, text.find_first_not_of(' '));  // behind a comma
     const size_t equals = text.find('=');
     if (equals != std::string::npos) key = text.substr(0, equals);
     const std::string number = equals == std::string::npos ? text : text.substr(equals + 1);

@@ -74,6 +74,9 @@ class FoldedExperts {
   void check_place(int file, const Place& place) const {
     const Fields f(whole_.document(file));
     const NodeId folding = f.need(f.root(), "folding");
+    if (!f.pickle().is_mapping(folding))
+      f.fail("A value has the wrong type.", "folding", "dict",
+             isoshard::checkpoint::name(f.pickle().kind(folding)));
     const auto check = [&](NodeId holder, const char* key, int64_t expected) {
       const int64_t found = f.integer(f.need(holder, key), key);
       if (found != expected)

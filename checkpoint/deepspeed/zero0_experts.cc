@@ -126,10 +126,20 @@ int Zero0Experts::count_ranks(const std::map<int, int>& optim_files) const {
   for (const ExpertTensors::NativeLayer& layer : tensors_.layers()) {
     for (const auto& [id, entries] : layer.experts) experts += entries.size();
   }
+  // What the ranks would hold together must be what the files hold.
+  const auto check_all = [&](int ranks) {
+    if (slots == 0 || slots * static_cast<size_t>(ranks) == experts) return ranks;
+    refuse(ErrorCode::kUnsupported,
+           "The optimizer does not train as many tensors of experts as there are: experts are "
+           "frozen, or layers have different expert-parallel sizes; neither is supported yet.",
+           "param_groups, moe: True", std::to_string(experts) + " on all ranks",
+           std::to_string(slots) + " on each of " + std::to_string(ranks),
+           "`isoshard help` lists what this version reads");
+  };
   const std::string files_say = "ep_size_" + std::to_string(by_files);
   if (slots == 0 && !names.empty() && !names.contains(files_say))
     return std::max(by_files, std::atoi(names.begin()->c_str() + std::strlen("ep_size_")));
-  if (names.contains(files_say) || slots == 0 || experts % slots != 0) return by_files;
+  if (names.contains(files_say) || slots == 0 || experts % slots != 0) return check_all(by_files);
   const int by_slots = static_cast<int>(experts / slots);
   if (by_slots > by_files && names.empty())
     refuse(ErrorCode::kIncomplete,
