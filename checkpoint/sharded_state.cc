@@ -32,6 +32,26 @@ int ShardedState::add_leaf(Leaf leaf) {
   return static_cast<int>(leaves.size()) - 1;
 }
 
+void ShardedState::enlist(int number) {
+  const int owner = parameters[static_cast<size_t>(number)].group;
+  if (owner < 0) return;
+  GroupState& group = groups[static_cast<size_t>(owner)];
+  group.parameters.push_back(number);
+  group.flat_order.push_back(number);
+}
+
+void ShardedState::refuse(ErrorCode code, const std::string& what, const std::string& entry,
+                          const std::string& expected, const std::string& found,
+                          const std::string& next) const {
+  throw Error(ErrorInfo{.code = code,
+                        .what = what,
+                        .file = folder,
+                        .entry = entry,
+                        .expected = expected,
+                        .found = found,
+                        .next = next});
+}
+
 int ShardedState::state_leaf(const ParameterState& parameter, const std::string& state) const {
   for (int number : parameter.states) {
     if (leaf(number).state == state) return number;
@@ -78,6 +98,16 @@ std::vector<FileFragment> file_fragments(const TorchFile& document, int file,
     }
   }
   return result;
+}
+
+Leaf file_leaf(const TorchFile& document, int file, const TensorView& view, const std::string& name,
+               const std::string& state) {
+  return {.name = name,
+          .state = state,
+          .dtype = view.dtype,
+          .shape = view.shape,
+          .requires_grad = view.requires_grad,
+          .fragments = file_fragments(document, file, view)};
 }
 
 void append_fragments(const Leaf& leaf, int64_t begin, int64_t count, int64_t at,

@@ -14,6 +14,7 @@
 #include "checkpoint/format/torch_file.h"
 #include "checkpoint/tensor_split.h"
 #include "core/dtype.h"
+#include "core/error.h"
 #include "core/topology.h"
 
 namespace isoshard::checkpoint {
@@ -162,6 +163,12 @@ struct ShardedState {
   // states in another order.
   int state_leaf(const ParameterState& parameter, const std::string& state) const;
   int add_leaf(Leaf leaf);
+  // Puts parameter `number` behind the others of its group; nothing if it is frozen.
+  void enlist(int number);
+  // Throws an Error about the folder as a whole.
+  [[noreturn]] void refuse(ErrorCode code, const std::string& what, const std::string& entry,
+                           const std::string& expected, const std::string& found,
+                           const std::string& next) const;
   void set_parameters(std::vector<ParameterState> list);  // replaces all of them
   // Not thread-safe while parameters are being added; read_checkpoint() leaves the index complete.
   const ParameterState* find_parameter(const std::string& name) const;
@@ -174,6 +181,10 @@ struct ShardedState {
 // Fragments of a tensor that lies in one file, whatever its strides.
 std::vector<FileFragment> file_fragments(const TorchFile& document, int file,
                                          const TensorView& view);
+
+// A leaf that is that tensor, as its file holds it.
+Leaf file_leaf(const TorchFile& document, int file, const TensorView& view, const std::string& name,
+               const std::string& state);
 
 // Appends the fragments of elements [begin, begin + count) of a leaf, as elements from `at` on.
 void append_fragments(const Leaf& leaf, int64_t begin, int64_t count, int64_t at,

@@ -4,18 +4,16 @@
 
 #include <cstdio>
 
-#include "checkpoint/torch_builder.h"
-#include "reshard/executor.h"
+#include "properties/hand_file.h"
 
 namespace isoshard::properties {
 namespace {
 
 using checkpoint::FileBlueprint;
 using checkpoint::NodeId;
-using checkpoint::TorchBuilder;
 using Entries = std::vector<std::pair<std::string, NodeId>>;
 
-class ExpertFileWriter {
+class ExpertFileWriter : public HandFile {
  public:
   ExpertFileWriter(const Model& model, const Job& job) : model_(model), job_(job) {}
 
@@ -71,15 +69,6 @@ class ExpertFileWriter {
   }
 
  private:
-  checkpoint::Pickle& pickle() { return builder_.pickle; }
-
-  NodeId whole(const std::string& bytes, DType dtype, const Shape& shape) {
-    const int64_t count = static_cast<int64_t>(bytes.size()) / item_size_bytes(dtype);
-    const int storage = builder_.add_storage(
-        {.dtype = dtype, .numel = count, .runs = {}, .copy = {}, .literal = bytes});
-    return builder_.tensor({.shape = shape, .storage = storage});
-  }
-
   NodeId module_tensor(size_t i) {
     return whole(module_bytes(model_, i), model_.dtype, model_.parameters[i].shape);
   }
@@ -100,21 +89,6 @@ class ExpertFileWriter {
     if (model_.dtype != DType::kFloat32)
       root.emplace_back(section, builder_.dict({{"enabled", pickle().boolean(true)}}));
     return builder_.dict(std::move(root));
-  }
-
-  NodeId scalar(const ScalarKind& kind, int group) {
-    const float value = static_cast<float>(kind.value + group);
-    switch (kind.form) {
-      case ScalarKind::Form::kInt:
-        return pickle().integer(kind.value + group);
-      case ScalarKind::Form::kFloat:
-        return pickle().real(value);
-      case ScalarKind::Form::kNone:
-        return pickle().none();
-      case ScalarKind::Form::kTensor:
-        break;
-    }
-    return whole(std::string(reinterpret_cast<const char*>(&value), 4), DType::kFloat32, {});
   }
 
   NodeId optimizer(int rank) {
@@ -158,7 +132,6 @@ class ExpertFileWriter {
 
   const Model& model_;
   const Job& job_;
-  TorchBuilder builder_;
 };
 
 }  // namespace
@@ -204,10 +177,7 @@ void write_expert_source(Storage& storage, const std::string& folder, const Mode
     for (int number = 0; number < model.experts[layer]; ++number)
       files.push_back(ExpertFileWriter(model, job).expert_file(static_cast<int>(layer), number));
   }
-  storage.make_directories(folder);
-  const checkpoint::ShardedState nothing;
-  const reshard::ReshardPlan plan = reshard::make_plan(nothing, std::move(files));
-  reshard::execute(storage, nothing, plan, folder, {.workers = 1});
+  write_folder(storage, folder, std::move(files));
 }
 
 }  // namespace isoshard::properties

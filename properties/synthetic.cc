@@ -2,10 +2,9 @@
 // zero/stage_1_and_2.py, zero/stage3.py and bf16_optimizer.py, state_dict (DeepSpeed 0.19.8).
 #include "properties/synthetic.h"
 
-#include "checkpoint/torch_builder.h"
 #include "core/check.h"
+#include "properties/hand_file.h"
 #include "properties/split_info.h"
-#include "reshard/executor.h"
 
 namespace isoshard::properties {
 namespace {
@@ -20,26 +19,17 @@ using Entries = std::vector<std::pair<std::string, NodeId>>;
 constexpr const char* kVersion = "0.19.8";
 
 // What all files of one folder have in common.
-class FileWriter {
+class FileWriter : public HandFile {
  public:
   FileWriter(const Model& model, const Job& job, int rank)
       : model_(model), job_(job), rank_(rank), form_(form_of(model, job)) {}
 
  protected:
-  int literal(const std::string& bytes, DType dtype) {
-    const int64_t count = static_cast<int64_t>(bytes.size()) / item_size_bytes(dtype);
-    return builder_.add_storage(
-        {.dtype = dtype, .numel = count, .runs = {}, .copy = {}, .literal = bytes});
-  }
-  NodeId whole(const std::string& bytes, DType dtype, const Shape& shape) {
-    return builder_.tensor({.shape = shape, .storage = literal(bytes, dtype)});
-  }
   NodeId integers(const std::vector<int64_t>& values) {
     std::vector<NodeId> items;
     for (int64_t value : values) items.push_back(pickle().integer(value));
     return pickle().list(std::move(items));
   }
-  checkpoint::Pickle& pickle() { return builder_.pickle; }
   bool bf16_optimizer() const { return uses_bf16_optimizer(model_, job_.stage); }
 
   std::string mp_rank() const { return "mp_rank_0" + std::to_string(model_.mp_rank); }
@@ -64,7 +54,6 @@ class FileWriter {
     return builder_.dict(std::move(root));
   }
 
-  TorchBuilder builder_;
   const Model& model_;
   const Job& job_;
   int rank_;
@@ -403,7 +392,7 @@ class OptimFile : public FileWriter {
   Entries state_entry(size_t buffer, int group) {
     Entries entry;
     for (const ScalarKind& scalar : model_.scalars) {
-      entry.emplace_back(scalar.name, scalar_node(scalar, group));
+      entry.emplace_back(scalar.name, HandFile::scalar(scalar, group));
     }
     for (size_t s = 0; s < model_.states.size(); ++s) {
       const StateKind& kind = model_.states[s];
@@ -412,21 +401,6 @@ class OptimFile : public FileWriter {
                                           {static_cast<int64_t>(bits.size())}));
     }
     return entry;
-  }
-
-  NodeId scalar_node(const ScalarKind& scalar, int group) {
-    const float value = static_cast<float>(scalar.value + group);
-    switch (scalar.form) {
-      case ScalarKind::Form::kInt:
-        return pickle().integer(scalar.value + group);
-      case ScalarKind::Form::kFloat:
-        return pickle().real(value);
-      case ScalarKind::Form::kNone:
-        return pickle().none();
-      case ScalarKind::Form::kTensor:
-        break;
-    }
-    return whole(std::string(reinterpret_cast<const char*>(&value), 4), DType::kFloat32, {});
   }
 
   NodeId stage_enum() {
@@ -478,10 +452,7 @@ void write_source(Storage& storage, const std::string& folder, const Model& mode
       files.push_back(OptimFile(part, job, rank, states).run());
     }
   }
-  storage.make_directories(folder);
-  const checkpoint::ShardedState nothing;
-  const reshard::ReshardPlan plan = reshard::make_plan(nothing, std::move(files));
-  reshard::execute(storage, nothing, plan, folder, {.workers = 1});
+  write_folder(storage, folder, std::move(files));
 }
 
 void write_param_order(Storage& storage, const std::string& path, const Model& model) {

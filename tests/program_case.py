@@ -50,8 +50,7 @@ class ProgramCase(unittest.TestCase):
         result = subprocess.run(
             [CONFIG.program, *map(str, arguments)], text=True, check=False, **how
         )
-        if status is not None:  # None: any
-            self.assertEqual(result.returncode, status, (arguments, result))
+        self.assertEqual(result.returncode, status, (arguments, result))
         return result
 
     def certificate(self, folder):

@@ -41,7 +41,7 @@ class LayerWriter {
     copy.set_if_present("expert_placement", placement_node(&builder_, layer.experts, ranks));
     copy.set_if_present("affine_maps", maps(layer));
     copy.set_if_present("ep_group_name", pickle_.string("ep_size_" + std::to_string(ranks)));
-    const auto [expert_rank, replica] = place();
+    const auto [expert_rank, replica] = expert_rank_of(target_, zero_);
     const bool stage3 = target_.stage == 3;
     if (stage3 || target_.state.stage == 3) {
       copy.set("checkpoint_format",
@@ -54,16 +54,6 @@ class LayerWriter {
     copy.set_if_present("global_expert_start", pickle_.integer(expert_rank * local));
     copy.set_if_present("global_expert_end", pickle_.integer((expert_rank + 1) * local));
     return copy.finish();
-  }
-
-  // Expert-parallel rank, and rank in its partition group.
-  std::pair<int64_t, int64_t> place() const {
-    for (size_t e = 0; e < target_.expert_partitions.size(); ++e) {
-      const std::vector<int>& members = target_.expert_partitions[e];
-      const auto found = std::find(members.begin(), members.end(), zero_);
-      if (found != members.end()) return {static_cast<int64_t>(e), found - members.begin()};
-    }
-    return {0, 0};
   }
 
   NodeId maps(const ExpertLayer& layer) {

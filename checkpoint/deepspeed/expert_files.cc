@@ -131,15 +131,11 @@ void read_experts(ShardedState* state, const ModelStates& model, const ExpertInf
   state->topology.expert = ranks;
   std::vector<MpPart> parts;
   for (int rank = 0; rank < ranks; ++rank) {
-    MpPart part{.state = {}, .model = model};
-    part.state.folder = state->folder;
-    part.state.topology = state->topology;
-    part.state.has_places = state->has_places;
     const std::vector<int> members = experts.partition_ranks(rank, ranks, dp);
     if (stage3) check_expert_ranks(*state, experts, rank, members);
+    MpPart part = lend_files(state, model);
     for (int member : members)
       part.state.optim_files.push_back(state->optim_files[static_cast<size_t>(member)]);
-    part.state.files = std::move(state->files);
     if (stage3)
       read_zero3_part(&part.state, model, expert, members);
     else
@@ -175,12 +171,8 @@ void join_native_ranks(ShardedState* whole, const std::vector<MpPart>& parts) {
                    [](const auto& a, const auto& b) { return a.first < b.first; });
   for (auto& [place, parameter] : all) {
     const int number = static_cast<int>(whole->parameters.size());
-    if (parameter.group >= 0) {
-      GroupState& group = whole->groups[static_cast<size_t>(parameter.group)];
-      group.parameters.push_back(number);
-      group.flat_order.push_back(number);
-    }
     whole->parameters.push_back(std::move(parameter));
+    whole->enlist(number);
   }
 }
 

@@ -140,6 +140,16 @@ std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetR
   return result;
 }
 
+ExpertRank expert_rank_of(const ReshardTarget& target, int zero) {
+  for (size_t e = 0; e < target.expert_partitions.size(); ++e) {
+    const std::vector<int>& members = target.expert_partitions[e];
+    const auto found = std::find(members.begin(), members.end(), zero);
+    if (found != members.end())
+      return {static_cast<int>(e), static_cast<int>(found - members.begin())};
+  }
+  return {};
+}
+
 int rank_in(const ReshardTarget& target, const TargetBuffer& buffer, TargetRank rank) {
   if (!buffer.experts) return rank.zero;
   const std::vector<int>& members = target.expert_partitions[static_cast<size_t>(buffer.shard)];

@@ -20,18 +20,6 @@ ExpertTensors::ExpertTensors(const ShardedState& state, const ModelStates& model
   check_module();
 }
 
-void ExpertTensors::refuse(ErrorCode code, const std::string& what, const std::string& entry,
-                           const std::string& expected, const std::string& found,
-                           const std::string& next) const {
-  throw Error(ErrorInfo{.code = code,
-                        .what = what,
-                        .file = state_.folder,
-                        .entry = entry,
-                        .expected = expected,
-                        .found = found,
-                        .next = next});
-}
-
 // In the order of the layers' numbers, then of the experts'.
 void ExpertTensors::read(std::vector<int> files) {
   const auto layer_of = [&](int file) {
@@ -46,12 +34,7 @@ void ExpertTensors::read(std::vector<int> files) {
       const TensorView view = f.tensor(node, name);
       if (!names.insert(name).second)
         f.fail("Two files hold the same expert.", quote(name), "one", "two");
-      ModuleEntry entry{.leaf = {.name = name,
-                                 .state = "param",
-                                 .dtype = view.dtype,
-                                 .shape = view.shape,
-                                 .requires_grad = view.requires_grad,
-                                 .fragments = file_fragments(f.document(), file, view)},
+      ModuleEntry entry{.leaf = file_leaf(f.document(), file, view, name, "param"),
                         .local_name = name,
                         .expert = true,
                         .replaced = experts_.autoep()};
@@ -75,20 +58,19 @@ void ExpertTensors::read(std::vector<int> files) {
 // tensors.
 void ExpertTensors::check_native() const {
   if (experts_.autoep()) return;
-  const NodeId list = fields_.maybe(fields_.root(), "num_experts");
-  const bool known = list != kNoNode && fields_.pickle().kind(list) == Kind::kList;
-  const size_t count = known ? fields_.pickle().items(list).size() : layers_.size();
+  const std::optional<std::vector<NodeId>> counts = expert_counts(fields_);
+  const size_t count = counts ? counts->size() : layers_.size();
   if (count != layers_.size())
-    refuse(count > layers_.size() ? ErrorCode::kIncomplete : ErrorCode::kMismatch,
-           "The folder does not hold the files of the experts of every layer (DeepSpeed: "
-           "FileNotFoundError).",
-           "layer_*_expert_*_mp_rank_00_model_states.pt", std::to_string(count) + " layers",
-           std::to_string(layers_.size()), "bring the missing files from the node that wrote them");
+    state_.refuse(count > layers_.size() ? ErrorCode::kIncomplete : ErrorCode::kMismatch,
+                  "The folder does not hold the files of the experts of every layer (DeepSpeed: "
+                  "FileNotFoundError).",
+                  "layer_*_expert_*_mp_rank_00_model_states.pt", std::to_string(count) + " layers",
+                  std::to_string(layers_.size()),
+                  "bring the missing files from the node that wrote them");
   for (size_t i = 0; i < layers_.size(); ++i) {
     const NativeLayer& layer = layers_[i];
     const int64_t found = layer.experts.rbegin()->first + 1;
-    const int64_t expected =
-        known ? fields_.integer(fields_.pickle().items(list)[i], "num_experts") : found;
+    const int64_t expected = counts ? fields_.integer((*counts)[i], "num_experts") : found;
     for (int64_t id = 0; id < std::max(found, expected); ++id) {
       if (!layer.experts.contains(id))
         refuse_missing_expert(state_, layer.path + std::to_string(id), files_);
@@ -96,9 +78,9 @@ void ExpertTensors::check_native() const {
         fields_.fail("There are files of more experts than the layer has.", quote(layer.path),
                      std::to_string(expected), std::to_string(found));
       if (shapes_of(layer, id) != shapes_of(layer, 0))
-        refuse(ErrorCode::kMismatch, "Experts of one layer have different tensors.",
-               quote(layer.path + std::to_string(id)), shapes_of(layer, 0), shapes_of(layer, id),
-               "look whether the file is of another save");
+        state_.refuse(ErrorCode::kMismatch, "Experts of one layer have different tensors.",
+                      quote(layer.path + std::to_string(id)), shapes_of(layer, 0),
+                      shapes_of(layer, id), "look whether the file is of another save");
     }
   }
 }
@@ -129,9 +111,9 @@ void ExpertTensors::check_module() const {
   }
   for (const auto& [name, entry] : slices_) {
     if (!known.contains(name))
-      refuse(ErrorCode::kMismatch, "An expert file holds what no layer of experts has.",
-             quote(name), "experts of ds_autoep_layers alone", "another",
-             "look whether the file is of another save");
+      state_.refuse(ErrorCode::kMismatch, "An expert file holds what no layer of experts has.",
+                    quote(name), "experts of ds_autoep_layers alone", "another",
+                    "look whether the file is of another save");
   }
 }
 
@@ -172,10 +154,11 @@ ExpertBlock ExpertTensors::stacks_of(const ExpertLayer& layer, int rank) const {
         continue;
       }
       if (slice.shape != whole.leaf.shape || slice.dtype != whole.leaf.dtype)
-        refuse(ErrorCode::kMismatch, "Experts of one layer have different shapes or dtypes.",
-               quote(name), to_string(whole.leaf.shape) + " " + isoshard::name(whole.leaf.dtype),
-               to_string(slice.shape) + " " + isoshard::name(slice.dtype),
-               "look whether the file is of another save");
+        state_.refuse(ErrorCode::kMismatch, "Experts of one layer have different shapes or dtypes.",
+                      quote(name),
+                      to_string(whole.leaf.shape) + " " + isoshard::name(whole.leaf.dtype),
+                      to_string(slice.shape) + " " + isoshard::name(slice.dtype),
+                      "look whether the file is of another save");
       append_fragments(slice, 0, slice.size_elements(), (count - 1) * slice.size_elements(),
                        &whole.leaf.fragments);
     }

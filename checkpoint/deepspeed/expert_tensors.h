@@ -30,9 +30,6 @@ class ExpertTensors {
   std::string local_name(const std::string& name, int rank, int ranks) const;
 
  private:
-  [[noreturn]] void refuse(ErrorCode code, const std::string& what, const std::string& entry,
-                           const std::string& expected, const std::string& found,
-                           const std::string& next) const;
   void read(std::vector<int> files);
   void check_native() const;
   void check_module() const;

@@ -39,6 +39,17 @@ NodeId autoep_layers(const Fields& fields, NodeId holder) {
   return list != kNoNode ? list : fields.maybe(holder, "autoep_layers");
 }
 
+std::optional<std::vector<NodeId>> expert_counts(const Fields& fields) {
+  const NodeId list = fields.maybe(fields.root(), "num_experts");
+  if (list == kNoNode || fields.pickle().kind(list) != Kind::kList) return std::nullopt;
+  return fields.pickle().items(list);
+}
+
+bool is_group_of_experts(const Fields& fields, NodeId hyper) {
+  const NodeId flag = fields.maybe(hyper, "moe");
+  return flag != kNoNode && fields.pickle().kind(flag) == Kind::kBool && fields.truth(hyper, "moe");
+}
+
 ExpertInfo::ExpertInfo(const ShardedState& state, const ModelStates& model)
     : path_(state.document(model.file).path()) {
   const Fields fields(state.document(model.file));

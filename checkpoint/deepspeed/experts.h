@@ -85,6 +85,13 @@ TensorSplit stack_split(const ExpertLayer& layer, const Shape& shard);
 // AutoEP layers of a model file: ds_autoep_layers, or the older autoep_layers; kNoNode if none.
 NodeId autoep_layers(const Fields& fields, NodeId holder);
 
+// num_experts of a model file: a number for each layer of experts; nothing if it is no list.
+std::optional<std::vector<NodeId>> expert_counts(const Fields& fields);
+
+// A group whose `moe` is True holds experts alone, and then they stand in no other group
+// (deepspeed/moe/utils.py).
+bool is_group_of_experts(const Fields& fields, NodeId hyper);
+
 // The optimizer's groups, by what they hold; those with experts hold nothing else, or
 // Error(kCorrupt).
 struct ExpertGroups {

@@ -50,18 +50,16 @@ class FoldedExperts {
   // The experts of one expert-parallel rank, from the files of its replicas.
   MpPart read(int rank, int ranks, const GroupMask& groups) {
     const std::vector<int> members = experts_.partition_ranks(rank, ranks, data_ * tensor_);
-    MpPart part{.state = {}, .model = parts_[static_cast<size_t>(members[0] % tensor_)].model};
-    part.state.folder = whole_.folder;
-    part.state.topology = whole_.topology;
-    part.state.has_places = whole_.has_places;
+    std::vector<int> files;
     for (size_t replica = 0; replica < members.size(); ++replica) {
       const int tensor = members[replica] % tensor_, data = members[replica] / tensor_;
       const MpPart& holder = parts_[static_cast<size_t>(tensor)];
       const int file = holder.state.optim_files[static_cast<size_t>(data)];
       check_place(file, {tensor, rank, static_cast<int64_t>(replica), ranks});
-      part.state.optim_files.push_back(file);
+      files.push_back(file);
     }
-    part.state.files = std::move(whole_.files);
+    MpPart part = lend_files(&whole_, parts_[static_cast<size_t>(members[0] % tensor_)].model);
+    part.state.optim_files = std::move(files);
     read_zero12(&part.state, part.model, groups);
     whole_.files = std::move(part.state.files);
     return part;

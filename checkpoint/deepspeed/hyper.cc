@@ -260,6 +260,33 @@ bool is_engine_key(const std::string& key) {
   return kKeys.count(key) != 0;
 }
 
+namespace {
+
+json optimizer_part(const ShardedState& state, Spent* spent) {
+  json result = {{"loss_scaler", loss_scaler(state, spent)}};
+  for (const GroupState& group : state.groups) {
+    const TorchFile& holder = state.document(group.hyper.file);
+    json entry = Renderer(holder, "param_groups", spent).render(group.hyper.node);
+    entry.erase("params");
+    // "ep_size_4": the degree is the topology's, and stale after a load elsewhere.
+    if (entry.is_object() && entry.value("moe", json(false)) == json(true)) entry.erase("name");
+    std::vector<std::string> names;
+    for (int number : group.parameters)
+      names.push_back(state.parameters[static_cast<size_t>(number)].name);
+    std::sort(names.begin(), names.end());
+    entry["names"] = names;
+    result["param_groups"].push_back(std::move(entry));
+  }
+  return result;
+}
+
+}  // namespace
+
+json optimizer_json(const ShardedState& state) {
+  Spent spent;
+  return optimizer_part(state, &spent);
+}
+
 json client_state_json(const TorchFile& document) {
   Spent spent;
   return client_state(document, &spent);
@@ -275,7 +302,6 @@ json hyper_json(const ShardedState& state) {
   };
   json result = json::object();
   result["client_state"] = client_state(document, &spent);
-  result["loss_scaler"] = loss_scaler(state, &spent);
   for (const char* key : {"global_samples", "global_steps", "skipped_steps"}) {
     if (const NodeId value = fields.maybe(fields.root(), key); value != kNoNode)
       result["counters"][key] = value_of(document, value, key);
@@ -284,19 +310,7 @@ json hyper_json(const ShardedState& state) {
     const NodeId value = fields.maybe(fields.root(), key);
     result[key] = value == kNoNode ? json(nullptr) : value_of(document, value, key);
   }
-  for (const GroupState& group : state.groups) {
-    const TorchFile& holder = state.document(group.hyper.file);
-    json entry = value_of(holder, group.hyper.node, "param_groups");
-    entry.erase("params");
-    // "ep_size_4": the degree is the topology's, and stale after a load elsewhere.
-    if (entry.is_object() && entry.value("moe", json(false)) == json(true)) entry.erase("name");
-    std::vector<std::string> names;
-    for (int number : group.parameters)
-      names.push_back(state.parameters[static_cast<size_t>(number)].name);
-    std::sort(names.begin(), names.end());
-    entry["names"] = names;
-    result["param_groups"].push_back(std::move(entry));
-  }
+  result.update(optimizer_part(state, &spent));
   return result;
 }
 

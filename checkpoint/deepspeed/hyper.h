@@ -16,6 +16,9 @@ namespace isoshard::checkpoint {
 // shared objects count each time, so that a graph of a few bytes cannot fill the memory.
 nlohmann::json hyper_json(const ShardedState& state);
 
+// {"loss_scaler", "param_groups"} of it: what the optimizer's own file says.
+nlohmann::json optimizer_json(const ShardedState& state);
+
 // Keys of a model-state file that DeepSpeed itself writes; all others are client state.
 bool is_engine_key(const std::string& key);
 

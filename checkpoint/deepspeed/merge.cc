@@ -58,12 +58,7 @@ class TensorMerge {
     check_parts();
     for (const std::string& name : order()) {
       merge_parameter(name);
-      const int number = static_cast<int>(whole_.parameters.size()) - 1;
-      const int owner = whole_.parameters.back().group;
-      if (owner < 0) continue;
-      GroupState& group = whole_.groups[static_cast<size_t>(owner)];
-      group.parameters.push_back(number);
-      group.flat_order.push_back(number);
+      whole_.enlist(static_cast<int>(whole_.parameters.size()) - 1);
     }
     whole_.stepped = whole_.stepped || first().stepped;
   }
@@ -433,6 +428,16 @@ void TensorMerge::merge_aliases() {
 }
 
 }  // namespace
+
+MpPart lend_files(ShardedState* whole, ModelStates model) {
+  MpPart part{.state = {}, .model = std::move(model)};
+  part.state.folder = whole->folder;
+  part.state.topology = whole->topology;
+  part.state.has_places = whole->has_places;
+  part.state.version = whole->version;
+  part.state.files = std::move(whole->files);
+  return part;
+}
 
 std::vector<FileFragment> compose(const TensorSplit& split,
                                   const std::vector<const Leaf*>& shards) {

@@ -16,6 +16,10 @@ struct MpPart {
   ModelStates model;
 };
 
+// A part that shares the folder, topology and version of `whole`, and has its files until they are
+// moved back: whole->files = std::move(part.state.files).
+MpPart lend_files(ShardedState* whole, ModelStates model = {});
+
 // Adds the joined parameters, buffers, aliases, groups and leaves to `whole`, whose files are open.
 // Parts stand in the order of their tensor-parallel rank. Throws Error(kMismatch) where they do not
 // fit together. Whether replicas are equal is not looked at: the pairs go to whole->replicas.

@@ -157,12 +157,7 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
     state->module_order.push_back(name);
     const TensorView view = fields.tensor(node, "module " + name);
     const auto add = [&](const std::string& what) {
-      return state->add_leaf({.name = name,
-                              .state = what,
-                              .dtype = view.dtype,
-                              .shape = view.shape,
-                              .requires_grad = view.requires_grad,
-                              .fragments = file_fragments(document, model.file, view)});
+      return state->add_leaf(file_leaf(document, model.file, view, name, what));
     };
     if (const auto found = known.find(name); found != known.end()) {
       ParameterState& parameter = state->parameters[found->second];

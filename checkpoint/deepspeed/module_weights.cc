@@ -68,11 +68,10 @@ void check_totals(const ShardedState& state, const ModelStates& model,
   for (const Expert& expert : experts)
     found[expert.number.first] = std::max(found[expert.number.first], expert.number.second + 1);
   const Fields f(state.document(model.file));
-  const NodeId list = f.maybe(f.root(), "num_experts");
-  if (list == kNoNode || f.pickle().kind(list) != Kind::kList) return;
-  const std::vector<NodeId>& counts = f.pickle().items(list);
-  for (size_t i = 0; i < layers.size() && counts.size() == layers.size(); ++i) {
-    const int64_t expected = f.integer(counts[i], "num_experts");
+  const std::optional<std::vector<NodeId>> counts = expert_counts(f);
+  if (!counts || counts->size() != layers.size()) return;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const int64_t expected = f.integer((*counts)[i], "num_experts");
     if (found[layers[i]] < expected)
       refuse_missing_expert(state, layers[i] + std::to_string(found[layers[i]]), experts.size());
     if (found[layers[i]] > expected)

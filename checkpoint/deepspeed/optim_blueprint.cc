@@ -2,10 +2,10 @@
 // state_dict), and the optimizer entry of a stage-0 model file (fp16/unfused_optimizer.py).
 #include <algorithm>
 
+#include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/reshard_target.h"
-#include "checkpoint/deepspeed/zero0_files.h"
 #include "core/check.h"
 #include "core/error.h"
 
@@ -312,12 +312,7 @@ class OptimWriter {
     return numbers;
   }
 
-  int expert_rank() const {
-    const auto& partitions = target_.expert_partitions;
-    const auto found = std::ranges::find_if(
-        partitions, [&](const auto& ranks) { return std::ranges::count(ranks, rank_.zero) > 0; });
-    return static_cast<int>(found - partitions.begin());
-  }
+  int expert_rank() const { return expert_rank_of(target_, rank_.zero).expert; }
 
   // This tensor- or expert-parallel rank's part of a leaf of a parameter.
   NodeId whole_tensor(int parameter, int number, bool requires_grad) {

@@ -105,6 +105,14 @@ struct TargetRank {
 std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetRank rank);
 int rank_in(const ReshardTarget& target, const TargetBuffer& buffer, TargetRank rank);
 
+// Expert-parallel rank of a rank of the dense partition group, and its rank among those that share
+// its experts.
+struct ExpertRank {
+  int expert = 0;
+  int replica = 0;
+};
+ExpertRank expert_rank_of(const ReshardTarget& target, int zero);
+
 // Which groups hold experts, who holds which, and the partition groups (expert_target.cc).
 void prepare_experts(ReshardTarget* target);
 

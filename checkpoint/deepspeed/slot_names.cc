@@ -61,11 +61,7 @@ const std::optional<Difference>& SlotNames::difference(size_t slot, size_t entry
     refuse(ErrorCode::kUnsupported, "A master cannot be cast to its parameter's dtype.",
            quote(module.name), name(module.dtype), name(master.dtype));
   }
-  const Leaf leaf{.name = module.name,
-                  .state = "fp32",
-                  .dtype = master.dtype,
-                  .shape = master.shape,
-                  .fragments = file_fragments(state_.document(file_), file_, master)};
+  const Leaf leaf = file_leaf(state_.document(file_), file_, master, module.name, "fp32");
   found->second = compare(state_, leaf, module);
   return found->second;
 }

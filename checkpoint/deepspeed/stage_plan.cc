@@ -51,9 +51,6 @@ class StagePlanner {
   const std::string& name(int number) const {
     return state_.parameters[static_cast<size_t>(number)].name;
   }
-  [[noreturn]] void refuse(ErrorCode code, const std::string& what, const std::string& entry,
-                           const std::string& expected, const std::string& found,
-                           const std::string& next) const;
   void check_order() const;
   void check_options() const;
   std::set<std::string> all_keys() const;
@@ -83,18 +80,6 @@ class StagePlanner {
   bool explained_uses_ = false;            // some way to use the tied modules is possible
 };
 
-void StagePlanner::refuse(ErrorCode code, const std::string& what, const std::string& entry,
-                          const std::string& expected, const std::string& found,
-                          const std::string& next) const {
-  throw Error(ErrorInfo{.code = code,
-                        .what = what,
-                        .file = state_.folder,
-                        .entry = entry,
-                        .expected = expected,
-                        .found = found,
-                        .next = next});
-}
-
 // named_parameters() of a PipelineModule: tied modules first, then the layers. Only in this order
 // is it known how the parameters of a new stage follow each other.
 void StagePlanner::check_order() const {
@@ -104,17 +89,18 @@ void StagePlanner::check_order() const {
       const ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
       const int layer = layer_in_name(parameter.name);
       if (layer == kNoLayer && tied_key(parameter.name).empty())
-        refuse(ErrorCode::kUnsupported, "A parameter belongs to no layer of the pipeline.",
-               quote(parameter.name), "a layer's number, or tied_modules", parameter.name,
-               "keep pp=" + std::to_string(state_.topology.pipeline));
+        state_.refuse(ErrorCode::kUnsupported, "A parameter belongs to no layer of the pipeline.",
+                      quote(parameter.name), "a layer's number, or tied_modules", parameter.name,
+                      "keep pp=" + std::to_string(state_.topology.pipeline));
       const auto [at, fresh] = reached.emplace(parameter.group, layer);
       if (layer < at->second)
-        refuse(ErrorCode::kUnsupported,
-               "The optimizer's parameters do not stand in the order of the layers; the order of "
-               "other stages is not known.",
-               quote(parameter.name), "tied modules first, then layer by layer",
-               "behind layer " + std::to_string(at->second),
-               "keep pp=" + std::to_string(state_.topology.pipeline));
+        state_.refuse(
+            ErrorCode::kUnsupported,
+            "The optimizer's parameters do not stand in the order of the layers; the order of "
+            "other stages is not known.",
+            quote(parameter.name), "tied modules first, then layer by layer",
+            "behind layer " + std::to_string(at->second),
+            "keep pp=" + std::to_string(state_.topology.pipeline));
       at->second = layer;
     }
   }
@@ -124,8 +110,9 @@ void StagePlanner::check_options() const {
   const std::vector<int>& parts = options_.parts;
   const auto at_fault = [&](const std::string& flag, const std::string& expected,
                             const std::string& found) {
-    refuse(ErrorCode::kUsage, "The stages are not said as the checkpoint has its layers.", flag,
-           expected, found, "give what PipelineModule.parts and .layers of the target are");
+    state_.refuse(ErrorCode::kUsage, "The stages are not said as the checkpoint has its layers.",
+                  flag, expected, found,
+                  "give what PipelineModule.parts and .layers of the target are");
   };
   if (!parts.empty()) {
     const bool rising = std::ranges::adjacent_find(parts, std::greater_equal()) == parts.end();
@@ -144,9 +131,9 @@ void StagePlanner::check_options() const {
   }
   const int most = sizes().back();
   if (stages_ > most)
-    refuse(ErrorCode::kUnsupported, "There are more stages than layers.",
-           "pp=" + std::to_string(stages_), "at most " + std::to_string(most),
-           "the last layer with a file is " + std::to_string(last_), "take a smaller pp");
+    state_.refuse(ErrorCode::kUnsupported, "There are more stages than layers.",
+                  "pp=" + std::to_string(stages_), "at most " + std::to_string(most),
+                  "the last layer with a file is " + std::to_string(last_), "take a smaller pp");
   if (options_.layers > 0 && options_.layers <= last_)
     at_fault("--num-layers", "more than " + std::to_string(last_) + ", the last layer with a file",
              std::to_string(options_.layers));
@@ -210,9 +197,9 @@ void StagePlanner::each_uses(int layers, const std::function<void(const Uses&)>&
         more.push_back(way);
         more.back()[key] = choice;
         if (more.size() > 256)
-          refuse(ErrorCode::kUsage, "Too many layers may use the tied modules.", quote(key),
-                 "--tied-layers KEY=0,5", "many layers without a file",
-                 "say which layers use them");
+          state_.refuse(ErrorCode::kUsage, "Too many layers may use the tied modules.", quote(key),
+                        "--tied-layers KEY=0,5", "many layers without a file",
+                        "say which layers use them");
       }
     }
     ways = std::move(more);
@@ -358,19 +345,21 @@ void StagePlanner::refuse_unexplained() const {
   const std::string target = "pp=" + std::to_string(stages_);
   const std::set<std::string> keys = all_keys();
   if (!explained_uses_ && !keys.empty())
-    refuse(ErrorCode::kUsage,
-           "Which layers use a tied module is not known: no layer without a file of its own, among "
-           "those that the flags leave, explains which stages of the source hold it.",
-           target, "layers that use " + quote(*keys.begin()),
-           sizes().size() > 1 ? "none that fits" : std::to_string(sizes()[0]) + " layers in all",
-           "give --tied-layers KEY=0,5, and a number of layers above the last of them");
+    state_.refuse(
+        ErrorCode::kUsage,
+        "Which layers use a tied module is not known: no layer without a file of its own, among "
+        "those that the flags leave, explains which stages of the source hold it.",
+        target, "layers that use " + quote(*keys.begin()),
+        sizes().size() > 1 ? "none that fits" : std::to_string(sizes()[0]) + " layers in all",
+        "give --tied-layers KEY=0,5, and a number of layers above the last of them");
   const bool one = !options_.method.empty();
-  refuse(ErrorCode::kUsage, "Where the stages of the target end cannot be told from the source.",
-         target, "a partition_method that gives the source's stages",
-         (one ? options_.method + " does not" : "neither uniform nor parameters does") +
-             (sizes()[0] > kMostInferred ? "; with so many layers uniform alone is tried" : ""),
-         std::string("give --pp-parts (print(engine.module.parts) in the target's run)") +
-             (one ? ", or --num-layers too: then the source's stages do not matter" : ""));
+  state_.refuse(
+      ErrorCode::kUsage, "Where the stages of the target end cannot be told from the source.",
+      target, "a partition_method that gives the source's stages",
+      (one ? options_.method + " does not" : "neither uniform nor parameters does") +
+          (sizes()[0] > kMostInferred ? "; with so many layers uniform alone is tried" : ""),
+      std::string("give --pp-parts (print(engine.module.parts) in the target's run)") +
+          (one ? ", or --num-layers too: then the source's stages do not matter" : ""));
 }
 
 StagePlan StagePlanner::run(std::vector<std::string>* inferred) {
@@ -386,17 +375,18 @@ StagePlan StagePlanner::run(std::vector<std::string>* inferred) {
     return list_text(found.parts) + " (" + found.why + ")";
   };
   if (explanations_.size() > 1)
-    refuse(ErrorCode::kUsage, "Where the stages end, no checkpoint records, and it is not certain.",
-           "pp=" + std::to_string(stages_), "one way to cut the layers",
-           described(explanations_[0]) + " and " + described(explanations_[1]),
-           "give --pp-parts as print(engine.module.parts) says in the target's run" +
-               std::string(all_keys().empty()
-                               ? ""
-                               : "; --tied-layers KEY=0,5 where a tied module is in doubt"));
+    state_.refuse(ErrorCode::kUsage,
+                  "Where the stages end, no checkpoint records, and it is not certain.",
+                  "pp=" + std::to_string(stages_), "one way to cut the layers",
+                  described(explanations_[0]) + " and " + described(explanations_[1]),
+                  "give --pp-parts as print(engine.module.parts) says in the target's run" +
+                      std::string(all_keys().empty()
+                                      ? ""
+                                      : "; --tied-layers KEY=0,5 where a tied module is in doubt"));
   const Explanation& found = explanations_[0];
   for (size_t stage = 0; stage < found.plan.held.size(); ++stage) {
     if (found.plan.held[stage].empty())
-      refuse(
+      state_.refuse(
           ErrorCode::kUnsupported,
           "A pipeline stage would hold no element that is trained, which DeepSpeed cannot train.",
           "pp=" + std::to_string(stages_) + ", stage " + std::to_string(stage),

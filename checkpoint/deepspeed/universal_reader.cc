@@ -184,24 +184,18 @@ void UniversalReader::stack_experts(const ExpertInfo& experts) {
 // The model files of every mp rank, joined; the states lie whole under zero/.
 void UniversalReader::read_parts(const TensorParallelInfo& info) {
   std::vector<MpPart> parts;
-  std::vector<SourceFile> files = std::move(state_.files);
   for (const auto& [mp, numbers] : files_of_mp_) {
-    MpPart part;
-    part.state.folder = state_.folder;
+    MpPart part = lend_files(&state_);
     part.state.flavour = state_.flavour;
     part.state.stage = state_.stage;
-    part.state.topology = state_.topology;
-    part.state.has_places = state_.has_places;
     part.state.model_files = numbers;
-    part.state.files = std::move(files);
     part.model = read_model_states(part.state, numbers[0]);
     add_shapes(part.model, &part.state);
     add_frozen(&part.state, part.model);
     add_module_entries(&part.state, part.model);
-    files = std::move(part.state.files);
+    state_.files = std::move(part.state.files);
     parts.push_back(std::move(part));
   }
-  state_.files = std::move(files);
   merge_tensor_ranks(&state_, parts, info);
 }
 

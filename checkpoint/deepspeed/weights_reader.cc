@@ -54,12 +54,7 @@ void read_bin(ShardedState* state, int file,
       state->aliases.push_back({name, known->second, -1});
       continue;
     }
-    add_weight(state, {.name = name,
-                       .state = "param",
-                       .dtype = view.dtype,
-                       .shape = view.shape,
-                       .requires_grad = view.requires_grad,
-                       .fragments = file_fragments(document, file, view)});
+    add_weight(state, file_leaf(document, file, view, name, "param"));
   }
 }
 

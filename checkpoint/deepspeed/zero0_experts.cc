@@ -31,18 +31,6 @@ class Zero0Experts {
   void run(const std::map<int, int>& optim_files);
 
  private:
-  [[noreturn]] void refuse(ErrorCode code, const std::string& what, const std::string& entry,
-                           const std::string& expected, const std::string& found,
-                           const std::string& next) const {
-    throw Error(ErrorInfo{.code = code,
-                          .what = what,
-                          .file = whole_.folder,
-                          .entry = entry,
-                          .expected = expected,
-                          .found = found,
-                          .next = next});
-  }
-
   int count_ranks(const std::map<int, int>& optim_files) const;
   void check_ranks(const std::map<int, int>& optim_files);
   void lose(int rank);
@@ -107,8 +95,7 @@ int Zero0Experts::count_ranks(const std::map<int, int>& optim_files) const {
   const Fields f(whole_.document(file));
   const NodeId optimizer = f.maybe(f.root(), "optimizer");
   if (optimizer == kNoNode) return by_files;
-  const NodeId nested = f.maybe(optimizer, "optimizer_state_dict");
-  const NodeId groups = f.maybe(nested == kNoNode ? optimizer : nested, "param_groups");
+  const NodeId groups = f.maybe(torch_state(f, optimizer), "param_groups");
   if (groups == kNoNode) return by_files;
   size_t slots = 0, experts = 0;
   std::set<std::string> names;
@@ -120,21 +107,23 @@ int Zero0Experts::count_ranks(const std::map<int, int>& optim_files) const {
     if (is_group_of_experts(f, group)) slots += f.list(f.need(group, "params"), "params").size();
   }
   if (names.size() > 1)
-    refuse(ErrorCode::kUnsupported, "Layers of several expert-parallel sizes are not supported.",
-           "param_groups", "one size", *names.begin() + " and " + *names.rbegin(),
-           "`isoshard help` lists what this version reads");
+    whole_.refuse(ErrorCode::kUnsupported,
+                  "Layers of several expert-parallel sizes are not supported.", "param_groups",
+                  "one size", *names.begin() + " and " + *names.rbegin(),
+                  "`isoshard help` lists what this version reads");
   for (const ExpertTensors::NativeLayer& layer : tensors_.layers()) {
     for (const auto& [id, entries] : layer.experts) experts += entries.size();
   }
   // What the ranks would hold together must be what the files hold.
   const auto check_all = [&](int ranks) {
     if (slots == 0 || slots * static_cast<size_t>(ranks) == experts) return ranks;
-    refuse(ErrorCode::kUnsupported,
-           "The optimizer does not train as many tensors of experts as there are: experts are "
-           "frozen, or layers have different expert-parallel sizes; neither is supported yet.",
-           "param_groups, moe: True", std::to_string(experts) + " on all ranks",
-           std::to_string(slots) + " on each of " + std::to_string(ranks),
-           "`isoshard help` lists what this version reads");
+    whole_.refuse(
+        ErrorCode::kUnsupported,
+        "The optimizer does not train as many tensors of experts as there are: experts are "
+        "frozen, or layers have different expert-parallel sizes; neither is supported yet.",
+        "param_groups, moe: True", std::to_string(experts) + " on all ranks",
+        std::to_string(slots) + " on each of " + std::to_string(ranks),
+        "`isoshard help` lists what this version reads");
   };
   const std::string files_say = "ep_size_" + std::to_string(by_files);
   if (slots == 0 && !names.empty() && !names.contains(files_say))
@@ -142,57 +131,61 @@ int Zero0Experts::count_ranks(const std::map<int, int>& optim_files) const {
   if (names.contains(files_say) || slots == 0 || experts % slots != 0) return check_all(by_files);
   const int by_slots = static_cast<int>(experts / slots);
   if (by_slots > by_files && names.empty())
-    refuse(ErrorCode::kIncomplete,
-           "Optimizer files of expert-parallel ranks are missing, or experts are frozen: the files "
-           "do not tell which.",
-           "expp_rank_*_optim_states.pt", std::to_string(by_slots) + " files",
-           std::to_string(by_files), "bring them from the nodes that wrote them");
+    whole_.refuse(
+        ErrorCode::kIncomplete,
+        "Optimizer files of expert-parallel ranks are missing, or experts are frozen: the files "
+        "do not tell which.",
+        "expp_rank_*_optim_states.pt", std::to_string(by_slots) + " files",
+        std::to_string(by_files), "bring them from the nodes that wrote them");
   return by_slots;
 }
 
 void Zero0Experts::check_ranks(const std::map<int, int>& optim_files) {
   for (const ExpertTensors::NativeLayer& layer : tensors_.layers()) {
     if (ranks_ > 0 && layer.experts.size() % static_cast<size_t>(ranks_) == 0) continue;
-    refuse(ErrorCode::kMismatch, "The expert-parallel ranks do not share a layer's experts.",
-           quote(layer.path), "a divisor of " + std::to_string(layer.experts.size()) + " experts",
-           std::to_string(ranks_) + " ranks",
-           "look which files expp_rank_*_optim_states.pt belong to this save");
+    whole_.refuse(ErrorCode::kMismatch, "The expert-parallel ranks do not share a layer's experts.",
+                  quote(layer.path),
+                  "a divisor of " + std::to_string(layer.experts.size()) + " experts",
+                  std::to_string(ranks_) + " ranks",
+                  "look which files expp_rank_*_optim_states.pt belong to this save");
   }
   if (ranks_ < 1 || whole_.topology.zero_ranks() % ranks_ != 0)
-    refuse(ErrorCode::kMismatch, "The expert-parallel ranks do not divide the world.",
-           "expp_rank_*_optim_states.pt",
-           "a divisor of dp=" + std::to_string(whole_.topology.zero_ranks()),
-           std::to_string(ranks_) + " ranks", "look whether files of two saves are mixed");
+    whole_.refuse(ErrorCode::kMismatch, "The expert-parallel ranks do not divide the world.",
+                  "expp_rank_*_optim_states.pt",
+                  "a divisor of dp=" + std::to_string(whole_.topology.zero_ranks()),
+                  std::to_string(ranks_) + " ranks", "look whether files of two saves are mixed");
   if (closed()) return;
   if (!optim_files.empty() && optim_files.rbegin()->first >= ranks_)
-    refuse(ErrorCode::kMismatch,
-           "The folder holds optimizer files of more expert-parallel ranks: two saves are mixed.",
-           "expp_rank_" + std::to_string(optim_files.rbegin()->first), std::to_string(ranks_),
-           std::to_string(optim_files.rbegin()->first + 1),
-           "find out which save is the newer one; do not delete before");
+    whole_.refuse(
+        ErrorCode::kMismatch,
+        "The folder holds optimizer files of more expert-parallel ranks: two saves are mixed.",
+        "expp_rank_" + std::to_string(optim_files.rbegin()->first), std::to_string(ranks_),
+        std::to_string(optim_files.rbegin()->first + 1),
+        "find out which save is the newer one; do not delete before");
   for (int rank = 0; rank < ranks_; ++rank) {
     if (!optim_files.contains(rank)) lose(rank);
   }
   if (static_cast<int>(lost_.size()) == ranks_)
-    refuse(ErrorCode::kIncomplete, "No optimizer file of the checkpoint is there.",
-           "expp_rank_*_optim_states.pt", std::to_string(ranks_) + " files", "none",
-           "bring them from the nodes that wrote them");
+    whole_.refuse(ErrorCode::kIncomplete, "No optimizer file of the checkpoint is there.",
+                  "expp_rank_*_optim_states.pt", std::to_string(ranks_) + " files", "none",
+                  "bring them from the nodes that wrote them");
 }
 
 void Zero0Experts::lose(int rank) {
-  const std::string name = "expp_rank_" + std::to_string(rank) + "_mp_rank_00_optim_states.pt";
+  const std::string name = expert_optim_file_name(rank);
   if (rank == 0 && fields_.maybe(fields_.root(), "optimizer") != kNoNode) {
     whole_.notices.push_back(name + " is missing; the model file holds the same");
     return;
   }
   if (!options_.lost_experts)
-    refuse(ErrorCode::kIncomplete,
-           "The optimizer state of an expert-parallel rank is missing (DeepSpeed: "
-           "FileNotFoundError).",
-           name, std::to_string(ranks_) + " files, expp_rank_0 to " + std::to_string(ranks_ - 1),
-           "absent",
-           "bring it from the node that wrote it; `isoshard convert` writes the parameters without "
-           "it and says what it skipped");
+    whole_.refuse(
+        ErrorCode::kIncomplete,
+        "The optimizer state of an expert-parallel rank is missing (DeepSpeed: "
+        "FileNotFoundError).",
+        name, std::to_string(ranks_) + " files, expp_rank_0 to " + std::to_string(ranks_ - 1),
+        "absent",
+        "bring it from the node that wrote it; `isoshard convert` writes the parameters without "
+        "it and says what it skipped");
   lost_.insert(rank);
   const std::string text =
       name + " is missing: masters and moments of " +
@@ -204,7 +197,7 @@ void Zero0Experts::lose(int rank) {
 }
 
 Zero0Rank Zero0Experts::rank_of(int rank, const std::map<int, int>& optim_files) const {
-  Zero0Rank result{.optimizer = {}, .experts = tensors_.blocks_of(rank, ranks_), .notice = ""};
+  Zero0Rank result{.optimizer = {}, .experts = tensors_.blocks_of(rank, ranks_)};
   if (const auto file = optim_files.find(rank); file != optim_files.end()) {
     const Fields f(whole_.document(file->second));
     result.optimizer = {file->second, f.maybe(f.root(), "optimizer")};
@@ -215,11 +208,7 @@ Zero0Rank Zero0Experts::rank_of(int rank, const std::map<int, int>& optim_files)
 }
 
 MpPart Zero0Experts::read(const Zero0Rank& rank) {
-  MpPart part{.state = {}, .model = model_};
-  part.state.folder = whole_.folder;
-  part.state.topology = whole_.topology;
-  part.state.has_places = whole_.has_places;
-  part.state.files = std::move(whole_.files);
+  MpPart part = lend_files(&whole_, model_);
   read_zero0_rank(&part.state, model_, experts_, rank, options_, storage_);
   whole_.files = std::move(part.state.files);
   return part;
@@ -243,12 +232,8 @@ void Zero0Experts::adopt(const MpPart& first) {
   for (const GroupState& group : from.groups) whole_.groups.push_back({group.hyper, {}, {}});
   for (const ParameterState& parameter : from.parameters) {
     if (is_expert(parameter.name)) continue;
-    if (parameter.group >= 0) {
-      GroupState& group = whole_.groups[static_cast<size_t>(parameter.group)];
-      group.parameters.push_back(static_cast<int>(whole_.parameters.size()));
-      group.flat_order.push_back(group.parameters.back());
-    }
     whole_.parameters.push_back(parameter);
+    whole_.enlist(static_cast<int>(whole_.parameters.size()) - 1);
   }
 }
 
@@ -258,9 +243,9 @@ void Zero0Experts::add_again(const MpPart& part, const std::string& place, const
   ScalarTexts texts(whole_);
   const auto refuse_pair = [&](const std::string& entry, const std::string& expected,
                                const std::string& found) {
-    refuse(ErrorCode::kMismatch,
-           "Optimizers of two expert-parallel ranks disagree: files of two saves are mixed.",
-           entry + ", " + place, expected, found, "put the files of one save together");
+    whole_.refuse(ErrorCode::kMismatch,
+                  "Optimizers of two expert-parallel ranks disagree: files of two saves are mixed.",
+                  entry + ", " + place, expected, found, "put the files of one save together");
   };
   if (part.state.groups.empty()) return;  // it has no optimizer
   if (const std::string found = hyper_of(part); found != hyper_)
@@ -298,11 +283,9 @@ std::string Zero0Experts::hyper_of(const MpPart& part) const {
   ShardedState bare;
   bare.flavour = Flavour::kZero0;
   bare.files = whole_.files;
-  bare.model_files = {model_.file};
   bare.optim_files = {part.state.groups.at(0).hyper.file};
   for (const GroupState& group : part.state.groups) bare.groups.push_back({group.hyper, {}, {}});
-  const nlohmann::json hyper = hyper_json(bare);
-  return nlohmann::json({hyper["param_groups"], hyper["loss_scaler"]}).dump();
+  return optimizer_json(bare).dump();
 }
 
 std::map<std::string, int> Zero0Experts::groups_by_local_name(const MpPart& part, int rank) const {
@@ -331,9 +314,10 @@ void Zero0Experts::keep_experts(MpPart* part, int rank,
     const auto group = groups.find(tensors_.local_name(parameter.name, rank, ranks_));
     const int expected = group == groups.end() ? -1 : group->second;
     if (!lost && (parameter.group != expected || part->state.groups.size() != whole_.groups.size()))
-      refuse(ErrorCode::kMismatch, "Expert-parallel ranks list their experts in other groups.",
-             quote(parameter.name), "group " + std::to_string(expected),
-             "group " + std::to_string(parameter.group), "put the files of one save together");
+      whole_.refuse(
+          ErrorCode::kMismatch, "Expert-parallel ranks list their experts in other groups.",
+          quote(parameter.name), "group " + std::to_string(expected),
+          "group " + std::to_string(parameter.group), "put the files of one save together");
     if (lost) {
       parameter.group = expected;
       if (parameter.model_copy >= 0) parameter.weight = parameter.model_copy;
@@ -342,10 +326,11 @@ void Zero0Experts::keep_experts(MpPart* part, int rank,
       parameter.scalars.clear();
     }
     if (parameter.group < 0 && !closed())
-      refuse(ErrorCode::kUnsupported,
-             "Experts that the optimizer does not train (frozen) are not supported yet.",
-             quote(parameter.name), "trained experts alone", "one without a slot in the optimizer",
-             "`isoshard help` lists what this version reads");
+      whole_.refuse(ErrorCode::kUnsupported,
+                    "Experts that the optimizer does not train (frozen) are not supported yet.",
+                    quote(parameter.name), "trained experts alone",
+                    "one without a slot in the optimizer",
+                    "`isoshard help` lists what this version reads");
     move_leaf(&parameter.weight);
     move_leaf(&parameter.model_copy);
     for (int& state : parameter.states) move_leaf(&state);

@@ -70,8 +70,6 @@ void Zero0Reader::run() {
     read_optimizer();
     name_slots();
     for (const Slot& slot : slots_) add_parameter(slot);
-  } else if (!rank_.notice.empty()) {
-    state_.notices.push_back(rank_.notice);
   }
   add_frozen();
 }
@@ -89,12 +87,7 @@ void Zero0Reader::refuse(const std::string& what, const std::string& entry,
 
 int Zero0Reader::add_leaf(const std::string& name, const std::string& state,
                           const TensorView& view) {
-  return state_.add_leaf({.name = name,
-                          .state = state,
-                          .dtype = view.dtype,
-                          .shape = view.shape,
-                          .requires_grad = view.requires_grad,
-                          .fragments = file_fragments(fields_.document(), file_, view)});
+  return state_.add_leaf(file_leaf(fields_.document(), file_, view, name, state));
 }
 
 int Zero0Reader::add_entry(const ModuleEntry& entry, const std::string& state) {
@@ -114,12 +107,7 @@ void Zero0Reader::read_module() {
       module_.fail("A name stands twice in the module.", quote(name), "once", "twice");
     }
     state_.module_order.push_back(name);
-    ModuleEntry entry{.leaf = {.name = name,
-                               .state = "param",
-                               .dtype = view.dtype,
-                               .shape = view.shape,
-                               .requires_grad = view.requires_grad,
-                               .fragments = file_fragments(module_.document(), model_.file, view)},
+    ModuleEntry entry{.leaf = file_leaf(module_.document(), model_.file, view, name, "param"),
                       .local_name = name};
     if (model_.buffer_names.count(name) != 0) {
       state_.buffers.push_back({name, add_entry(entry, "buffer")});
@@ -192,13 +180,12 @@ void Zero0Reader::name_slots() {
 
 void Zero0Reader::read_optimizer() {
   const NodeId optimizer = rank_.optimizer.node;
-  const NodeId nested = fields_.maybe(optimizer, "optimizer_state_dict");
   const NodeId masters = fields_.maybe(optimizer, "fp32_groups");
-  const NodeId base = nested == kNoNode ? optimizer : nested;
+  const NodeId base = torch_state(fields_, optimizer);
   const NodeId state = fields_.maybe(base, "state");
   const NodeId groups = fields_.maybe(base, "param_groups");
   has_masters_ = masters != kNoNode;
-  if ((nested == kNoNode) == has_masters_ || state == kNoNode || groups == kNoNode) {
+  if ((base == optimizer) == has_masters_ || state == kNoNode || groups == kNoNode) {
     const bool fused = fields_.maybe(optimizer, "fp32_groups_flat") != kNoNode;
     std::string keys;
     for (const auto& [key, node] : fields_.named(optimizer, "optimizer")) keys += quote(key) + " ";
@@ -327,10 +314,8 @@ void Zero0Reader::add_parameter(const Slot& slot) {
   for (const auto& [state, node] : slot.scalars) {
     parameter.scalars.push_back({state, {file_, node}});
   }
-  GroupState& group = state_.groups[slot.group];
-  group.parameters.push_back(static_cast<int>(state_.parameters.size()));
-  group.flat_order.push_back(group.parameters.back());
   state_.parameters.push_back(std::move(parameter));
+  state_.enlist(static_cast<int>(state_.parameters.size()) - 1);
 }
 
 void Zero0Reader::add_frozen() {
@@ -348,9 +333,9 @@ void Zero0Reader::add_frozen() {
 
 }  // namespace
 
-bool is_group_of_experts(const Fields& fields, NodeId hyper) {
-  const NodeId flag = fields.maybe(hyper, "moe");
-  return flag != kNoNode && fields.pickle().kind(flag) == Kind::kBool && fields.truth(hyper, "moe");
+NodeId torch_state(const Fields& fields, NodeId optimizer) {
+  const NodeId nested = fields.maybe(optimizer, "optimizer_state_dict");
+  return nested == kNoNode ? optimizer : nested;
 }
 
 void read_zero0_rank(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,
@@ -362,8 +347,9 @@ void read_zero0(ShardedState* state, const ModelStates& model, const ExpertInfo&
                 const ReadOptions& options, Storage& storage) {
   const Fields fields(state->document(model.file));
   const Zero0Rank rank{.optimizer = {model.file, fields.maybe(fields.root(), "optimizer")},
-                       .experts = {},
-                       .notice = "the file holds no optimizer: every parameter is taken as frozen"};
+                       .experts = {}};
+  if (!rank.optimizer.present() && !options.model_files_only)
+    state->notices.push_back("the file holds no optimizer: every parameter is taken as frozen");
   read_zero0_rank(state, model, experts, rank, options, storage);
 }
 

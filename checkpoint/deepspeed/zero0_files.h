@@ -26,12 +26,10 @@ struct ExpertBlock {
 struct Zero0Rank {
   NodeRef optimizer;  // not there: every parameter is taken as frozen
   std::vector<ExpertBlock> experts;
-  std::string notice;  // why it is not there
 };
 
-// A group whose `moe` is True holds experts alone, and then they stand in no other group
-// (deepspeed/moe/utils.py).
-bool is_group_of_experts(const Fields& fields, NodeId hyper);
+// torch's own {state, param_groups}: the optimizer's dictionary, or what its wrapper holds of it.
+NodeId torch_state(const Fields& fields, NodeId optimizer);
 
 // Reads the module and that rank's optimizer into `state`. Without the optimizer's files
 // (ReadOptions::model_files_only) every parameter is frozen.

@@ -260,10 +260,8 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
 void ZeroReader::read_stage0(ShardedState* part, const ModelStates& model) {
   const ExpertInfo experts(*part, model);
   const ModelStates named = experts.with_router_aliases(*part, model);
-  const Fields fields(part->document(model.file));
-  const NodeId counts = fields.maybe(fields.root(), "num_experts");
-  const bool counted = counts != kNoNode && fields.pickle().kind(counts) == Kind::kList &&
-                       !fields.pickle().items(counts).empty();
+  const auto counts = expert_counts(Fields(part->document(model.file)));
+  const bool counted = counts && !counts->empty();
   if (inventory_.experts.empty() && inventory_.expert_optim.empty() && !experts.autoep() &&
       !counted)
     return read_zero0(part, named, experts, options_, storage_);
@@ -336,15 +334,9 @@ void ZeroReader::check_experts(const ExpertInfo& experts, const ModelStates& mod
 std::vector<MpPart> ZeroReader::read_mp_ranks(int first) {
   std::vector<MpPart> parts;
   nlohmann::json first_hyper;
-  std::vector<SourceFile> files = std::move(state_.files);
   for (int mp = 0; mp < state_.topology.tensor * state_.topology.pipeline; ++mp) {
     throw_if_cancelled();
-    MpPart part;
-    part.state.folder = state_.folder;
-    part.state.topology = state_.topology;
-    part.state.has_places = state_.has_places;
-    part.state.version = state_.version;
-    part.state.files = std::move(files);
+    MpPart part = lend_files(&state_);
     open_rank(mp, mp == 0 ? first : -1, &part.state);
     part.model = read_model_states(part.state, part.state.model_files[0]);
     read_rank(&part.state, part.model);
@@ -353,10 +345,9 @@ std::vector<MpPart> ZeroReader::read_mp_ranks(int first) {
       first_hyper = std::move(hyper);
     else if (hyper != first_hyper)
       refuse_hyper(part, first_hyper, hyper);
-    files = std::move(part.state.files);
+    state_.files = std::move(part.state.files);
     parts.push_back(std::move(part));
   }
-  state_.files = std::move(files);
   for (const MpPart& part : parts) {
     const ShardedState& from = part.state;
     const auto append = [](std::vector<int>* to, const std::vector<int>& list) {
