@@ -76,6 +76,7 @@ struct TargetFiles {
   std::vector<FileBlueprint> files;
   std::vector<std::string> synthesised;
   std::vector<std::string> skipped;
+  std::vector<std::string> beyond;    // what DeepSpeed will refuse to load
   std::vector<std::string> inferred;  // "what: evidence"
 };
 

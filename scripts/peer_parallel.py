@@ -73,6 +73,9 @@ CASES = [
      {**MIXTRAL, "autoep": 2, "universal": True}, 2, "autoep stage 0 to stage 1"),
     ("autoep stage 1 to stage 0", "autoep_z1_ep2_dp2", ["reshard", "--to", "stage=0"],
      {**MIXTRAL, "autoep": 2, "stage": 0}, 2, None),
+    ("ep2 by way of ep3, universal", "autoep_z1_ep2_dp2", ["convert", "--to", "universal"],
+     {**MIXTRAL, "autoep": 2, "universal": True, "via": ["ep=3,dp=3", "--beyond-deepspeed"]}, 2,
+     "ep2 as it is"),
     ("moe migrated", "moe_gated_z1_ep2_dp2", ["migrate", "--names", NAMES],
      {**MIXTRAL, "autoep": 2, "universal": True}, 2, "autoep_migrated_ep2_dp2"),
     ("folded to tp1", FOLDED, ["reshard", "--to", "tp=1,dp=2"], {**MIXTRAL, "autoep": 2}, 2, None),
@@ -88,6 +91,11 @@ CASES = [
     ("pp2 to pp4, frozen", "pipe_frozen_pp2_dp2",
      ["reshard", "--to", "pp=4,dp=1", "--partition-method", "uniform"],
      {**PIPE, "dtype": "bf16", "frozen": True, "buffers": True, "pipeline": 4}, 4, None),
+]
+# What DeepSpeed's converter makes of our folder must be what ours makes: name, source, target.
+CONVERTED = [
+    ("stage 3, ep3 of 8 experts", "autoep_z3_ep2_dp4", ["ep=3,dp=6", "--beyond-deepspeed"]),
+    ("stage 3, ep4", "autoep_z3_ep2_dp4", ["ep=4,dp=8"]),
 ]
 
 
@@ -197,6 +205,32 @@ class Runner:
         return {row[1]: row[0] for row in rows if row[1] in ("weights", "exp_avg", "exp_avg_sq",
                                                              "steps")}
 
+    def resharded(self, source, target, to):
+        made = self.isoshard("reshard", source, target, "--quiet", "--to", *to)
+        if made.returncode:
+            raise RuntimeError(made.stderr)
+        return target
+
+    def convert(self, name, source, to):
+        folder = os.path.join(self.work, re.sub(r"\W+", "_", name))
+        target = self.resharded(os.path.join(RECORDINGS, source, "ckpt"),
+                                os.path.join(folder, "target"), to)
+        ours, theirs = os.path.join(folder, "ours"), os.path.join(folder, "theirs")
+        made = self.isoshard("convert", target, ours, "--to", "universal")
+        if made.returncode:
+            return made.stderr
+        other = subprocess.run(
+            [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder",
+             os.path.join(target, "global_step3"), "--output_folder", theirs,
+             "--num_extract_workers", "1", "--num_merge_workers", "1"],
+            capture_output=True, text=True, env=record_traces.environment(sys.executable))
+        if other.returncode:
+            return (other.stderr.strip().splitlines() or ["it said nothing"])[-1]
+        compared = subprocess.run(
+            [sys.executable, os.path.join(HERE, "compare_torch.py"), theirs, ours],
+            capture_output=True, text=True)
+        return "" if compared.returncode == 0 else compared.stdout.splitlines()[0]
+
     def check(self, name, source, command, case, world, against):
         """(check, what is wrong or nothing) for each."""
         source = os.path.join(RECORDINGS, source, "ckpt")
@@ -204,6 +238,10 @@ class Runner:
         ours, out = os.path.join(folder, "ours"), os.path.join(folder, "out")
         universal = command[0] != "reshard"
         target = os.path.join(ours, "global_step3_universal") if universal else ours
+        case, ignored = dict(case), r"\['ds_config'\]"
+        if "via" in case:
+            source = self.resharded(source, os.path.join(folder, "via"), case.pop("via"))
+            ignored += r"|\['name'\]$"  # of the group of experts: the universal form's, ep_size_3
         made = self.isoshard(command[0], source, target, *command[1:], "--quiet")
         failed = made.stderr if made.returncode else run_ranks(case, world, ours, out)
         if failed:
@@ -215,7 +253,7 @@ class Runner:
             expected = os.path.join(self.work, re.sub(r"\W+", "_", against), "ours")
         compared = subprocess.run(
             [sys.executable, os.path.join(HERE, "compare_torch.py"), expected,
-             os.path.join(out, "again"), "--ignore", r"\['ds_config'\]", "--ignore-file", "*.py"],
+             os.path.join(out, "again"), "--ignore", ignored, "--ignore-file", "*.py"],
             capture_output=True, text=True)
         found = [("again", "" if compared.returncode == 0 else compared.stdout.splitlines()[0])]
         self.steps[name] = self.sections(os.path.join(out, "step"))
@@ -247,6 +285,11 @@ def main():
             for check, wrong in runner.check(*case):
                 facts, bad = facts + 1, bad + bool(wrong)
                 print(f"{case[0]}, {check}: {'WRONG: ' + wrong if wrong else 'equal'}", flush=True)
+    for name, *case in CONVERTED:
+        if re.search(options.cases, name):
+            wrong = runner.convert(name, *case)
+            facts, bad = facts + 1, bad + bool(wrong)
+            print(f"{name}, converted: {'WRONG: ' + wrong if wrong else 'equal'}", flush=True)
     shutil.rmtree(work)
     print(f"{facts} facts, {bad} wrong")
     return 1 if bad else 0

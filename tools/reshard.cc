@@ -19,7 +19,7 @@ namespace {
 struct ReshardFlags {
   std::string source, target, to, to_config, tag_out, split_like, model_config;
   int world = 0;
-  bool no_side_files = false;
+  bool no_side_files = false, beyond_deepspeed = false;
   std::vector<std::string> allow_dropped, tied_layers;
   checkpoint::SplitOptions splits;
   checkpoint::StageOptions stages;
@@ -223,6 +223,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   check_vocabulary_flag(flags, state.topology, topology);
   check_stage_flags(flags, state);
   wanted.stages = flags.stages;
+  wanted.beyond_deepspeed = flags.beyond_deepspeed;
   read_tied_layers(flags.tied_layers, &wanted.stages.tied);
   checkpoint::TargetFiles files = checkpoint::reshard_blueprints(state, topology, stage, wanted);
   inferred.insert(inferred.end(), files.inferred.begin(), files.inferred.end());
@@ -247,6 +248,10 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   for (const std::string& text : files.synthesised)
     options.certificate["synthesised"].push_back(text);
   for (const std::string& text : files.skipped) options.certificate["skipped"].push_back(text);
+  for (const std::string& text : files.beyond) {
+    session->notice("notice: beyond DeepSpeed: " + text);
+    options.certificate["beyond_deepspeed"].push_back(text);
+  }
   for (const std::string& text : flags.allow_dropped)
     options.certificate["dropped"].push_back(text + ", allowed by --allow-dropped");
   if (!flags.no_side_files)
@@ -284,6 +289,9 @@ void add_reshard(CLI::App* app, Session* session) {
   verb->add_option("--padded-vocab-size", flags->splits.vocabulary_rows,
                    "Rows of a padded vocabulary in the target (default: as many as the source has)")
       ->check(CLI::Range(1, 2'000'000'000));
+  verb->add_flag("--beyond-deepspeed", flags->beyond_deepspeed,
+                 "AutoEP: take an ep that does not divide the experts, which DeepSpeed will not "
+                 "load");
   verb->add_option("--split-like", flags->split_like,
                    "A checkpoint of the same model with several tensor-parallel ranks, for a "
                    "source of one, which does not say how its tensors are cut");

@@ -34,14 +34,22 @@ class LayerWriter {
 
  private:
   NodeId layer(NodeId entry, const ExpertLayer& layer) {
-    const int64_t ranks = target_.topology.expert, local = layer.experts / ranks;
+    const int64_t ranks = target_.topology.expert;
+    const auto placement = placed_in_blocks(layer.experts, ranks);
+    const bool even = layer.experts % ranks == 0;
     MappingCopy copy(&builder_, target_.state, {file_, entry});
-    copy.set("num_local_experts", pickle_.integer(local));
-    copy.set("ep_size", pickle_.integer(ranks));
-    copy.set_if_present("expert_placement", placement_node(&builder_, layer.experts, ranks));
-    copy.set_if_present("affine_maps", maps(layer));
-    copy.set_if_present("ep_group_name", pickle_.string("ep_size_" + std::to_string(ranks)));
     const auto [expert_rank, replica] = expert_rank_of(target_, zero_);
+    const std::vector<int64_t>& own = placement.at(static_cast<size_t>(expert_rank));
+    copy.set("num_local_experts", pickle_.integer(static_cast<int64_t>(own.size())));
+    copy.set("ep_size", pickle_.integer(ranks));
+    if (even) {
+      copy.set_if_present("expert_placement", placement_node(&builder_, placement));
+      copy.set_if_present("affine_maps", maps(layer));
+    } else {  // no older form can say it
+      copy.set("expert_placement", placement_node(&builder_, placement));
+      copy.set("affine_maps", maps(layer));
+    }
+    copy.set_if_present("ep_group_name", pickle_.string("ep_size_" + std::to_string(ranks)));
     const bool stage3 = target_.stage == 3;
     if (stage3 || target_.state.stage == 3) {
       copy.set("checkpoint_format",
@@ -51,8 +59,8 @@ class LayerWriter {
     copy.set_if_present("ep_rank", pickle_.integer(expert_rank));
     copy.set_if_present("expert_data_parallel_rank", pickle_.integer(replica));
     copy.set_if_present("expert_data_parallel_world_size", pickle_.integer(target_.ranks / ranks));
-    copy.set_if_present("global_expert_start", pickle_.integer(expert_rank * local));
-    copy.set_if_present("global_expert_end", pickle_.integer((expert_rank + 1) * local));
+    copy.set_if_present("global_expert_start", pickle_.integer(own.front()));
+    copy.set_if_present("global_expert_end", pickle_.integer(own.back() + 1));
     return copy.finish();
   }
 
@@ -119,20 +127,20 @@ int64_t layer_number(const ShardedState& state, const ParameterState& parameter,
 
 }  // namespace
 
-NodeId placement_node(TorchBuilder* builder, int64_t experts, int64_t expert_ranks) {
+NodeId placement_node(TorchBuilder* builder, const std::vector<std::vector<int64_t>>& placement) {
   Pickle& pickle = builder->pickle;
-  const int64_t local = experts / expert_ranks;
   std::vector<NodeId> ranks;
-  for (int64_t rank = 0; rank < expert_ranks; ++rank) {
+  int64_t experts = 0;
+  for (const std::vector<int64_t>& held : placement) {
     std::vector<NodeId> ids;
-    for (int64_t id = rank * local; id < (rank + 1) * local; ++id)
-      ids.push_back(pickle.integer(id));
-    ranks.push_back(
-        builder->dict({{"rank", pickle.integer(rank)}, {"experts", pickle.list(std::move(ids))}}));
+    for (int64_t id : held) ids.push_back(pickle.integer(id));
+    experts += static_cast<int64_t>(held.size());
+    ranks.push_back(builder->dict({{"rank", pickle.integer(static_cast<int64_t>(ranks.size()))},
+                                   {"experts", pickle.list(std::move(ids))}}));
   }
   return builder->dict({{"version", pickle.integer(1)},
                         {"num_experts", pickle.integer(experts)},
-                        {"ep_size", pickle.integer(expert_ranks)},
+                        {"ep_size", pickle.integer(static_cast<int64_t>(placement.size()))},
                         {"ranks", pickle.list(std::move(ranks))}});
 }
 

@@ -133,13 +133,14 @@ void read_experts(ShardedState* state, const ModelStates& model, const ExpertInf
   for (int rank = 0; rank < ranks; ++rank) {
     const std::vector<int> members = experts.partition_ranks(rank, ranks, dp);
     if (stage3) check_expert_ranks(*state, experts, rank, members);
-    MpPart part = lend_files(state, model);
+    MpPart part = lend_files(state, experts.of_rank(model, rank));
+    part.state.model_files = state->model_files;
     for (int member : members)
       part.state.optim_files.push_back(state->optim_files[static_cast<size_t>(member)]);
     if (stage3)
-      read_zero3_part(&part.state, model, expert, members);
+      read_zero3_part(&part.state, part.model, expert, members);
     else
-      read_zero12(&part.state, model, expert);
+      read_zero12(&part.state, part.model, expert);
     state->files = std::move(part.state.files);
     if (!experts.autoep()) name_globally(&part.state, rank);
     parts.push_back(std::move(part));

@@ -5,14 +5,31 @@
 #include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/reshard_target.h"
 #include "core/error.h"
+#include "core/split_rules.h"
 
 namespace isoshard::checkpoint {
 namespace {
 
-// Experts of one rank; Error(kUnsupported) where they cannot be shared evenly.
-int64_t share_of(const ReshardTarget& target, const std::string& name, int64_t experts) {
+// Experts by rank. Error(kUnsupported) where the ranks do not divide them, unless DeepSpeed's files
+// can say it (AutoEP's placement) and it is wanted.
+std::vector<int64_t> share(ReshardTarget* whole, const std::string& name, int64_t experts,
+                           bool autoep) {
+  const ReshardTarget& target = *whole;
   const int ranks = target.topology.expert;
-  if (experts % ranks == 0 && target.ranks % ranks == 0) return experts / ranks;
+  const std::vector<int64_t> widths = split_widths({}, experts, ranks, "");
+  const bool fits = target.ranks % ranks == 0 && ranks <= experts;
+  if (fits && experts % ranks == 0) return widths;
+  std::string shares;
+  for (int64_t width : widths) shares += " " + std::to_string(width);
+  if (fits && autoep && target.beyond_deepspeed) {
+    whole->beyond.insert(
+        "ep=" + std::to_string(ranks) + " does not divide the " + std::to_string(experts) +
+        " experts of a layer, which lie on its ranks as" + shares +
+        "; DeepSpeed refuses to load this (ValueError: not divisible by autoep_size)" +
+        (target.stage == 3 ? ", and converts it to universal from 0.19.8 on"
+                           : ", and to convert it (RuntimeError: expert count mismatch)"));
+    return widths;
+  }
   std::string divisors;
   for (int64_t d = 1; d <= experts; ++d) {
     if (experts % d == 0 && target.ranks % d == 0) divisors += " " + std::to_string(d);
@@ -25,7 +42,9 @@ int64_t share_of(const ReshardTarget& target, const std::string& name, int64_t e
                 .expected = "ep that divides " + std::to_string(experts) +
                             " experts and dp*sp = " + std::to_string(target.ranks) + ":" + divisors,
                 .found = "ep=" + std::to_string(ranks),
-                .next = "take another ep or dp"});
+                .next = fits && autoep ? "take another ep; or pass --beyond-deepspeed for" +
+                                             shares + " experts, which DeepSpeed will not load"
+                                       : "take another ep or dp"});
 }
 
 // The maps of AutoEP's stacks, and how many experts of each native layer a rank holds.
@@ -40,12 +59,11 @@ void share_experts(ReshardTarget* target) {
       totals[expert->first] = std::max(totals[expert->first], expert->second + 1);
       continue;
     }
-    const int64_t local = share_of(*target, parameter.name, parameter.shape.at(0));
-    const std::vector<int64_t> widths(static_cast<size_t>(target->topology.expert), local);
-    target->maps[i] = split_map(parameter.shape, 0, {widths});
+    target->maps[i] =
+        split_map(parameter.shape, 0, {share(target, parameter.name, parameter.shape.at(0), true)});
   }
   for (const auto& [layer, experts] : totals)
-    target->local_experts[layer] = share_of(*target, layer, experts);
+    target->local_experts[layer] = share(target, layer, experts, false).at(0);
 }
 
 // Stage 0 alone takes a group like that; the other stages want experts in groups of their own.

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/split_rules.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -29,6 +30,16 @@ int64_t positive(const Fields& fields, NodeId entry, const char* key) {
 }
 
 }  // namespace
+
+std::vector<std::vector<int64_t>> placed_in_blocks(int64_t experts, int64_t ranks) {
+  std::vector<std::vector<int64_t>> placement;
+  int64_t id = 0;
+  for (int64_t width : split_widths({}, experts, static_cast<int>(ranks), "")) {
+    std::vector<int64_t>& own = placement.emplace_back();
+    while (width-- > 0) own.push_back(id++);
+  }
+  return placement;
+}
 
 std::string router_of(const ExpertLayer& layer) {
   return (layer.module_path.empty() ? "" : layer.module_path + ".") + "router.";
@@ -82,9 +93,11 @@ void ExpertInfo::read_layers(const Fields& fields, NodeId list) {
     layer.module_path = fields.text(need(fields, entry, "module_path"), "module_path");
     layer.prefix = fields.text(need(fields, entry, "expert_key_prefix"), "expert_key_prefix");
     layer.experts = positive(fields, entry, "num_experts");
-    layer.local_experts = positive(fields, entry, "num_local_experts");
     layer.ep_size = positive(fields, entry, "ep_size");
-    read_placement(fields, entry, &layer);
+    if (fields.maybe(entry, "expert_placement") == kNoNode)
+      read_blocks(fields, entry, &layer);
+    else
+      read_placement(fields, entry, &layer);
     const bool twice = !ids.insert(layer.layer_id).second || by_prefix_.contains(layer.prefix) ||
                        std::ranges::any_of(layers_, [&](const ExpertLayer& other) {
                          return other.module_path == layer.module_path;
@@ -101,22 +114,23 @@ void ExpertInfo::read_layers(const Fields& fields, NodeId list) {
   }
 }
 
-// Uniform blocks where nothing is recorded (before 0.19.8).
-void ExpertInfo::read_placement(const Fields& fields, NodeId entry, ExpertLayer* layer) {
+// Equal blocks where nothing is recorded (before 0.19.8, and in universal folders).
+void ExpertInfo::read_blocks(const Fields& fields, NodeId entry, ExpertLayer* layer) const {
+  const int64_t local = positive(fields, entry, "num_local_experts");
+  layer->placement = placed_in_blocks(layer->experts, layer->ep_size);
+  if (layer->experts == local * layer->ep_size) return;
+  fields.fail("The placement of experts is invalid (DeepSpeed: RuntimeError).",
+              "num_experts of " + quote(layer->prefix),
+              std::to_string(local * layer->ep_size) + " experts", std::to_string(layer->experts));
+}
+
+void ExpertInfo::read_placement(const Fields& fields, NodeId entry, ExpertLayer* layer) const {
   const auto wrong = [&](const std::string& expected, const std::string& found) {
     fields.fail("The placement of experts is invalid (DeepSpeed: RuntimeError).",
                 "expert_placement of " + quote(layer->prefix), expected, found);
   };
   layer->placement.resize(static_cast<size_t>(layer->ep_size));
   const NodeId node = fields.maybe(entry, "expert_placement");
-  if (node == kNoNode) {
-    if (layer->experts != layer->local_experts * layer->ep_size)
-      wrong(std::to_string(layer->local_experts * layer->ep_size) + " experts",
-            std::to_string(layer->experts));
-    for (int64_t id = 0; id < layer->experts; ++id)
-      layer->placement[static_cast<size_t>(id / layer->local_experts)].push_back(id);
-    return;
-  }
   const int64_t version = fields.integer(fields.need(node, "version"), "expert_placement version");
   if (version != 1) wrong("version 1", std::to_string(version));
   if (positive(fields, node, "num_experts") != layer->experts ||
@@ -135,14 +149,19 @@ void ExpertInfo::read_placement(const Fields& fields, NodeId entry, ExpertLayer*
         wrong("each expert below " + std::to_string(layer->experts) + " once",
               std::to_string(experts.back()));
     }
-    if (static_cast<int64_t>(experts.size()) != layer->local_experts)
-      wrong(std::to_string(layer->local_experts) + " experts on each rank",
-            std::to_string(experts.size()));
   }
   if (static_cast<int64_t>(ranks.size()) != layer->ep_size)
     wrong(std::to_string(layer->ep_size) + " ranks", std::to_string(ranks.size()));
   if (static_cast<int64_t>(placed.size()) != layer->experts)
     wrong("all " + std::to_string(layer->experts) + " experts", std::to_string(placed.size()));
+  // The entry's count is its own rank's; the other ranks may hold more or fewer.
+  const NodeId own = fields.maybe(entry, "ep_rank");
+  const int64_t rank = own == kNoNode ? 0 : fields.integer(own, "ep_rank");
+  if (rank < 0 || rank >= layer->ep_size) wrong("an ep_rank that it has", std::to_string(rank));
+  const int64_t local = fields.integer(need(fields, entry, "num_local_experts"), "experts");
+  if (local != layer->held_by(static_cast<int>(rank)))
+    wrong(std::to_string(local) + " experts on rank " + std::to_string(rank),
+          std::to_string(layer->held_by(static_cast<int>(rank))));
 }
 
 const ExpertLayer* ExpertInfo::layer_of(const std::string& name) const {
@@ -183,6 +202,18 @@ ModelStates ExpertInfo::with_router_aliases(const ShardedState& state,
     const auto router = shapes.find(front + "router" + name.substr(dot));
     if (router == shapes.end() || router->first == name || router->second != shape) continue;
     if (result.shared.emplace(name, router->first).second) result.unrecorded.insert(name);
+  }
+  return result;
+}
+
+ModelStates ExpertInfo::of_rank(const ModelStates& model, int rank) const {
+  ModelStates result = model;
+  for (NamedShapes& group : result.param_shapes) {
+    for (auto& [name, shape] : group) {
+      const ExpertLayer* layer = layer_of(name);
+      if (layer == nullptr || shape.empty() || shape[0] != layer->held_by(0)) continue;
+      shape[0] = layer->held_by(rank);
+    }
   }
   return result;
 }
@@ -237,34 +268,42 @@ std::vector<int> ExpertInfo::partition_ranks(int rank, int expert_ranks, int dp)
 TensorSplit ExpertInfo::split_of(const std::string& name,
                                  const std::vector<std::optional<Shape>>& shards) const {
   const ExpertLayer& layer = *layer_of(name);
-  const Shape& shard = shards.at(0).value();
-  if (shard.size() != 3 || shard[0] != layer.local_experts ||
-      static_cast<int64_t>(shards.size()) != layer.ep_size) {
+  const std::optional<Shape>& lead = shards.at(0);
+  const auto refuse = [&](const std::string& expected, const std::string& found) {
     throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
                           .what = "An expert tensor does not fit its layer's metadata (DeepSpeed: "
                                   "RuntimeError).",
                           .file = path_,
                           .entry = quote(name),
-                          .expected = std::to_string(layer.local_experts) + " experts on each of " +
-                                      std::to_string(layer.ep_size) + " ranks",
-                          .found = to_string(shard) + " on " + std::to_string(shards.size())});
+                          .expected = expected,
+                          .found = found});
+  };
+  if (static_cast<int64_t>(shards.size()) != layer.ep_size)
+    refuse(std::to_string(layer.ep_size) + " ranks", std::to_string(shards.size()));
+  if (!lead || lead->size() != 3)
+    refuse("three dimensions on rank 0", lead ? to_string(*lead) : "none");
+  for (size_t rank = 0; rank < shards.size(); ++rank) {
+    const Shape expected{layer.held_by(static_cast<int>(rank)), (*lead)[1], (*lead)[2]};
+    if (shards[rank] ? *shards[rank] != expected : expected[0] != 0)
+      refuse(to_string(expected) + " on rank " + std::to_string(rank),
+             shards[rank] ? to_string(*shards[rank]) : "none");
   }
-  return stack_split(layer, shard);
+  return stack_split(layer, (*lead)[1], (*lead)[2]);
 }
 
-TensorSplit stack_split(const ExpertLayer& layer, const Shape& shard) {
+TensorSplit stack_split(const ExpertLayer& layer, int64_t rows, int64_t columns) {
   TensorSplit split;
   split.axis = Axis::kExpert;
   split.kind = SplitKind::kExperts;
-  split.map.logical_shape = {layer.experts, shard[1], shard[2]};
-  const Shape stride = {shard[1] * shard[2], shard[2], 1};
+  split.map.logical_shape = {layer.experts, rows, columns};
+  const Shape stride = {rows * columns, columns, 1};
   for (size_t rank = 0; rank < layer.placement.size(); ++rank) {
-    RankMap part{shard, {}};
     const std::vector<int64_t>& ids = layer.placement[rank];
+    RankMap part{{static_cast<int64_t>(ids.size()), rows, columns}, {}};
     for (size_t begin = 0; begin < ids.size();) {  // stretches of consecutive ids
       size_t end = begin + 1;
       while (end < ids.size() && ids[end] == ids[end - 1] + 1) ++end;
-      part.pieces.push_back({.shape = {static_cast<int64_t>(end - begin), shard[1], shard[2]},
+      part.pieces.push_back({.shape = {static_cast<int64_t>(end - begin), rows, columns},
                              .source_offset = ids[begin] * stride[0],
                              .source_stride = stride,
                              .dest_offset = static_cast<int64_t>(begin) * stride[0],

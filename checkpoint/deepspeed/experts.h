@@ -24,11 +24,17 @@ struct ExpertLayer {
   std::string module_path;
   std::string prefix;  // expert_key_prefix: module_path + ".experts"
   int64_t experts = 0;
-  int64_t local_experts = 0;  // of one rank
   int64_t ep_size = 0;
   std::vector<std::vector<int64_t>> placement;  // by rank: ids of its experts, in packed order
+  int64_t held_by(int rank) const {
+    return static_cast<int64_t>(placement.at(static_cast<size_t>(rank)).size());
+  }
   bool operator==(const ExpertLayer&) const = default;
 };
+
+// Blocks of consecutive experts by rank, the first ranks taking one more where they do not divide,
+// which DeepSpeed's metadata can say and its models cannot have (auto_ep_config.py: ValueError).
+std::vector<std::vector<int64_t>> placed_in_blocks(int64_t experts, int64_t ranks);
 
 // How the names of its router's parameters begin: "model.layers.0.mlp.router.".
 std::string router_of(const ExpertLayer& layer);
@@ -60,6 +66,9 @@ class ExpertInfo {
   // Ranks of the partition group of expert-parallel rank `rank`, in order.
   std::vector<int> partition_ranks(int rank, int expert_ranks, int dp) const;
 
+  // Rank 0's model file as expert-parallel rank `rank` would have it: shapes of its own experts.
+  ModelStates of_rank(const ModelStates& model, int rank) const;
+
   // AutoEP: the experts of all ranks, stacked by their ids. Shards by rank.
   TensorSplit split_of(const std::string& name,
                        const std::vector<std::optional<Shape>>& shards) const;
@@ -70,7 +79,8 @@ class ExpertInfo {
 
  private:
   void read_layers(const Fields& fields, NodeId list);
-  void read_placement(const Fields& fields, NodeId entry, ExpertLayer* layer);
+  void read_blocks(const Fields& fields, NodeId entry, ExpertLayer* layer) const;
+  void read_placement(const Fields& fields, NodeId entry, ExpertLayer* layer) const;
 
   std::string path_;  // of the model file
   std::vector<ExpertLayer> layers_;
@@ -79,8 +89,8 @@ class ExpertInfo {
   bool data_before_expert_ = false;
 };
 
-// How the shards [local experts, …] of a stack lie in the whole of it.
-TensorSplit stack_split(const ExpertLayer& layer, const Shape& shard);
+// How the shards [local experts, rows, columns] of a stack lie in the whole of it.
+TensorSplit stack_split(const ExpertLayer& layer, int64_t rows, int64_t columns);
 
 // AutoEP layers of a model file: ds_autoep_layers, or the older autoep_layers; kNoNode if none.
 NodeId autoep_layers(const Fields& fields, NodeId holder);

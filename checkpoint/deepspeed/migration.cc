@@ -169,10 +169,7 @@ void Migrant::add_layer(const std::string& prefix) {
   layer.module_path = prefix.substr(0, prefix.size() - end.size());
   layer.experts = static_cast<int64_t>(count);
   layer.ep_size = state_.topology.expert;
-  layer.local_experts = layer.experts / layer.ep_size;
-  layer.placement.resize(static_cast<size_t>(layer.ep_size));
-  for (int64_t id = 0; id < layer.experts; ++id)
-    layer.placement[static_cast<size_t>(id / layer.local_experts)].push_back(id);
+  layer.placement = placed_in_blocks(layer.experts, layer.ep_size);
   result_.layers.push_back(std::move(layer));
 }
 
@@ -233,8 +230,7 @@ void Migrant::add_stack(const std::string& prefix, const std::string& name) {
   for (size_t s = 0; s < states.size(); ++s)
     stack.states[s] = stack_leaves(name, states[s], stack.shape);
   stack.split = static_cast<int>(state_.splits.size());
-  state_.splits.push_back(
-      stack_split(*layer, {layer->local_experts, lead.shape[0], lead.shape[1]}));
+  state_.splits.push_back(stack_split(*layer, lead.shape[0], lead.shape[1]));
   stacks_.emplace(name, std::move(stack));
 }
 

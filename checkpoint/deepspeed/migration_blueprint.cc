@@ -98,7 +98,7 @@ class MigratedModelFile {
                           {"module_path", pickle_.string(layer.module_path)},
                           {"expert_key_prefix", pickle_.string(layer.prefix)},
                           {"num_experts", pickle_.integer(layer.experts)},
-                          {"num_local_experts", pickle_.integer(layer.local_experts)},
+                          {"num_local_experts", pickle_.integer(layer.held_by(0))},
                           {"ep_size", pickle_.integer(layer.ep_size)}});
   }
 
@@ -113,9 +113,9 @@ class MigratedModelFile {
         {{"moe_layer_id", pickle_.integer(layer.layer_id)},
          {"module_path", pickle_.string(layer.module_path)},
          {"num_experts", pickle_.integer(layer.experts)},
-         {"num_local_experts", pickle_.integer(layer.local_experts)},
+         {"num_local_experts", pickle_.integer(layer.held_by(0))},
          {"ep_size", pickle_.integer(layer.ep_size)},
-         {"expert_placement", placement_node(&builder_, layer.experts, layer.ep_size)},
+         {"expert_placement", placement_node(&builder_, layer.placement)},
          {"affine_maps", builder_.dict({{"version", pickle_.integer(1)},
                                         {"params", builder_.dict(std::move(maps))}})},
          {"expert_key_prefix", pickle_.string(layer.prefix)},
@@ -126,7 +126,7 @@ class MigratedModelFile {
          {"expert_data_parallel_rank", pickle_.integer(0)},
          {"expert_data_parallel_world_size", pickle_.integer(replicas)},
          {"global_expert_start", pickle_.integer(0)},
-         {"global_expert_end", pickle_.integer(layer.local_experts)}});
+         {"global_expert_end", pickle_.integer(layer.held_by(0))}});
   }
 
   const ShardedState& state_;

@@ -238,11 +238,13 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
       .maps = {},
       .experts = nullptr,
       .stages = {},
+      .beyond_deepspeed = options.beyond_deepspeed,
       .local_experts = {},
       .creation_numbers = {},
       .inferred = {},
       .synthesised = {},
-      .skipped = {}};
+      .skipped = {},
+      .beyond = {}};
   const Fields model(state.document(target.model_file()));
   const NodeId config = model.maybe(model.root(), "ds_config");
   const bool bf16 = config_text(model, config, "bf16", "enabled") == "True" ||
@@ -465,6 +467,7 @@ TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topolo
   result.inferred = target.inferred;
   result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
   result.skipped.assign(target.skipped.begin(), target.skipped.end());
+  result.beyond.assign(target.beyond.begin(), target.beyond.end());
   return result;
 }
 

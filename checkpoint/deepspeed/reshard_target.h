@@ -54,11 +54,13 @@ struct ReshardTarget {
   std::vector<AffineMap> maps;                // by parameter; none, or empty, where nothing is cut
   std::shared_ptr<const ExpertInfo> experts;  // of the source; none: it has no experts
   StagePlan stages;                           // of a pipeline; empty for other models
+  bool beyond_deepspeed = false;              // experts that the ranks do not divide are allowed
   std::map<std::string, int64_t> local_experts;  // native MoE: of one rank, by layer
   std::map<std::string, int> creation_numbers;   // stage 3: by parameter, for ds_id
   std::vector<std::string> inferred;             // for the certificate
   std::set<std::string> synthesised;             // what is written without a source, likewise
   std::set<std::string> skipped;  // what the target's stage has no place for, likewise
+  std::set<std::string> beyond;   // what DeepSpeed will refuse, likewise
 
   const ParameterState& parameter(int number) const {
     return state.parameters[static_cast<size_t>(number)];
@@ -86,6 +88,7 @@ struct ReshardOptions {
   std::set<std::string> allow_dropped;  // "client_state" (that of ranks other than 0), …
   SplitOptions splits;
   StageOptions stages;
+  bool beyond_deepspeed = false;  // also what its files can say and it will not load
 };
 
 // Throws Error(kUnsupported) for topologies that these files cannot have, and as target_maps() and
@@ -150,9 +153,9 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
 // universal_checkpoint_info for the target's tensor-parallel ranks (there are several).
 NodeId target_split_info(TorchBuilder* builder, const ReshardTarget& target);
 
-// An affine map, and expert_placement of equal blocks, as DeepSpeed writes them.
+// An affine map, and expert_placement, as DeepSpeed writes them.
 NodeId map_node(TorchBuilder* builder, const AffineMap& map);
-NodeId placement_node(TorchBuilder* builder, int64_t experts, int64_t expert_ranks);
+NodeId placement_node(TorchBuilder* builder, const std::vector<std::vector<int64_t>>& placement);
 // The files of the experts; and root entries of a target's model file that speak of them, those
 // of rank `zero` of the partition group.
 void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int zero,

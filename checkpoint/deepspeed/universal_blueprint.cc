@@ -14,6 +14,16 @@
 namespace isoshard::checkpoint {
 namespace {
 
+// Expert-parallel ranks hold different numbers of experts, which the short metadata cannot say.
+bool shared_unevenly(const ShardedState& state) {
+  return std::ranges::any_of(state.splits, [](const TensorSplit& split) {
+    return split.kind == SplitKind::kExperts &&
+           std::ranges::any_of(split.map.ranks, [&](const RankMap& rank) {
+             return rank.shard_shape[0] != split.map.ranks[0].shard_shape[0];
+           });
+  });
+}
+
 class UniversalWriter {
  public:
   UniversalWriter(const ShardedState& state, const UniversalOptions& options)
@@ -28,7 +38,8 @@ class UniversalWriter {
     TargetFiles result;
     if (state_.flavour == Flavour::kZero0) {
       Topology topology = state_.topology;  // param_shapes names all experts of native layers
-      if (state_.expert_layout == ExpertLayout::kNative) topology.expert = 1;
+      if (state_.expert_layout == ExpertLayout::kNative || shared_unevenly(state_))
+        topology.expert = 1;
       ReshardTarget target = make_target(state_, topology, 1, {});
       files_.push_back(global_state_blueprint(&target));
       for (int tensor = 0; tensor < state_.topology.tensor; ++tensor)
@@ -408,8 +419,10 @@ TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptio
         .entry = quote(state.buffers.empty() ? frozen->name : state.buffers[0].name),
         .next = "reshard --to pp=N keeps all of it; convert --to fp32 the weights"});
   }
-  if (!folded) return UniversalWriter(state, options).run();
+  const bool uneven = state.stage != 0 && state.stage != 3 && shared_unevenly(state);
+  if (!folded && !uneven) return UniversalWriter(state, options).run();
   Topology whole = state.topology;
+  if (uneven) whole.expert = 1;
   whole.tensor = 1;
   whole.data = state.topology.data * state.topology.tensor;  // so that ep divides it
   ReshardTarget target = make_target(state, whole, state.stage, {});

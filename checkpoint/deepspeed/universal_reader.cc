@@ -173,8 +173,9 @@ void UniversalReader::stack_experts(const ExpertInfo& experts) {
   for (ParameterState& parameter : state_.parameters) {
     const ExpertLayer* layer = experts.layer_of(parameter.name);
     if (layer == nullptr) continue;
-    const std::vector<std::optional<Shape>> shards(static_cast<size_t>(layer->ep_size),
-                                                   parameter.shape);
+    std::vector<std::optional<Shape>> shards(static_cast<size_t>(layer->ep_size), parameter.shape);
+    for (size_t rank = 1; rank < shards.size() && !parameter.shape.empty(); ++rank)
+      shards[rank]->at(0) = layer->held_by(static_cast<int>(rank));
     parameter.split = static_cast<int>(state_.splits.size());
     state_.splits.push_back(experts.split_of(parameter.name, shards));
     parameter.shape = logical_shape(state_.splits.back());

@@ -61,11 +61,19 @@ class Zero3Reader {
 
 void Zero3Reader::check_models() const {
   std::set<const TorchDocument*> seen;  // ranks with the same pickle say the same
-  for (int file : state_.model_files) {
+  const auto shapes_of = [&](const ModelStates& model) {
+    std::vector<NamedShapes> read;
+    for (size_t k = 0; k < model.param_shapes.size(); ++k)
+      read.push_back(is_read(k) ? model.param_shapes[k] : NamedShapes());
+    return read;
+  };
+  for (int rank : members_) {
+    if (static_cast<size_t>(rank) >= state_.model_files.size()) continue;
+    const int file = state_.model_files[static_cast<size_t>(rank)];
     if (file == model_.file || !seen.insert(&state_.document(file).document()).second) continue;
     const ModelStates other = read_model_states(state_, file);
-    if (other.param_shapes != model().param_shapes ||
-        other.frozen_shapes != model().frozen_shapes ||
+    if (other.param_shapes.size() != model().param_shapes.size() ||
+        shapes_of(other) != shapes_of(model()) || other.frozen_shapes != model().frozen_shapes ||
         other.global_steps != model().global_steps || other.version != model().version) {
       throw Error(
           ErrorInfo{.code = ErrorCode::kMismatch,
@@ -292,7 +300,9 @@ NodeId partition_group(const Fields& fields, NodeId optimizer, int64_t sub_group
 
 void read_zero3_part(ShardedState* state, const ModelStates& model, const GroupMask& sub_groups,
                      const std::vector<int>& members) {
-  Zero3Reader(state, model, sub_groups, members).run();
+  Zero3Reader reader(state, model, sub_groups, members);
+  reader.check_models();
+  reader.run();
 }
 
 void read_zero3(ShardedState* state, const ModelStates& model, const GroupMask& sub_groups) {
