@@ -52,6 +52,7 @@ struct Leaf {
   Shape shape;
   bool requires_grad = false;
   std::vector<FileFragment> fragments;
+  int padding = -1;  // leaf of the rows behind the last one, of a padded vocabulary; −1: none
 
   int64_t size_elements() const { return numel(shape); }
   int64_t size_bytes() const { return numel(shape) * item_size_bytes(dtype); }
@@ -97,7 +98,9 @@ struct GroupState {
 
 // A PipelineModule's checkpoint, whose layers have files of their own.
 struct PipelineState {
-  std::vector<int> layer_files;                      // of all stages
+  std::vector<int> layer_files;  // of all stages; those of tensor-parallel rank 0 come first
+  // By layer: what its file holds, as named there and as a parameter or buffer, in order.
+  std::map<int, std::vector<std::pair<std::string, std::string>>> tensors;
   std::vector<std::vector<int>> held;                // by stage: parameters, in the groups' order
   std::vector<std::vector<std::string>> buffers;     // by stage, as recorded
   std::map<std::string, std::set<int>> tied_layers;  // by key: layers whose file holds it

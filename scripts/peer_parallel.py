@@ -34,6 +34,7 @@ LLAMA, MIXTRAL, MOE = {"model": "llama"}, {"model": "mixtral"}, {"model": "moe"}
 FOLDED = "autoep_folded_tp2_ep2_dp2"
 PIPE = {"model": "pipeline", "stage": 1, "dtype": "fp32"}
 BF16 = {"dtype": "bf16", "tied": True, "functions": True, "groups": True, "method": "parameters"}
+TENSOR = {**PIPE, "dtype": "bf16", "world": 4}
 KV = ["--num-kv-heads", "2"]
 # name, source, command of isoshard (OURS: its folder), engine, world, what it is compared with:
 # a recording, another case, or nothing.
@@ -88,6 +89,14 @@ CASES = [
      {**PIPE, "pipeline": 3, "tied": True}, 3, "pipe_tied_pp2_to_pp3_dp1"),
     ("pp3 to pp2, bf16", "pipe_bf16_pp3_dp2", ["reshard", "--to", "pp=2,dp=1"],
      {**PIPE, **BF16, "pipeline": 2}, 2, "pipe_bf16_pp3_to_pp2_dp1"),
+    ("tp2 pp2 to dp1", "pipe_tp2_pp2_dp2", ["reshard", "--to", "dp=1"],
+     {**TENSOR, "pipeline": 2, "tensor": 2}, 4, None),
+    ("tp2 pp2 to tp1", "pipe_tp2_pp2_dp2",
+     ["reshard", "--to", "tp=1,dp=2", "--padded-vocab-size", "13"],
+     {**TENSOR, "pipeline": 2, "tensor": 1}, 4, "pipe_tp2_to_tp1_pp2_dp2"),
+    ("tp2 pp2 to tp4 pp1", "pipe_tp2_pp2_dp2",
+     ["reshard", "--to", "tp=4,pp=1,dp=1", "--padded-vocab-size", "16"],
+     {**TENSOR, "pipeline": 1, "tensor": 4}, 4, "pipe_tp2_to_tp4_pp1_dp1"),
     ("pp2 to pp4, frozen", "pipe_frozen_pp2_dp2",
      ["reshard", "--to", "pp=4,dp=1", "--partition-method", "uniform"],
      {**PIPE, "dtype": "bf16", "frozen": True, "buffers": True, "pipeline": 4}, 4, None),
@@ -131,7 +140,8 @@ def build_model(case):
 
 def pipeline_main(case, load, out):
     engine = record_pipeline.make_engine(case)
-    state = {"epoch": engine.load_checkpoint(load)[1]["epoch"]}
+    epoch = engine.load_checkpoint(load)[1]["epoch"]
+    state = {**record_pipeline.client_state(case), "epoch": epoch}
     engine.save_checkpoint(os.path.join(out, "again"), client_state=state)
     record_pipeline.train(engine, 1)
     engine.save_checkpoint(os.path.join(out, "step"), client_state=state)

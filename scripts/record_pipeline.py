@@ -8,13 +8,18 @@ embedding's. Settings of a case, beside those of record_traces.py:
     functions  a function and a Dropout stand before the head, a function behind it: layers without
                a file, and with an empty one
     frozen, buffers   each block's bias does not train; each block has a buffer
+    tensor     tensor-parallel ranks: `world` is pipeline · dp · tensor, and the layers are those of
+               record_tensor_pipeline.py
 """
 
 VOCABULARY, WIDTH, HIDDEN, BLOCKS, TOKENS = 13, 10, 17, 4, 8
 SEED_WEIGHTS, SEED_TOKENS, STEPS = 3, 5, 2
 
 
-def layers_of(case):
+def layers_of(case, grid):
+    if "tensor" in case:
+        import record_tensor_pipeline
+        return record_tensor_pipeline.layers_of(case, grid)
     import torch
     from deepspeed.pipe import LayerSpec, TiedLayerSpec
     from torch import nn
@@ -69,8 +74,26 @@ def build_model(case):
         return torch.nn.functional.cross_entropy(found.float().flatten(0, 1), labels.flatten())
 
     torch.manual_seed(SEED_WEIGHTS)
-    return PipelineModule(layers=layers_of(case), num_stages=case["pipeline"], loss_fn=loss,
-                          partition_method=case.get("method", "uniform"))
+    grid = []  # of the ranks, once there is one
+    model = PipelineModule(layers=layers_of(case, grid), loss_fn=loss, **stages_of(case),
+                           partition_method=case.get("method", "uniform"))
+    grid.append(model.mpu())
+    return model
+
+
+def stages_of(case):
+    if "tensor" not in case:
+        return {"num_stages": case["pipeline"]}
+    from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
+    ranks = case["world"] // case["pipeline"] // case["tensor"]
+    return {"topology": PipeModelDataParallelTopology(case["pipeline"], case["tensor"], ranks)}
+
+
+def client_state(case):
+    if "tensor" not in case:
+        return {"epoch": 2}
+    import record_tensor_pipeline
+    return {"epoch": 2, "universal_checkpoint_info": record_tensor_pipeline.universal_info(case)}
 
 
 def parameters_of(case, model):

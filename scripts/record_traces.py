@@ -31,7 +31,7 @@ SEED_WEIGHTS, SEED_TOKENS = 1234, 99
 LEARNING_RATE, WEIGHT_DECAY = 1e-2, 0.01
 SETTINGS = set("name stage world dtype steps tied frozen exclude_frozen groups client_optimizer "
                "ds_adam sched zero ds grad_accum_dtype load_universal load_from truth pipeline "
-               "method functions buffers".split())
+               "method functions buffers tensor".split())
 MOMENTS = {"Adagrad": ("sum",), "SGD": ("momentum_buffer",), "RMSprop": ("square_avg",)}
 CLIENT_STATE = {"note": "made by the oracle", "epoch": 2, "nested": {"a": [1, 2.5, None, True]}}
 UNIVERSAL = "-m deepspeed.checkpoint.ds_to_universal --inject_missing_state \
@@ -175,7 +175,8 @@ def train_pipeline(case, out, rank):
         path, _ = engine.load_checkpoint(os.path.join(TRACES, case["load_from"]))
         assert path is not None, f"nothing to load in {case['load_from']}"
     record_pipeline.train(engine, case.get("steps", record_pipeline.STEPS))
-    engine.save_checkpoint(os.path.join(out, "ckpt"), client_state={"epoch": 2})
+    engine.save_checkpoint(os.path.join(out, "ckpt"),
+                           client_state=record_pipeline.client_state(case))
     torch.save(record_pipeline.truth_of(engine), os.path.join(out, "truth", f"rank{rank}.pt"))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

@@ -31,6 +31,9 @@ PARTS = {
     "pipe_tied_pp2_to_pp3_dp1": [0, 2, 4, 6],
     "pipe_bf16_pp3_to_pp2_dp1": [0, 3, 9],
     "pipe_frozen_pp2_to_pp1_dp1": [0, 6],
+    "pipe_tp2_pp2_dp2": [0, 3, 5],
+    "pipe_tp2_to_tp1_pp2_dp2": [0, 3, 5],
+    "pipe_tp2_to_tp4_pp1_dp1": [0, 5],
 }
 # dp, parts
 TARGETS = [(3, [0, 6]), (1, [0, 2, 6]), (2, [0, 2, 3, 6]), (1, [0, 2, 3, 4, 6])]
@@ -71,6 +74,12 @@ SAID = [
     ("pipe_z1_pp2_dp2_tied", "pp=2,sp=2", [], "sequence-parallel"),
     ("pipe_z1_pp2_dp2_tied", "pp=2,stage=0", [], "stage 0"),
     ("z1_bf16_dp2", "pp=2", [], "not of a PipelineModule"),
+    ("pipe_z1_pp2_dp1", "tp=2", [], "does not say how its tensors are cut"),
+    ("pipe_tp2_pp2_dp2", "tp=5,dp=1", [], "equal shares"),
+    ("pipe_tp2_pp2_dp2", "tp=4,dp=1", [], "--padded-vocab-size"),
+    ("pipe_tp2_pp2_dp2", "tp=1,dp=1", ["--padded-vocab-size", "12"], "smaller than"),
+    ("pipe_tp2_pp2_dp2", "tp=1,dp=1", ["--num-kv-heads", "2"], "equal shares"),
+    ("pipe_tp2_pp2_dp2", "pp=3,dp=1", [], "not certain"),
     ("z1_bf16_dp2", "dp=1", ["--num-layers", "2"], "leave them out"),
 ]
 counted = {"folders": 0, "refusals": 0}
@@ -99,8 +108,11 @@ def sections(path):
 def layers_by_stage(path):
     """[layers with parameters, keys of tied modules] of every stage's param_shapes."""
     found = []
-    for name in sorted(os.listdir(tag_of(path))):
-        if name.startswith("mp_rank_"):
+    topology = json.loads(run("inspect", path, "--json").splitlines()[0])["to"]
+    ranks = int(topology.split("tp=")[1].split(",")[0])
+    files = sorted(name for name in os.listdir(tag_of(path)) if name.startswith("mp_rank_"))
+    for rank, name in enumerate(files):
+        if rank % ranks == 0:  # tensor-parallel ranks of a stage name the same
             names = [name for group in compare_torch.load(os.path.join(tag_of(path), name))
                      ["param_shapes"] for name in group]
             found.append((sorted({int(n.split(".")[0]) for n in names if n[0].isdigit()}),
@@ -108,14 +120,22 @@ def layers_by_stage(path):
     return found
 
 
+def is_tied(case):
+    return any(word in case for word in ("tied", "bf16", "tp2"))
+
+
+def head_of(case):
+    return 7 if "bf16" in case else 4 if "tp2" in case else 5
+
+
 def expected_layers(case, parts):
-    """From the model of the recordings: layers 1 to 4 are blocks; 0 and the head are embeddings."""
-    tied = "tied" in case or "bf16" in case
-    head = 7 if "bf16" in case else 5
+    """From the models of the recordings: all between layer 0 and the head are blocks (of the bf16
+    model the first four); 0 and the head are embeddings."""
+    tied, head = is_tied(case), head_of(case)
     stages = []
     for begin, end in zip(parts, parts[1:]):
         inside = [layer for layer in range(begin, end)
-                  if 1 <= layer <= 4 or (not tied and layer in (0, head))]
+                  if 1 <= layer < min(head, 5) or (not tied and layer in (0, head))]
         stages.append((inside, ["embed"] * (tied and any(begin <= x < end for x in (0, head)))))
     return stages
 
@@ -138,12 +158,11 @@ def check_target(case, target, parts):
 
 
 def told(case, parts):
-    """Flags for a target of these parts; the last function and head of the bf16 model stand later.
-    """
-    shift = 3 if "bf16" in case else 0
+    """Flags for a target of these parts; the last function and head of the bf16 model stand later,
+    the head of the tensor-parallel one before."""
+    shift = 3 if "bf16" in case else -1 if "tp2" in case else 0
     parts = parts[:-1] + [parts[-1] + shift]
-    head = 7 if "bf16" in case else 5
-    tied = ["--tied-layers", f"embed=0,{head}"] if "tied" in case or "bf16" in case else []
+    tied = ["--tied-layers", f"embed=0,{head_of(case)}"] if is_tied(case) else []
     return parts, ["--pp-parts", ",".join(map(str, parts)), *tied]
 
 
@@ -168,6 +187,50 @@ def there_and_back(case, own, work):
         wrong = compare_torch.compare_paths(same, back, [], []).differences
         if wrong:
             sys.exit(f"FAILED: {case} to {parts} and back\n" + "\n".join(map(str, wrong[:10])))
+
+
+def squares(work):
+    """pp·tp·dp 2·2·2 to those of DeepSpeed's own reshape test, by every way of two steps; 16 rows
+    of vocabulary fit every tp."""
+    degrees = [(1, 1, 1), (1, 2, 1), (1, 2, 2), (2, 1, 1), (2, 4, 1)]
+    ends = {1: "0,5", 2: "0,3,5"}
+
+    def reshard(source, name, degree):
+        pp, tp, dp = degree
+        before = json.loads(run("inspect", source, "--json").splitlines()[0])["to"]
+        rows = [] if f"tp={tp}," in before else ["--padded-vocab-size", "16"]
+        target = os.path.join(work, name)
+        run("reshard", source, target, "--to", f"pp={pp},tp={tp},dp={dp}", "--pp-parts", ends[pp],
+            "--tied-layers", "embed=0,4", "--quiet", *rows)
+        counted["folders"] += 1
+        return target
+
+    source = reshard(ckpt("pipe_tp2_pp2_dp2"), "wide", (2, 4, 2))
+    expected = sections(ckpt("pipe_tp2_pp2_dp2"))
+    direct = {degree: reshard(source, f"direct{degree}", degree) for degree in degrees}
+    for first in degrees:
+        for last in degrees:
+            again = reshard(direct[first], f"{first}{last}", last)
+            wrong = compare_torch.compare_paths(direct[last], again, [], []).differences
+            if wrong or sections(again) != expected:
+                sys.exit(f"FAILED: by {first} to {last}\n" + "\n".join(map(str, wrong[:10])))
+
+
+def layers_of_ranks(work):
+    """Layer files of tensor-parallel ranks: one missing, one too many."""
+    for number, (gone, new, words) in enumerate((
+            ("layer_02-model_01-model_states.pt", "", "a layer's file is missing"),
+            ("", "layer_02-model_02-model_states.pt", "does not have the name"),
+            ("", "layer_02-model_states.pt", "does not have the name"))):
+        source = shutil.copytree(ckpt("pipe_tp2_pp2_dp2"), os.path.join(work, f"layers{number}"))
+        if new:
+            shutil.copy(os.path.join(tag_of(source), "layer_02-model_00-model_states.pt"),
+                        os.path.join(tag_of(source), new))
+        else:
+            os.remove(os.path.join(tag_of(source), gone))
+        if words not in run("digest", source, status=2):
+            sys.exit(f"FAILED: {gone}{new} is not named")
+        counted["refusals"] += 1
 
 
 def config_and_export(work):
@@ -233,7 +296,10 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         config_and_export(work)
     with tempfile.TemporaryDirectory() as work:
+        squares(work)
+    with tempfile.TemporaryDirectory() as work:
         layer_names(work)
+        layers_of_ranks(work)
         a_layer_without_its_buffer(work)
     stages = json.loads(run("inspect", ckpt("pipe_z1_pp2_dp2_tied"), "--json").splitlines()[0])
     if stages["stages"] != ["1 2, tied embed", "3 4, tied embed"]:

@@ -167,15 +167,28 @@ void check_stage_flags(const ReshardFlags& flags, const checkpoint::ShardedState
                         .next = "leave them out"});
 }
 
-void check_vocabulary_flag(const ReshardFlags& flags, const Topology& source,
+void check_vocabulary_flag(const ReshardFlags& flags, const checkpoint::ShardedState& state,
                            const Topology& target) {
+  const Topology& source = state.topology;
   if (flags.splits.vocabulary_rows == 0) return;
-  if (target.tensor > 1 && target.tensor != source.tensor) return;
+  if ((target.tensor > 1 || state.pipeline.present()) && target.tensor != source.tensor) return;
   throw Error(ErrorInfo{
       .code = ErrorCode::kUsage,
       .what = "--padded-vocab-size goes with --to tp=N, for another N above 1.",
       .found = "tp=" + std::to_string(source.tensor) + " to tp=" + std::to_string(target.tensor),
       .next = "leave it out"});
+}
+
+// AutoTP's rules, which a pipeline's own layers do not follow.
+void check_head_flags(const ReshardFlags& flags, const checkpoint::ShardedState& state) {
+  const bool given =
+      flags.splits.kv_heads >= 0 || flags.splits.grain > 0 || !flags.model_config.empty();
+  if (!given || !state.pipeline.present()) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "The tensor-parallel ranks of a pipeline hold equal shares.",
+                        .file = state.folder,
+                        .entry = "--num-kv-heads, --model-config, --tp-grain-size",
+                        .next = "leave them out"});
 }
 
 std::string usable_tag(const ReshardFlags& flags, const checkpoint::ShardedState& state) {
@@ -218,9 +231,12 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   checkpoint::ReshardOptions wanted;
   std::vector<std::string> inferred;
   wanted.allow_dropped = {flags.allow_dropped.begin(), flags.allow_dropped.end()};
-  if (topology.tensor > 1 && topology.tensor != state.topology.tensor)
+  if (state.pipeline.present())
+    wanted.splits = flags.splits;
+  else if (topology.tensor > 1 && topology.tensor != state.topology.tensor)
     wanted.splits = split_options(session, flags, state, &inferred);
-  check_vocabulary_flag(flags, state.topology, topology);
+  check_vocabulary_flag(flags, state, topology);
+  check_head_flags(flags, state);
   check_stage_flags(flags, state);
   wanted.stages = flags.stages;
   wanted.beyond_deepspeed = flags.beyond_deepspeed;

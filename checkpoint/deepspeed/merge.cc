@@ -17,13 +17,18 @@ namespace {
 std::string rank_name(size_t rank) { return "tp rank " + std::to_string(rank); }
 
 // In order of `begin`, cut at `total`, neighbours joined.
-std::vector<FileFragment> tidy(std::vector<FileFragment> fragments, int64_t total, int64_t item) {
+// Those of elements [first, total), counted from `first`, in order and joined.
+std::vector<FileFragment> tidy(std::vector<FileFragment> fragments, int64_t first, int64_t total,
+                               int64_t item) {
   std::sort(fragments.begin(), fragments.end(),
             [](const FileFragment& a, const FileFragment& b) { return a.begin < b.begin; });
   std::vector<FileFragment> result;
   for (FileFragment f : fragments) {
-    f.count = std::min(f.count, total - f.begin);
-    if (f.count <= 0) break;
+    const int64_t before = std::clamp<int64_t>(first - f.begin, 0, f.count);
+    f.begin += before - first;
+    f.count = std::min(f.count - before, total - first - f.begin);
+    f.offset_bytes += before * item;
+    if (f.count <= 0) continue;
     if (!result.empty()) {
       FileFragment& last = result.back();
       if (last.file == f.file && last.begin + last.count == f.begin &&
@@ -107,6 +112,7 @@ class TensorMerge {
   TensorSplit split_of(const std::string& name, const Shards& shards) const;
   int merge_leaves(const TensorSplit& split, const std::string& name,
                    const std::vector<const Leaf*>& shards);
+  int add_padding(const TensorSplit& split, Leaf leaf, const std::vector<const Leaf*>& shards);
   void add_replicas(const TensorSplit& split, int whole, const std::vector<const Leaf*>& shards);
   int add_mean(const TensorSplit& split, Leaf leaf, const std::vector<const Leaf*>& shards);
   void merge_groups();
@@ -272,9 +278,20 @@ int TensorMerge::merge_leaves(const TensorSplit& split, const std::string& name,
   if (split.kind == SplitKind::kAveraged) return add_mean(split, std::move(leaf), shards);
   leaf.fragments.clear();
   if (whole_.has_places) leaf.fragments = compose(split, shards);
+  leaf.padding = add_padding(split, leaf, shards);
   const int number = whole_.add_leaf(std::move(leaf));
   if (whole_.has_places) add_replicas(split, number, shards);
   return number;
+}
+
+// What a padded vocabulary holds behind its last row: no state, but the same ranks may keep it.
+int TensorMerge::add_padding(const TensorSplit& split, Leaf leaf,
+                             const std::vector<const Leaf*>& shards) {
+  const int64_t rows = split.vocabulary ? split.map.logical_shape.at(0) - leaf.shape.at(0) : 0;
+  if (rows <= 0 || !whole_.has_places) return -1;
+  leaf.shape[0] = rows;
+  leaf.fragments = compose(split, shards, /*padding=*/true);
+  return whole_.add_leaf(std::move(leaf));
 }
 
 void TensorMerge::add_replicas(const TensorSplit& split, int whole,
@@ -439,8 +456,8 @@ MpPart lend_files(ShardedState* whole, ModelStates model) {
   return part;
 }
 
-std::vector<FileFragment> compose(const TensorSplit& split,
-                                  const std::vector<const Leaf*>& shards) {
+std::vector<FileFragment> compose(const TensorSplit& split, const std::vector<const Leaf*>& shards,
+                                  bool padding) {
   std::vector<FileFragment> result;
   int64_t item = 1;
   for (size_t t = 0; t < shards.size(); ++t) {
@@ -452,7 +469,9 @@ std::vector<FileFragment> compose(const TensorSplit& split,
         append_fragments(*shards[t], run.dest, run.count, run.source, &result);
     }
   }
-  return tidy(std::move(result), numel(logical_shape(split)), item);
+  const int64_t total = numel(logical_shape(split));
+  return padding ? tidy(std::move(result), total, numel(split.map.logical_shape), item)
+                 : tidy(std::move(result), 0, total, item);
 }
 
 void merge_tensor_ranks(ShardedState* whole, const std::vector<MpPart>& parts,

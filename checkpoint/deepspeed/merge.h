@@ -36,7 +36,8 @@ void merge_expert_ranks(ShardedState* whole, const std::vector<MpPart>& parts,
 void join_native_ranks(ShardedState* whole, const std::vector<MpPart>& parts);
 
 // Fragments of a tensor from those of its shards by rank; nullptr: the shard has no element.
-// Padding rows of a vocabulary are left out.
-std::vector<FileFragment> compose(const TensorSplit& split, const std::vector<const Leaf*>& shards);
+// Padding rows of a vocabulary are left out, or, `padding`, all that there is.
+std::vector<FileFragment> compose(const TensorSplit& split, const std::vector<const Leaf*>& shards,
+                                  bool padding = false);
 
 }  // namespace isoshard::checkpoint

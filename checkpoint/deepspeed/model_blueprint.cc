@@ -52,7 +52,8 @@ class ModelWriter {
     root.set_if_present("checkpoint_parallel_dimensions",
                         builder_.dict({{"pp_degree", pickle.integer(pipeline)},
                                        {"tp_degree", pickle.integer(degree)}}));
-    if (tensor > 1)
+    const bool callers = !target_.stages.held.empty() && state_.split_file >= 0;
+    if (tensor > 1 || callers)
       root.set_after("universal_checkpoint_info", target_split_info(&builder_, target_),
                      "ds_version");
     else if (state_.split_file >= 0 && state_.expert_layout == ExpertLayout::kNone)
@@ -68,7 +69,8 @@ class ModelWriter {
  private:
   NodeId stage_buffers() {
     std::vector<NodeId> names;
-    for (const std::string& name : target_.stages.buffers[static_cast<size_t>(mp_)])
+    for (const std::string& name :
+         target_.stages.buffers[static_cast<size_t>(target_.stage_of(mp_))])
       names.push_back(builder_.pickle.string(name));
     return builder_.pickle.list(std::move(names));
   }

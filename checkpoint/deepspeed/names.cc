@@ -9,15 +9,7 @@
 #include <system_error>
 
 namespace isoshard::checkpoint {
-namespace {
-
-std::string two_digits(int value) {
-  char buffer[16];
-  std::snprintf(buffer, sizeof buffer, "%02d", value);
-  return buffer;
-}
-
-}  // namespace
+namespace {}  // namespace
 
 FileName parse_file_name(const std::string& name) {
   static const re2::RE2 kModel("mp_rank_(\\d{2,6})_model_states\\.pt");
@@ -43,6 +35,12 @@ FileName parse_file_name(const std::string& name) {
     result.kind = Kind::kLayer;
   }
   return result;
+}
+
+std::string two_digits(int value) {
+  char buffer[16];
+  std::snprintf(buffer, sizeof buffer, "%02d", value);
+  return buffer;
 }
 
 std::optional<int64_t> layer_in_file_name(const std::string& name) {

@@ -28,6 +28,9 @@ std::string expert_in_file_name(const std::string& name);
 // The number behind "layer_": 3 for "layer_03-model_states.pt".
 std::optional<int64_t> layer_in_file_name(const std::string& name);
 
+// "00", "07", "123": how file names count.
+std::string two_digits(int value);
+
 std::string model_file_name(int mp);
 std::string model_file_name_of_rank(int dp, int mp);
 std::string expert_optim_file_name(int expert_rank);

@@ -265,6 +265,8 @@ void LayerCopies::add_tensor(const Fields& fields, int file, const std::string& 
                                     .dtype = view.dtype,
                                     .shape = view.shape,
                                     .fragments = file_fragments(fields.document(), file, view)});
+  auto& tensors = state_.pipeline.tensors[layer_];
+  tensors.emplace_back(local, name);
   if (buffers_.contains(name)) {
     state_.buffers.push_back({name, leaf});
     return;
@@ -288,6 +290,7 @@ void LayerCopies::add_tensor(const Fields& fields, int file, const std::string& 
     fields.fail("A parameter has two shapes.", quote(name), to_string(parameter.shape),
                 to_string(view.shape));
   state_.leaf(leaf).name = parameter.name;
+  tensors.back().second = parameter.name;
   if (parameter.model_copy >= 0) {  // another layer's copy of a tied module
     state_.leaf(leaf).state = "layer " + name.substr(0, name.find('.'));
     state_.replicas.emplace_back(parameter.model_copy, leaf);
@@ -307,26 +310,83 @@ void add_layer_copies(ShardedState* state, const std::set<std::string>& buffers,
   copies.finish();
 }
 
-void check_layer_files(const std::vector<std::string>& names, const std::string& folder) {
-  constexpr int64_t kMostLayers = 100'000;
-  std::map<int64_t, std::string> files;
+std::string layer_file_name(int layer, int rank, int ranks) {
+  const std::string front = "layer_" + two_digits(layer);
+  return ranks == 1 ? front + "-model_states.pt"
+                    : front + "-model_" + two_digits(rank) + "-model_states.pt";
+}
+
+std::vector<std::vector<std::string>> layer_files_by_rank(const std::vector<std::string>& names,
+                                                          int ranks, const std::string& folder) {
+  constexpr int kMostLayers = 100'000;
+  std::vector<std::vector<std::string>> result(static_cast<size_t>(ranks));
+  std::set<int> layers;
+  std::map<std::pair<int, int>, std::string> files;  // by layer and rank
   for (const std::string& name : names) {
-    const int64_t layer = layer_in_file_name(name).value_or(-1);
-    const std::string front =
-        std::string("layer_") + (layer < 10 ? "0" : "") + std::to_string(layer);
-    const bool named =
-        name == front + "-model_states.pt" || name == front + "-model_00-model_states.pt";
-    const auto [first, fresh] = files.emplace(layer, name);
-    if (named && fresh && layer >= 0 && layer <= kMostLayers) continue;
+    const auto layer =
+        static_cast<int>(std::min<int64_t>(layer_in_file_name(name).value_or(-1), kMostLayers + 1));
+    int rank = 0;
+    while (rank < ranks && name != layer_file_name(layer, rank, ranks)) ++rank;
+    if (ranks == 1 && name == "layer_" + two_digits(layer) + "-model_00-model_states.pt") rank = 0;
+    const bool named = rank < ranks && layer >= 0 && layer <= kMostLayers;
+    const auto [first, fresh] = files.emplace(std::pair(layer, rank), name);
+    if (named && fresh) {
+      result[static_cast<size_t>(rank)].push_back(name);
+      layers.insert(layer);
+      continue;
+    }
     throw Error(ErrorInfo{
         .code = ErrorCode::kMismatch,
         .what = fresh ? "A layer's file does not have the name that DeepSpeed gives it."
                       : "Two files are of one layer; DeepSpeed takes them for shards.",
         .file = folder + "/" + name,
-        .expected =
-            "layer_NN-model_states.pt, once for each layer up to " + std::to_string(kMostLayers),
+        .expected = layer_file_name(0, 0, ranks) + " and so on, for " + std::to_string(ranks) +
+                    " tensor-parallel rank(s), once for each layer up to " +
+                    std::to_string(kMostLayers),
         .found = fresh ? name : first->second + " and " + name,
         .next = "remove what is stale after looking at it, or rename it back"});
+  }
+  for (int rank = 0; rank < ranks; ++rank) {
+    for (int layer : layers) {
+      if (files.contains({layer, rank})) continue;
+      throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                            .what = "The checkpoint is incomplete: a layer's file is missing.",
+                            .file = folder,
+                            .expected = layer_file_name(layer, rank, ranks),
+                            .found = "that layer's of other tensor-parallel ranks",
+                            .next = "bring it from the node that wrote it"});
+    }
+  }
+  return result;
+}
+
+void adopt_stages(ShardedState* whole, const std::vector<MpPart>& parts) {
+  std::unordered_map<std::string, int> numbers;
+  for (size_t i = 0; i < whole->parameters.size(); ++i)
+    numbers.emplace(whole->parameters[i].name, static_cast<int>(i));
+  const ShardedState& first = parts.at(0).state;
+  whole->pipeline = first.pipeline;
+  for (std::vector<int>& held : whole->pipeline.held) {
+    for (int& number : held) {
+      number = numbers.at(first.parameters[static_cast<size_t>(number)].name);
+    }
+  }
+  whole->pipeline.layer_files.clear();
+  for (size_t rank = 0; rank < parts.size(); ++rank) {
+    const ShardedState& part = parts[rank].state;
+    whole->pipeline.layer_files.insert(whole->pipeline.layer_files.end(),
+                                       part.pipeline.layer_files.begin(),
+                                       part.pipeline.layer_files.end());
+    for (const std::string& text : part.inferred) {
+      if (std::ranges::find(whole->inferred, text) == whole->inferred.end())
+        whole->inferred.push_back(text);
+    }
+    for (const auto& [original, copy] : part.replicas) {
+      Leaf again = part.leaf(copy);
+      if (parts.size() > 1) again.state += ", tp rank " + std::to_string(rank);
+      const int one = whole->add_leaf(part.leaf(original));
+      whole->replicas.emplace_back(one, whole->add_leaf(std::move(again)));
+    }
   }
 }
 

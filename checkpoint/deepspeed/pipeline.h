@@ -1,6 +1,8 @@
-// Pipeline stages: each mp rank holds some layers; the modules lie in one file a layer
-// (deepspeed/runtime/pipe/module.py, save_state_dict), with names local to the layer. A tied layer
-// lies on several stages, under one name.
+// Pipeline stages: each mp rank holds some layers; the modules lie in one file a layer and tensor-
+// parallel rank (deepspeed/runtime/pipe/module.py, save_state_dict), with names local to the layer.
+// A tied layer lies on several stages, under one name.
+//
+//   mp rank = stage · tp + tensor-parallel rank       layer_NN-model_TT-model_states.pt
 #pragma once
 
 #include <set>
@@ -32,8 +34,16 @@ int layer_of_file(const ShardedState& state, int file);
 // agree: the pairs go to whole->replicas.
 void join_stages(ShardedState* whole, const std::vector<MpPart>& stages);
 
-// The names of the layer files: one file a layer, named as DeepSpeed names it, or Error(kMismatch).
-void check_layer_files(const std::vector<std::string>& names, const std::string& folder);
+// The layer files by tensor-parallel rank: the same layers for each, one file a layer, named as
+// DeepSpeed names it, or Error(kMismatch, kIncomplete).
+std::vector<std::vector<std::string>> layer_files_by_rank(const std::vector<std::string>& names,
+                                                          int ranks, const std::string& folder);
+// Its name for a tensor-parallel rank of `ranks`.
+std::string layer_file_name(int layer, int rank, int ranks);
+
+// What merge_tensor_ranks() does not join: who holds what, and the replicas that each tensor-
+// parallel rank's stages have among themselves. `parts` by tensor-parallel rank.
+void adopt_stages(ShardedState* whole, const std::vector<MpPart>& parts);
 
 // Every parameter and every buffer has its copy: Error(kIncomplete). Buffers of tied modules:
 // Error(kUnsupported).

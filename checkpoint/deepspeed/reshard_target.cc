@@ -65,9 +65,12 @@ void refuse_pipeline(const ShardedState& state, const Topology& topology, int st
     no("The checkpoint is not of a PipelineModule, whose layers pipeline stages could share.",
        "pp=" + std::to_string(topology.pipeline), "leave pp out");
   if (!state.pipeline.present()) return;
-  if (topology.sequence > 1 || topology.tensor > 1)
-    no("Pipeline stages together with tensor- or sequence-parallel ranks are not supported.",
-       to_string(topology), "say sp=1 and tp=1");
+  if (topology.sequence > 1)
+    no("A pipeline has no sequence-parallel ranks.", to_string(topology), "say sp=1");
+  if (topology.tensor > 1 && state.split_file < 0)
+    no("The pipeline does not say how its tensors are cut over tensor-parallel ranks: no "
+       "universal_checkpoint_info of the caller's stands in its model files.",
+       "tp=" + std::to_string(topology.tensor), "say tp=1");
   if (stage >= 2)
     no("DeepSpeed has no pipelines at stages 2 and 3 (AssertionError), whatever their number of "
        "stages.",
@@ -179,7 +182,7 @@ void check_loss_scaler(const ShardedState& state, int stage,
 std::vector<int> held_by(const ReshardTarget& target, int group, int shard) {
   if (target.stages.held.empty()) return target.state.groups[static_cast<size_t>(group)].parameters;
   std::vector<int> result;
-  for (int number : target.stages.held[static_cast<size_t>(shard)]) {
+  for (int number : target.stages.held[static_cast<size_t>(target.stage_of(shard))]) {
     if (target.parameter(number).group == group) result.push_back(number);
   }
   return result;
@@ -262,10 +265,12 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
   target.frozen_excluded =
       state.stage >= 2 && model.maybe(model.root(), "frozen_param_shapes") == kNoNode &&
       std::ranges::all_of(state.parameters, [](const ParameterState& p) { return p.group >= 0; });
-  if (topology.tensor > 1)
+  // A pipeline's caller pads a vocabulary and names the splits at one tensor-parallel rank too.
+  if (topology.tensor > 1 || (state.pipeline.present() && state.split_file >= 0))
     target.maps = target_maps(state, topology.tensor, options.splits, &target.inferred);
   if (state.pipeline.present())
-    target.stages = plan_stages(state, topology.pipeline, options.stages, &target.inferred);
+    target.stages =
+        plan_stages(state, topology.pipeline, options.stages, target.maps, &target.inferred);
   const bool round_robin = stage >= 1 && stage <= 2 && !target.bf16_optimizer &&
                            zero_option(model, config, "round_robin_gradients", 0) != 0;
   const int64_t sub_group_size = zero_option(model, config, "sub_group_size", 1'000'000'000);
@@ -301,31 +306,44 @@ int ReshardTarget::model_leaf(const ParameterState& parameter) {
   return parameter.weight;
 }
 
+const RankMap* ReshardTarget::map_of(int number, int shard) const {
+  if (maps.empty() || maps[static_cast<size_t>(number)].ranks.empty()) return nullptr;
+  const int rank = is_expert(number) ? shard : shard % topology.tensor;
+  return &maps[static_cast<size_t>(number)].ranks[static_cast<size_t>(rank)];
+}
+
 Shape ReshardTarget::shard_shape(int number, int shard) const {
-  if (maps.empty() || maps[static_cast<size_t>(number)].ranks.empty())
-    return parameter(number).shape;
-  const AffineMap& map = maps[static_cast<size_t>(number)];
-  return joined_axes(map.ranks[static_cast<size_t>(shard)].shard_shape,
-                     parameter(number).shape.size());
+  const RankMap* map = map_of(number, shard);
+  if (map == nullptr) return parameter(number).shape;
+  return joined_axes(map->shard_shape, parameter(number).shape.size());
 }
 
 void ReshardTarget::add_runs(StorageFill* fill, int number, int shard,
                              const LeafRun& shard_run) const {
   if (shard_run.count == 0) return;
-  if (maps.empty() || maps[static_cast<size_t>(number)].ranks.empty()) {
+  const RankMap* map = map_of(number, shard);
+  if (map == nullptr) {
     fill->runs.push_back(shard_run);
     return;
   }
-  const AffineMap& map = maps[static_cast<size_t>(number)];
-  const int64_t total = state.leaf(shard_run.leaf).size_elements();
+  const Leaf& leaf = state.leaf(shard_run.leaf);
+  const int64_t total = leaf.size_elements();
   const int64_t begin = shard_run.begin, end = begin + shard_run.count;
-  for (const MapPiece& piece : map.ranks[static_cast<size_t>(shard)].pieces) {
+  // Where the ranks hold what they held, they keep the padding rows too.
+  const bool keeps = leaf.padding >= 0 &&
+                     maps[static_cast<size_t>(number)] == state.split_of(parameter(number)).map;
+  for (const MapPiece& piece : map->pieces) {
     for (const MapRun& run : piece_runs(piece)) {
       const int64_t from = std::max(begin, run.dest);
       const int64_t source = run.source + (from - run.dest);
       const int64_t to = std::min({end, run.dest + run.count, from + total - source});
       if (from < to)
         fill->runs.push_back({shard_run.leaf, source, to - from, shard_run.at + from - begin});
+      const int64_t rest = std::max({from, begin, run.dest + total - run.source});
+      const int64_t last = std::min(end, run.dest + run.count);
+      if (keeps && rest < last)
+        fill->runs.push_back({leaf.padding, run.source + rest - run.dest - total, last - rest,
+                              shard_run.at + rest - begin});
     }
   }
 }
@@ -410,7 +428,7 @@ NodeId target_config(TorchBuilder* builder, const ReshardTarget& target) {
     MappingCopy section(builder, target.state, {file, tensor});
     section.set("autotp_size", builder->pickle.integer(target.topology.tensor));
     copy.set("tensor_parallel", section.finish());
-  } else if (target.topology.tensor > 1) {
+  } else if (target.topology.tensor > 1 && target.stages.held.empty()) {
     copy.set("tensor_parallel",
              builder->dict({{"autotp_size", builder->pickle.integer(target.topology.tensor)}}));
   }
@@ -460,10 +478,7 @@ TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topolo
   if (state.expert_layout != ExpertLayout::kNone && stage != 3) {
     for (FileBlueprint& file : expert_blueprints(&target)) result.files.push_back(std::move(file));
   }
-  for (int file : state.pipeline.layer_files) {
-    const SourceFile& layer = state.files[static_cast<size_t>(file)];
-    result.files.push_back(whole_copy(layer.relative, file, layer.bytes().size_bytes()));
-  }
+  for (FileBlueprint& file : layer_blueprints(&target)) result.files.push_back(std::move(file));
   result.inferred = target.inferred;
   result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
   result.skipped.assign(target.skipped.begin(), target.skipped.end());

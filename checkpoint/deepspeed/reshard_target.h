@@ -65,10 +65,11 @@ struct ReshardTarget {
   const ParameterState& parameter(int number) const {
     return state.parameters[static_cast<size_t>(number)];
   }
-  // The shape that a tensor- or expert-parallel rank has of a parameter.
+  // The shape that an mp rank, or an expert-parallel rank, has of a parameter.
   Shape shard_shape(int number, int shard) const;
   // Adds to `fill`, from element `at` on, elements [begin, begin + count) of that rank's shard of a
-  // leaf of the parameter; padding rows of a vocabulary stay zero.
+  // leaf of the parameter; padding rows of a vocabulary stay zero, or, where the ranks hold what
+  // they held, keep their values.
   void add_runs(StorageFill* fill, int number, int shard, const LeafRun& shard_run) const;
   // The leaf of the copy in the model's dtype, or else of the master, which is cast.
   int model_leaf(const ParameterState& parameter);
@@ -80,6 +81,10 @@ struct ReshardTarget {
   bool holds_expert(int expert_rank, int number) const;
   // The name that a rank's files give a parameter: native MoE numbers experts by rank.
   std::string name_of(int number, const TargetBuffer& buffer) const;
+  // Its pipeline stage, of an mp rank.
+  int stage_of(int mp) const { return mp / topology.tensor; }
+  // The parameter's map for an mp rank, or expert-parallel rank; nullptr: it is not cut.
+  const RankMap* map_of(int number, int shard) const;
   // Rank 0's model file and, where there is one, the file with the optimizer's global state.
   int model_file() const { return state.model_files[0]; }
 };
@@ -163,6 +168,8 @@ void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int 
 std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target);
 
 FileBlueprint model_blueprint(ReshardTarget* target, TargetRank rank);
+// The layer files of a pipeline, as they are where the tensor-parallel ranks hold the same.
+std::vector<FileBlueprint> layer_blueprints(ReshardTarget* target);
 FileBlueprint optim_blueprint(ReshardTarget* target, TargetRank rank);
 NodeId stage0_optimizer(ReshardTarget* target, TorchBuilder* builder, int mp);
 // expp_rank_<e>_mp_rank_00_optim_states.pt of stage 0 with experts.

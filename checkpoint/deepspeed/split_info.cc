@@ -42,10 +42,21 @@ class SplitInfoWriter {
       copy.set("sub_param_shard_widths", sub_param_widths(widths));
     if (const NodeId maps = fields_.maybe(info, "affine_map"); maps != kNoNode)
       copy.set("affine_map", affine_maps(maps));
+    if (const int64_t rows = vocabulary_rows(); rows > 0)
+      copy.set_if_present("padded_vocab_size", pickle_.integer(rows));
     return copy.finish();
   }
 
  private:
+  int64_t vocabulary_rows() const {
+    for (size_t i = 0; i < target_.maps.size(); ++i) {
+      const int split = state_.parameters[i].split;
+      if (split >= 0 && state_.splits[static_cast<size_t>(split)].vocabulary)
+        return target_.maps[i].logical_shape.at(0);
+    }
+    return 0;
+  }
+
   NodeId integers(const std::vector<int64_t>& numbers) { return list_of(&pickle_, numbers); }
 
   // By pattern: the target's widths of the first parameter that matches.

@@ -33,8 +33,9 @@ struct Explanation {
 
 class StagePlanner {
  public:
-  StagePlanner(const ShardedState& state, int stages, const StageOptions& options)
-      : state_(state), stages_(stages), options_(options) {
+  StagePlanner(const ShardedState& state, int stages, const StageOptions& options,
+               const std::vector<AffineMap>& maps)
+      : state_(state), stages_(stages), options_(options), maps_(maps) {
     for (int file : state.pipeline.layer_files) files_.insert(layer_of_file(state, file));
     last_ = files_.empty() ? 0 : *files_.rbegin();
     for (StageHolding& holding : stage_holdings(state)) {
@@ -71,7 +72,8 @@ class StagePlanner {
   const ShardedState& state_;
   const int stages_;
   const StageOptions& options_;
-  std::set<int> files_;  // layers that have one
+  const std::vector<AffineMap>& maps_;  // of the target
+  std::set<int> files_;                 // layers that have one
   int last_ = 0;
   // By stage of the source: its first and last layer with parameters, and its tied modules.
   std::vector<std::pair<int, int>> ranges_;
@@ -283,13 +285,13 @@ void StagePlanner::explain() {
       explained_uses_ = true;
       if (!options_.parts.empty()) return add(options_.parts, uses, "as --pp-parts says");
       if (stages_ == 1) return add({0, layers}, uses, "one stage");
-      for (const StageRule& rule : stage_rules(state_, layers, uses, options_.method)) {
+      for (const StageRule& rule : stage_rules(state_, layers, uses, options_.method, maps_)) {
         const std::string why =
             "partition_method " + rule.name + ", " + std::to_string(layers) + " layers, ";
         if (target_told)
-          add(rule.parts(stages_), uses, why + "as told");
-        else if (fits_source(uses, rule.parts(static_cast<int>(ranges_.size()))))
-          add(rule.parts(stages_), uses, why + "which gives the source's stages");
+          add(rule.target(stages_), uses, why + "as told");
+        else if (fits_source(uses, rule.source(static_cast<int>(ranges_.size()))))
+          add(rule.target(stages_), uses, why + "which gives the source's stages");
       }
     });
   }
@@ -405,8 +407,8 @@ StagePlan StagePlanner::run(std::vector<std::string>* inferred) {
 }  // namespace
 
 StagePlan plan_stages(const ShardedState& state, int stages, const StageOptions& options,
-                      std::vector<std::string>* inferred) {
-  return StagePlanner(state, stages, options).run(inferred);
+                      const std::vector<AffineMap>& maps, std::vector<std::string>* inferred) {
+  return StagePlanner(state, stages, options, maps).run(inferred);
 }
 
 }  // namespace isoshard::checkpoint

@@ -28,8 +28,9 @@ struct StagePlan {
 
 // For `stages` stages of a checkpoint of a PipelineModule. Throws Error(kUsage) where the stages
 // are not determined or what is told contradicts the source, and Error(kUnsupported) where the
-// optimizer's order is not the modules'. What was inferred goes to `inferred`.
+// optimizer's order is not the modules'. `maps`: of the target's tensor-parallel ranks, by
+// parameter; empty: there is one. What was inferred goes to `inferred`.
 StagePlan plan_stages(const ShardedState& state, int stages, const StageOptions& options,
-                      std::vector<std::string>* inferred);
+                      const std::vector<AffineMap>& maps, std::vector<std::string>* inferred);
 
 }  // namespace isoshard::checkpoint

@@ -9,14 +9,35 @@
 namespace isoshard::checkpoint {
 namespace {
 
+// Elements of each parameter on a tensor-parallel rank of the source, or of the target.
+using Counts = std::vector<int64_t>;
+
+Counts source_counts(const ShardedState& state) {
+  Counts result;
+  for (const ParameterState& parameter : state.parameters)
+    result.push_back(parameter.split < 0
+                         ? numel(parameter.shape)
+                         : numel(state.split_of(parameter).map.ranks[0].shard_shape));
+  return result;
+}
+
+Counts target_counts(const ShardedState& state, const std::vector<AffineMap>& maps) {
+  Counts result;
+  for (size_t i = 0; i < state.parameters.size(); ++i)
+    result.push_back(
+        numel(maps.empty() ? state.parameters[i].shape : maps[i].ranks[0].shard_shape));
+  return result;
+}
+
 // Elements of each layer, those of a tied module in each layer that uses it. DeepSpeed counts what
 // is trained when the model is built: what was frozen later counts too.
 std::vector<int64_t> weights(const ShardedState& state, int layers, const TiedUses& uses,
-                             bool frozen) {
+                             bool frozen, const Counts& counts) {
   std::vector<int64_t> result(static_cast<size_t>(layers), 0);
-  for (const ParameterState& parameter : state.parameters) {
+  for (size_t i = 0; i < counts.size(); ++i) {
+    const ParameterState& parameter = state.parameters[i];
     if (parameter.group < 0 && !frozen) continue;
-    const int64_t count = numel(parameter.shape);
+    const int64_t count = counts[i];
     if (const int layer = layer_in_name(parameter.name); layer != kNoLayer && layer < layers)
       result[static_cast<size_t>(layer)] += count;
     const auto tied = uses.find(tied_key(parameter.name));
@@ -50,25 +71,30 @@ std::vector<std::vector<int64_t>> classes(const ShardedState& state, int layers)
 }  // namespace
 
 std::vector<StageRule> stage_rules(const ShardedState& state, int layers, const TiedUses& uses,
-                                   const std::string& method) {
+                                   const std::string& method, const std::vector<AffineMap>& maps) {
   std::vector<StageRule> result;
-  if (method.empty() || method == "uniform")
-    result.push_back({"uniform", [layers](int stages) { return uniform_parts(layers, stages); }});
+  if (method.empty() || method == "uniform") {
+    const auto parts = [layers](int stages) { return uniform_parts(layers, stages); };
+    result.push_back({"uniform", parts, parts});
+  }
   if (layers > kMostInferred) return result;
-  const auto balanced = [&](const std::string& name, std::vector<int64_t> of) {
-    result.push_back(
-        {name, [of = std::move(of)](int stages) { return balanced_parts(of, stages); }});
+  const auto balanced = [](std::vector<int64_t> of) {
+    return [of = std::move(of)](int stages) { return balanced_parts(of, stages); };
   };
   if (method.empty() || method == "parameters") {
-    balanced("parameters", weights(state, layers, uses, /*frozen=*/false));
+    const Counts source = source_counts(state), target = target_counts(state, maps);
+    const auto by_weight = [&](const std::string& name, bool frozen) {
+      result.push_back({name, balanced(weights(state, layers, uses, frozen, source)),
+                        balanced(weights(state, layers, uses, frozen, target))});
+    };
+    by_weight("parameters", false);
     const bool some = std::ranges::any_of(
         state.parameters, [](const ParameterState& parameter) { return parameter.group < 0; });
-    if (some)
-      balanced("parameters, frozen ones too", weights(state, layers, uses, /*frozen=*/true));
+    if (some) by_weight("parameters, frozen ones too", true);
   }
   if (method.empty()) {
     for (std::vector<int64_t>& binary : classes(state, layers))
-      balanced("type:REGEX", std::move(binary));
+      result.push_back({"type:REGEX", balanced(binary), balanced(binary)});
   }
   return result;
 }

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checkpoint/sharded_state.h"
+#include "core/affine_map.h"
 
 namespace isoshard::checkpoint {
 
@@ -17,13 +18,15 @@ constexpr int kMostInferred = 1024;  // layers; the balanced rules take the squa
 using TiedUses = std::map<std::string, std::set<int>>;  // layers that use a tied module, by key
 
 struct StageRule {
-  std::string name;                            // of the partition_method
-  std::function<std::vector<int>(int)> parts;  // bounds, by number of stages
+  std::string name;  // of the partition_method
+  // Bounds, by number of stages; each tensor-parallel rank counts its own elements.
+  std::function<std::vector<int>(int)> source, target;
 };
 
 // Those of one partition_method, or, if it is empty, all: type:REGEX as any class of layers alike
-// in names and shapes may be named by it. Above kMostInferred layers: uniform alone.
+// in names and shapes may be named by it. Above kMostInferred layers: uniform alone. `maps` are
+// those of the target's tensor-parallel ranks, by parameter; empty: there is one.
 std::vector<StageRule> stage_rules(const ShardedState& state, int layers, const TiedUses& uses,
-                                   const std::string& method);
+                                   const std::string& method, const std::vector<AffineMap>& maps);
 
 }  // namespace isoshard::checkpoint

@@ -65,7 +65,7 @@ class TargetMaps {
     for (const ParameterState& parameter : state_.parameters) check(parameter);
     const bool same = std::ranges::all_of(
         state_.splits, [&](const TensorSplit& split) { return split.ranks() == ranks_; });
-    if (!same) rule_.kv_heads = choose_heads();
+    if (!same && !state_.pipeline.present()) rule_.kv_heads = choose_heads();
     std::vector<AffineMap> maps;
     for (const ParameterState& parameter : state_.parameters) {
       const TensorSplit& split = split_of(parameter);
@@ -101,6 +101,7 @@ class TargetMaps {
   Shape padded_shape(const TensorSplit& split) const;
   Widths cut(const ParameterState& parameter, const TensorSplit& split, bool source,
              const RemainderFirst& rule) const;
+  Widths equal_cut(const ParameterState& parameter, const TensorSplit& split) const;
   int64_t choose_heads();
   void check_heads(int64_t heads);
   void check_division(int64_t heads);
@@ -148,6 +149,7 @@ Shape TargetMaps::padded_shape(const TensorSplit& split) const {
 // Widths of the target, or, to be compared, of the source.
 Widths TargetMaps::cut(const ParameterState& parameter, const TensorSplit& split, bool source,
                        const RemainderFirst& rule) const {
+  if (state_.pipeline.present()) return equal_cut(parameter, split);
   const std::string layer = layer_of(parameter.name);
   const int ranks = source ? split.ranks() : ranks_;
   const Shape shape = source ? split.map.logical_shape : padded_shape(split);
@@ -156,6 +158,28 @@ Widths TargetMaps::cut(const ParameterState& parameter, const TensorSplit& split
   Widths widths;
   for (const std::vector<int64_t>& sub : split.widths)
     widths.push_back(split_widths(rule, total_width(sub), ranks, layer));
+  return widths;
+}
+
+// The caller's own layers, as in Megatron-LM: every rank has the same share.
+Widths TargetMaps::equal_cut(const ParameterState& parameter, const TensorSplit& split) const {
+  std::vector<int64_t> totals = {padded_shape(split)[split.dim]};
+  if (split.kind == SplitKind::kSubParams || split.kind == SplitKind::kTwoSubParams) {
+    totals.clear();
+    for (const std::vector<int64_t>& sub : split.widths) totals.push_back(total_width(sub));
+  }
+  Widths widths;
+  for (int64_t total : totals) {
+    if (total % ranks_ != 0)
+      refuse(
+          ErrorCode::kUnsupported,
+          "The tensor-parallel ranks of a pipeline hold equal shares, which this tensor does not "
+          "have.",
+          parameter.name, "a multiple of " + std::to_string(ranks_), std::to_string(total),
+          split.vocabulary ? "say how many rows the target's vocabulary has: --padded-vocab-size"
+                           : "take another tp");
+    widths.emplace_back(static_cast<size_t>(ranks_), total / ranks_);
+  }
   return widths;
 }
 

@@ -42,7 +42,7 @@ class UniversalReader {
     const bool parts = state_.topology.tensor > 1 || (!stage3_ && info.says_anything());
     const bool stages = state_.topology.pipeline > 1;
     if (stages)
-      read_stages();
+      read_stages(info);
     else if (parts)
       read_parts(info);
     else
@@ -82,7 +82,7 @@ class UniversalReader {
   void check_mp_ranks() const;
   void add_shapes(const ModelStates& model, ShardedState* state) const;
   void read_parts(const TensorParallelInfo& info);
-  void read_stages();
+  void read_stages(const TensorParallelInfo& info);
   void stack_experts(const ExpertInfo& experts);
   void attach_states(ParameterState* parameter);
   TensorView tensor_of(const Fields& fields, const std::string& what) const;
@@ -151,20 +151,42 @@ void UniversalReader::add_shapes(const ModelStates& model, ShardedState* state) 
 }
 
 // Names and shapes of every pipeline stage; the layers' own files are not part of this form.
-void UniversalReader::read_stages() {
-  if (state_.topology.tensor > 1 || stage3_) {
+void UniversalReader::read_stages(const TensorParallelInfo& info) {
+  if (stage3_) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = "Pipeline stages with tensor-parallel ranks, or at stage 3, are "
-                                  "not supported yet.",
+                          .what = "Pipeline stages at stage 3 are not supported.",
                           .file = state_.folder});
   }
-  for (const auto& [mp, numbers] : files_of_mp_) {
-    ShardedState stage;
-    add_shapes(read_model_states(state_, numbers[0]), &stage);
-    for (const ParameterState& parameter : stage.parameters) {
-      if (state_.find_parameter(parameter.name) == nullptr) state_.parameters.push_back(parameter);
+  std::vector<MpPart> parts;
+  for (int rank = 0; rank < state_.topology.tensor; ++rank) {
+    MpPart part = lend_files(&state_);
+    part.state.flavour = state_.flavour;
+    part.state.stage = state_.stage;
+    for (int stage = 0; stage < state_.topology.pipeline; ++stage) {
+      const int file = files_of_mp_.at(stage * state_.topology.tensor + rank)[0];
+      const ModelStates model = read_model_states(part.state, file);
+      if (stage == 0) part.model = model;
+      ShardedState shapes;
+      add_shapes(model, &shapes);
+      for (const ParameterState& parameter : shapes.parameters) {
+        const ParameterState* known = part.state.find_parameter(parameter.name);
+        if (known == nullptr)
+          part.state.parameters.push_back(parameter);
+        else if (known->shape != parameter.shape)
+          part.state.refuse(ErrorCode::kMismatch,
+                            "Pipeline replicas of a parameter disagree (DeepSpeed: "
+                            "AssertionError).",
+                            quote(parameter.name), to_string(known->shape),
+                            to_string(parameter.shape), "put the files of one save together");
+      }
     }
+    state_.files = std::move(part.state.files);
+    parts.push_back(std::move(part));
   }
+  if (parts.size() == 1 && !info.says_anything())
+    state_.parameters = std::move(parts[0].state.parameters);
+  else
+    merge_tensor_ranks(&state_, parts, info);
 }
 
 // param_shapes has one rank's experts; under zero/ lie all of them. No file holds copies.

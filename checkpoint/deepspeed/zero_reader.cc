@@ -95,7 +95,7 @@ class ZeroReader {
                                   fields.maybe(fields.root(), "universal_checkpoint_info"));
     folded_ = fields.maybe(fields.root(), "folding") != kNoNode;
     if (state_.topology.pipeline > 1 || !inventory_.layers.empty()) {
-      read_stages(first);
+      read_stages(first, info);
     } else if (folded_) {
       read_folded(first, info);
     } else if (mp_ranks == 1 && (inventory_.stage3() || !info.says_anything())) {
@@ -121,7 +121,10 @@ class ZeroReader {
   void check_experts(const ExpertInfo& experts, const ModelStates& model) const;
   std::vector<MpPart> read_mp_ranks(int first);
   void read_parts(int first, const TensorParallelInfo& info);
-  void read_stages(int first);
+  void require_splits(int first, const TensorParallelInfo& info) const;
+  void read_stages(int first, const TensorParallelInfo& info);
+  void join_layers(const std::vector<MpPart>& stages, const std::vector<std::string>& layers,
+                   ShardedState* whole);
   void read_dense(ShardedState* part, const ModelStates& model);
   void read_folded(int first, const TensorParallelInfo& info);
 
@@ -372,28 +375,49 @@ std::vector<MpPart> ZeroReader::read_mp_ranks(int first) {
   return parts;
 }
 
-void ZeroReader::read_stages(int first) {
+void ZeroReader::read_stages(int first, const TensorParallelInfo& info) {
   const auto refuse = [&](const std::string& what, const std::string& found) {
     refuse_uncovered(what, state_.folder, "", found);
   };
-  if (state_.topology.tensor > 1)
-    refuse("Pipeline stages with tensor-parallel ranks are not supported yet.",
-           "tp=" + std::to_string(state_.topology.tensor));
   if (state_.topology.sequence > 1)
     refuse("A pipeline has no sequence-parallel ranks.",
            "sp=" + std::to_string(state_.topology.sequence));
   if (inventory_.stage3() || (inventory_.optim.empty() && !closed()))
     refuse("Pipelines are supported at stages 1 and 2 only.",
            inventory_.stage3() ? "stage 3" : "no optimizer files");
-  const std::vector<MpPart> stages = read_mp_ranks(first);
-  join_stages(&state_, stages);
+  require_splits(first, info);
+  const int ranks = state_.topology.tensor;
+  const auto layers = layer_files_by_rank(inventory_.layers, ranks, state_.folder);
+  std::vector<MpPart> files = read_mp_ranks(first);
+  const auto stages_of = [&](int rank) {
+    std::vector<MpPart> stages;
+    for (size_t mp = static_cast<size_t>(rank); mp < files.size(); mp += static_cast<size_t>(ranks))
+      stages.push_back(std::move(files[mp]));
+    return stages;
+  };
+  if (ranks == 1 && !info.says_anything()) return join_layers(stages_of(0), layers[0], &state_);
+  std::vector<MpPart> parts;
+  for (int rank = 0; rank < ranks; ++rank) {
+    const std::vector<MpPart> stages = stages_of(rank);
+    MpPart part = lend_files(&state_, stages[0].model);
+    join_layers(stages, layers[static_cast<size_t>(rank)], &part.state);
+    state_.files = std::move(part.state.files);
+    parts.push_back(std::move(part));
+  }
+  merge_tensor_ranks(&state_, parts, info);
+  adopt_stages(&state_, parts);
+}
+
+// The stages of one tensor-parallel rank, whose layers have files of their own.
+void ZeroReader::join_layers(const std::vector<MpPart>& stages,
+                             const std::vector<std::string>& layers, ShardedState* whole) {
+  join_stages(whole, stages);
   std::set<std::string> buffers;
   for (const MpPart& stage : stages)
     buffers.insert(stage.model.buffer_names.begin(), stage.model.buffer_names.end());
-  check_layer_files(inventory_.layers, state_.folder);
-  add_layer_copies(&state_, buffers, open_files(&state_, storage_, inventory_.layers, options_));
-  promote_copies(&state_);
-  check_layer_copies(state_, buffers);
+  add_layer_copies(whole, buffers, open_files(whole, storage_, layers, options_));
+  promote_copies(whole);
+  check_layer_copies(*whole, buffers);
 }
 
 // A tensor-parallel rank of a folded checkpoint without its experts, which tensor-parallel ranks do
@@ -427,18 +451,22 @@ void ZeroReader::read_folded(int first, const TensorParallelInfo& info) {
   add_expert_copies(&state_, experts, open_files(&state_, storage_, inventory_.experts, options_));
 }
 
+void ZeroReader::require_splits(int first, const TensorParallelInfo& info) const {
+  if (state_.topology.tensor == 1 || info.says_anything()) return;
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUnsupported,
+      .what = "The checkpoint has several tensor-parallel ranks and does not say how its tensors "
+              "are cut (DeepSpeed: AssertionError, or joined along axis 0 whatever they are).",
+      .file = state_.document(first).path(),
+      .entry = "universal_checkpoint_info",
+      .expected = "lists of patterns, or affine_map",
+      .found = info.present() ? "nothing that speaks of a parameter" : "absent",
+      .next = "save again with a DeepSpeed that records it (AutoTP: 0.18.9 or newer), or with the "
+              "lists of patterns in the client state, as Megatron-DeepSpeed gives them"});
+}
+
 void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
-  if (state_.topology.tensor > 1 && !info.says_anything()) {
-    throw Error(ErrorInfo{
-        .code = ErrorCode::kUnsupported,
-        .what = "The checkpoint has several tensor-parallel ranks and does not say how its tensors "
-                "are cut (DeepSpeed: AssertionError, or joined along axis 0 whatever they are).",
-        .file = state_.document(first).path(),
-        .entry = "universal_checkpoint_info",
-        .expected = "lists of patterns, or affine_map",
-        .found = info.present() ? "nothing that speaks of a parameter" : "absent",
-        .next = "save again with a DeepSpeed that records it (AutoTP: 0.18.9 or newer)"});
-  }
+  require_splits(first, info);
   const std::vector<MpPart> parts = read_mp_ranks(first);
   for (const MpPart& part : parts) {
     if (part.state.expert_layout != ExpertLayout::kNone)
