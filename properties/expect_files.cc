@@ -17,9 +17,12 @@ using reference::Bits;
 
 class FileJudge {
  public:
-  FileJudge(Storage& storage, const std::string& folder, const Model& model, const Job& job)
+  // `whole`: the model of which `model` is one rank's part.
+  FileJudge(Storage& storage, const std::string& folder, const Model& whole, const Model& model,
+            const Job& job)
       : storage_(storage),
         folder_(folder),
+        whole_(whole),
         model_(model),
         job_(job),
         form_(form_of(model, job)),
@@ -81,8 +84,8 @@ class FileJudge {
 
   void optim_file(int rank) {
     const std::string prefix = model_.dtype == DType::kBFloat16 ? "bf16_" : "";
-    place_ = prefix + "zero_pp_rank_" + std::to_string(rank) + "_mp_rank_0" +
-             std::to_string(model_.mp_rank) + "_optim_states.pt";
+    place_ = prefix + "zero_pp_rank_" + std::to_string(rank) + "_" + mp_name(model_) +
+             "_optim_states.pt";
     const TorchFile file(storage_, folder_ + "/" + place_);
     const Fields f(file);
     const NodeId state = f.need(f.root(), "optimizer_state_dict");
@@ -162,7 +165,7 @@ class FileJudge {
 
   void model_file(int rank) {
     place_ = (job_.stage == 3 ? "zero_pp_rank_" + std::to_string(rank) + "_" : std::string()) +
-             "mp_rank_0" + std::to_string(model_.mp_rank) + "_model_states.pt";
+             mp_name(model_) + "_model_states.pt";
     const TorchFile file(storage_, folder_ + "/" + place_);
     const Fields f(file);
     const std::vector<NodeId>& shapes = f.list(f.need(f.root(), "param_shapes"), "param_shapes");
@@ -193,7 +196,33 @@ class FileJudge {
     const NodeId degrees = f.need(f.root(), "checkpoint_parallel_dimensions");
     same("pp_degree", static_cast<int64_t>(job_.pipeline),
          f.integer(f.need(degrees, "pp_degree"), "pp_degree"));
+    same("tp_degree", static_cast<int64_t>(job_.tensor),
+         f.integer(f.need(degrees, "tp_degree"), "tp_degree"));
     same("module", checkpoint::kNoNode, f.maybe(f.root(), "module"));
+    for (int layer = 0; layer + 1 < model_.layers && reason_.empty(); ++layer) layer_file(layer);
+  }
+
+  // Every layer of this tensor-parallel rank, whichever stage holds it.
+  void layer_file(int layer) {
+    const Model shard = shard_of(whole_, model_.tensor_rank, model_.tensor_ranks);
+    place_ = layer_name(shard, layer);
+    const TorchFile file(storage_, folder_ + "/" + place_);
+    const Fields f(file);
+    const std::vector<LayerEntry> entries = entries_of(whole_, layer);
+    const auto found = f.named(f.root(), "layer");
+    same("number of tensors", entries.size(), found.size());
+    for (size_t i = 0; i < entries.size() && reason_.empty(); ++i) {
+      const LayerEntry& entry = entries[i];
+      const auto& [name, node] = found[i];
+      same("name", entry.name, name);
+      if (!entry.buffer)
+        same("shape", shard.parameters[entry.parameter].shape, f.tensor(node, name).shape);
+      if (reason_.empty())
+        bytes_are(file, f.tensor(node, name),
+                  entry.buffer ? buffer_bytes(shard, entry.parameter)
+                               : module_bytes(shard, entry.parameter),
+                  quote(name));
+    }
   }
 
   static Bits unpack(const std::string& bytes, DType dtype) {
@@ -243,6 +272,7 @@ class FileJudge {
 
   Storage& storage_;
   const std::string& folder_;
+  const Model& whole_;
   const Model& model_;
   const Job& job_;
   reference::Form form_;
@@ -261,7 +291,7 @@ std::string file_difference(Storage& storage, const std::string& folder, const M
   if (job.stage == 0) return "";
   for (int mp = 0; mp < job.mp_ranks(); ++mp) {
     const Model part = part_of(model, job, mp);
-    const std::string reason = FileJudge(storage, folder, part, job).run();
+    const std::string reason = FileJudge(storage, folder, model, part, job).run();
     if (!reason.empty()) return reason;
   }
   return "";

@@ -181,6 +181,26 @@ void draw_cuts(Model* model) {
   }
 }
 
+// A pipeline's tensor-parallel ranks have equal shares: the axes are made to divide. The numbers of
+// ranks that they divide by.
+std::vector<int> draw_equal_cuts(Model* model) {
+  using reference::Cut;
+  model->heads = 0;
+  model->grain = 1;
+  const int most = draw_from(std::vector<int>{2, 3, 4});
+  for (ModelParameter& parameter : model->parameters) {
+    if (parameter.cut == Cut::kWhole) continue;
+    parameter.zeros = false;
+    int64_t& axis = parameter.shape[parameter.cut == Cut::kRow ? 1 : 0];
+    axis = most * draw(1, 2);
+    if (parameter.cut != Cut::kParts) continue;
+    parameter.parts = {axis, int64_t{most} * draw(1, 2)};
+    axis = parameter.parts[0] + parameter.parts[1];
+  }
+  if (most == 4) return {1, 2, 4};
+  return {1, most};
+}
+
 // One in four models is a PipelineModule: the first parameter may be tied to a head, the others lie
 // in layers of one or several, all in one group (a stage must hold one of each).
 void make_pipeline(Case* value) {
@@ -210,9 +230,13 @@ void make_pipeline(Case* value) {
     model.buffers[i].name =
         std::to_string(model.parameters[i].layers[0]) + "." + model.buffers[i].name;
   model.reversed = false;
+  model.callers_splits = one_in(2);
+  const std::vector<int> tensors =
+      model.callers_splits ? draw_equal_cuts(&model) : std::vector<int>{1};
   for (Job* job : {&value->a, &value->b, &value->c})
     *job = {.data = std::min(job->data, 4),
             .stage = 1,
+            .tensor = draw_from(tensors),
             .pipeline = draw(1, std::clamp(static_cast<int>(owned.size()), 1, 4))};
 }
 

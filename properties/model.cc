@@ -61,8 +61,9 @@ std::ostream& operator<<(std::ostream& out, const Model& model) {
       << (model.bf16_optimizer ? ", BF16_Optimizer" : "")
       << (model.dynamic_scale ? ", dynamic scale" : "")
       << (model.client_state ? ", client state" : "") << (model.maps ? "" : ", no maps")
-      << ", heads " << model.heads << ", grain " << model.grain << ", layers " << model.layers
-      << ", sub_group_size " << model.sub_group_size << "\n";
+      << (model.callers_splits ? ", caller's splits" : "") << ", heads " << model.heads
+      << ", grain " << model.grain << ", layers " << model.layers << ", sub_group_size "
+      << model.sub_group_size << "\n";
   for (const ModelParameter& parameter : model.parameters) {
     out << "  " << quote(parameter.name) << " " << to_string(parameter.shape) << " group "
         << parameter.group << (parameter.zeros ? " zeros" : "") << " cut "
@@ -161,14 +162,12 @@ bool is_on(const Model& part, const std::vector<int>& layers) {
 }
 
 // Parameters of other stages have no element here.
-Model stage_of(const Model& model, int stage, int stages) {
+Model stage_of(const Model& model, const std::vector<int>& parts, int stage) {
   Model result = model;
-  const std::vector<int> parts = parts_of(model, stages);
-  result.mp_rank = stage;
   result.stage = {parts[static_cast<size_t>(stage)], parts[static_cast<size_t>(stage) + 1]};
   for (ModelParameter& parameter : result.parameters) {
     if (is_on(result, parameter.layers)) continue;
-    parameter.whole = parameter.shape;
+    if (!parameter.whole) parameter.whole = parameter.shape;
     parameter.shape = {0};
   }
   return result;
@@ -186,11 +185,42 @@ std::vector<std::string> buffers_on(const Model& part) {
 }
 
 Model part_of(const Model& model, const Job& job, int mp) {
-  if (model.layers > 0) return stage_of(model, mp, job.pipeline);
-  const int rank = mp, ranks = job.tensor;
+  Model result = shard_of(model, mp % job.tensor, job.tensor);
+  if (model.layers > 0) result = stage_of(result, parts_of(model, job.pipeline), mp / job.tensor);
+  result.mp_rank = mp;
+  return result;
+}
+
+namespace {
+std::string two(int number) { return (number < 10 ? "0" : "") + std::to_string(number); }
+}  // namespace
+
+std::string mp_name(const Model& part) { return "mp_rank_" + two(part.mp_rank); }
+
+std::string layer_name(const Model& shard, int layer) {
+  const std::string rank = shard.callers_splits ? "model_" + two(shard.tensor_rank) + "-" : "";
+  return "layer_" + two(layer) + "-" + rank + "model_states.pt";
+}
+
+std::vector<LayerEntry> entries_of(const Model& model, int layer) {
+  std::vector<LayerEntry> entries;
+  for (size_t i = 0; i < model.parameters.size(); ++i) {
+    const ModelParameter& parameter = model.parameters[i];
+    if (parameter.layers[0] != layer) continue;  // a tied one's second use has no file
+    const size_t start = parameter.layers.size() > 1 ? std::string("tied_modules.k.").size()
+                                                     : parameter.name.find('.') + 1;
+    entries.push_back({parameter.name.substr(start), i});
+    if (i >= model.buffers.size()) continue;
+    const std::string& name = model.buffers[i].name;
+    entries.push_back({name.substr(name.find('.') + 1), i, /*buffer=*/true});
+  }
+  return entries;
+}
+
+Model shard_of(const Model& model, int rank, int ranks) {
   Model result = model;
   if (ranks == 1) return result;
-  result.mp_rank = rank;
+  result.mp_rank = result.tensor_rank = rank;
   result.tensor_ranks = ranks;
   for (size_t i = 0; i < model.parameters.size(); ++i) {
     ModelParameter& parameter = result.parameters[i];
@@ -210,7 +240,7 @@ const Shape& whole_shape(const ModelParameter& parameter) {
 reference::Bits held(const Model& model, size_t number, const reference::Bits& whole) {
   if (model.tensor_ranks == 1) return whole;
   return reference::shard(rule_of(model, number), whole_shape(model.parameters[number]), whole,
-                          model.mp_rank, model.tensor_ranks);
+                          model.tensor_rank, model.tensor_ranks);
 }
 
 }  // namespace

@@ -78,8 +78,10 @@ struct Model {
   int layers = 0;                 // of a PipelineModule; 0: it is none
   std::vector<int> experts = {};  // native MoE: of each layer; the experts are group 1
   bool data_first = false;        // use_data_before_expert_parallelism
-  int mp_rank = 0, tensor_ranks = 1;   // of part_of()
-  std::pair<int, int> stage = {0, 0};  // likewise: its layers [first, second)
+  bool callers_splits = false;    // a pipeline whose caller names them at every number of ranks
+  // Of part_of():
+  int mp_rank = 0, tensor_rank = 0, tensor_ranks = 1;
+  std::pair<int, int> stage = {0, 0};  // its layers [first, second)
   Flip flip;
 
   bool owned(size_t number) const {
@@ -113,8 +115,22 @@ std::ostream& operator<<(std::ostream& out, const Job& job);
 // The rule by which a parameter is cut; DeepSpeed looks at its name.
 reference::CutRule rule_of(const Model& model, size_t number);
 
-// What one tensor-parallel rank or pipeline stage holds of the model, as a model of its own.
+// What one mp rank holds of the model, as a model of its own: stage · tensor + tensor-parallel
+// rank.
 Model part_of(const Model& model, const Job& job, int mp);
+// What one tensor-parallel rank holds of all stages.
+Model shard_of(const Model& model, int rank, int ranks);
+// "mp_rank_03", as its files are named.
+std::string mp_name(const Model& part);
+// The file of a pipeline's layer on that rank.
+std::string layer_name(const Model& shard, int layer);
+// What that file holds: name in the layer, number of the parameter or, behind them, of the buffer.
+struct LayerEntry {
+  std::string name;
+  size_t parameter = 0;
+  bool buffer = false;
+};
+std::vector<LayerEntry> entries_of(const Model& model, int layer);
 
 // PipelineModule.parts for that many stages, each of which holds a parameter of the optimizer.
 std::vector<int> parts_of(const Model& model, int stages);

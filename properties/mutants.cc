@@ -104,6 +104,25 @@ void swap_shards(std::vector<FileBlueprint>* files) {
   }
 }
 
+void transpose_ranks(const Job& job, std::vector<FileBlueprint>* files) {
+  for (FileBlueprint& file : *files) {
+    const FileName name = checkpoint::parse_file_name(file.path);
+    if (!is_optim(file)) continue;
+    const int mp = name.mp % job.tensor * job.pipeline + name.mp / job.tensor;
+    file.path = checkpoint::optim_file_name(name.prefix, name.dp, mp);
+  }
+}
+
+void repeat_layers(std::vector<FileBlueprint>* files) {
+  const FileBlueprint* first = nullptr;
+  for (FileBlueprint& file : *files) {
+    if (file.path == "layer_01-model_00-model_states.pt") first = &file;
+    const bool again = file.path == "layer_01-model_01-model_states.pt" && first != nullptr;
+    if (!again || file.kind == FileBlueprint::Kind::kCopy) continue;
+    file.storages = first->storages;
+  }
+}
+
 // Experts 0 and 1 of the first layer.
 std::pair<ParameterState*, ParameterState*> two_experts(ShardedState* state) {
   std::pair<ParameterState*, ParameterState*> found = {nullptr, nullptr};
@@ -255,6 +274,8 @@ std::string name(Mutant mutant) {
                                     "ColumnForRow",
                                     "SwappedShards",
                                     "ShiftedStage",
+                                    "TransposedRanks",
+                                    "StaleLayers",
                                     "SwappedExperts",
                                     "DoubledExpert"};
   return kNames[static_cast<size_t>(mutant)];
@@ -297,6 +318,10 @@ void mutate_files(Mutant mutant, const ShardedState& source, const Job& job,
       return drop_parameter(source, files);
     case Mutant::kSwappedShards:
       return swap_shards(files);
+    case Mutant::kTransposedRanks:
+      return transpose_ranks(job, files);
+    case Mutant::kStaleLayers:
+      return repeat_layers(files);
     case Mutant::kForgottenRank:
       return forget_last_rank(files);
     case Mutant::kFloorSlots:

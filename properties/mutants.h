@@ -40,6 +40,8 @@ enum class Mutant {
   kColumnForRow,       // a square row-parallel tensor is cut along its first axis
   kSwappedShards,      // tensor-parallel ranks 0 and 1 hold each other's shards
   kShiftedStage,       // the second pipeline stage begins a layer early
+  kTransposedRanks,    // mp ranks count tensor-parallel ranks first, then pipeline stages
+  kStaleLayers,        // a layer's file holds another tensor-parallel rank's part
   kSwappedExperts,     // two experts exchange their moments
   kDoubledExpert,      // an expert's weights stand for another's too
 };

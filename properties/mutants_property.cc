@@ -25,6 +25,8 @@ const Duel kDuels[] = {
     {Mutant::kColumnForRow, small_splits},
     {Mutant::kSwappedShards, files_are_the_reference},
     {Mutant::kShiftedStage, files_are_the_reference},
+    {Mutant::kTransposedRanks, files_are_the_reference},
+    {Mutant::kStaleLayers, files_are_the_reference},
     {Mutant::kSwappedExperts, experts_keep_what_is_theirs, false, true},
     {Mutant::kDoubledExpert, experts_keep_what_is_theirs, false, true},
     {Mutant::kShiftedRun, files_are_the_reference},

@@ -32,7 +32,7 @@ class FileWriter : public HandFile {
   }
   bool bf16_optimizer() const { return uses_bf16_optimizer(model_, job_.stage); }
 
-  std::string mp_rank() const { return "mp_rank_0" + std::to_string(model_.mp_rank); }
+  std::string mp_rank() const { return mp_name(model_); }
 
   NodeId config() {
     Entries zero = {{"stage", pickle().integer(job_.stage)},
@@ -92,7 +92,8 @@ class ModelFile : public FileWriter {
               {"tp_degree", pickle().integer(job_.tensor > 1 ? job_.tensor : job_.sequence)}})},
         {"ds_config", config()},
         {"ds_version", pickle().string(kVersion)}};
-    if (job_.tensor > 1) root.emplace_back("universal_checkpoint_info", split_info());
+    if (job_.tensor > 1 || model_.callers_splits)
+      root.emplace_back("universal_checkpoint_info", split_info());
     if (model_.client_state) {
       root.emplace_back(
           "client", builder_.dict({{"epoch", pickle().integer(2)},
@@ -231,10 +232,12 @@ class ModelFile : public FileWriter {
   std::map<int, TorchBuilder::TensorSpec> places_;
 };
 
-// The file of one layer of a pipeline: names local to the layer, every tensor whole.
+// The file of one layer of a pipeline on one tensor-parallel rank: names local to the layer.
 class LayerFile : public FileWriter {
  public:
   using FileWriter::FileWriter;
+
+  const Shape& shape_of(size_t number) const { return model_.parameters[number].shape; }
 
   FileBlueprint run(int layer) {
     std::vector<NodeId> items;
@@ -242,22 +245,15 @@ class LayerFile : public FileWriter {
       items.push_back(pickle().string(name));
       items.push_back(tensor);
     };
-    for (size_t i = 0; i < model_.parameters.size(); ++i) {
-      const ModelParameter& parameter = model_.parameters[i];
-      if (parameter.layers[0] != layer) continue;  // a tied one's second use has no file
-      const size_t start = parameter.layers.size() > 1 ? std::string("tied_modules.k.").size()
-                                                       : parameter.name.find('.') + 1;
-      add(parameter.name.substr(start),
-          whole(module_bytes(model_, i), model_.dtype, parameter.shape));
-      if (i >= model_.buffers.size()) continue;
-      const ModelBuffer& buffer = model_.buffers[i];
-      add(buffer.name.substr(buffer.name.find('.') + 1),
-          whole(buffer_bytes(model_, i), buffer.dtype, buffer.shape));
+    for (const LayerEntry& entry : entries_of(model_, layer)) {
+      const size_t i = entry.parameter;
+      if (entry.buffer)
+        add(entry.name,
+            whole(buffer_bytes(model_, i), model_.buffers[i].dtype, model_.buffers[i].shape));
+      else
+        add(entry.name, whole(module_bytes(model_, i), model_.dtype, shape_of(i)));
     }
-    const std::string number = std::to_string(layer);
-    return builder_.finish(
-        "layer_" + std::string(number.size() < 2 ? "0" : "") + number + "-model_states.pt",
-        pickle().ordered_dict(std::move(items)));
+    return builder_.finish(layer_name(model_, layer), pickle().ordered_dict(std::move(items)));
   }
 };
 
@@ -437,9 +433,11 @@ class OptimFile : public FileWriter {
 void write_source(Storage& storage, const std::string& folder, const Model& model, const Job& job) {
   CHECK(job.stage >= 1, "a source of stage 1, 2 or 3");
   std::vector<FileBlueprint> files;
-  for (int layer = 0; layer + 1 < model.layers;
-       ++layer)  // the last one uses a tied module, or none
-    files.push_back(LayerFile(model, job, 0).run(layer));
+  for (int rank = 0; rank < job.tensor && model.layers > 0; ++rank) {
+    const Model shard = shard_of(model, rank, job.tensor);
+    for (int layer = 0; layer + 1 < model.layers; ++layer)  // the last: a tied module, or none
+      files.push_back(LayerFile(shard, job, 0).run(layer));
+  }
   for (int mp = 0; mp < job.mp_ranks(); ++mp) {
     const Model part = part_of(model, job, mp);
     std::vector<reference::RankBuffers> states;

@@ -96,7 +96,7 @@ ShardedState Workshop::reshard(const ShardedState& state, const Job& job,
 // A source of one tensor-parallel rank does not say how its tensors are cut: a run of two does.
 ShardedState Workshop::with_splits(const ShardedState& state, const Job& job) {
   ShardedState result = state;
-  if (job.tensor == 1 || state.topology.tensor > 1) return result;
+  if (job.tensor == 1 || state.topology.tensor > 1 || model_.callers_splits) return result;
   constexpr const char* kDonor = "/of two tensor-parallel ranks";
   if (!storage_.is_directory(kDonor))
     write_source(storage_, kDonor, model_, {.stage = 1, .tensor = 2});
@@ -128,8 +128,9 @@ std::vector<checkpoint::FileBlueprint> Workshop::blueprints(const ShardedState& 
 }
 
 ShardedState Workshop::universal(const ShardedState& state, const std::string& folder) {
-  const ShardedState source =
-      mutant_ == Mutant::kBelievedUniversal ? checkpoint::as_deepspeed_believes(state) : state;
+  const bool believed =
+      mutant_ == Mutant::kBelievedUniversal && state.topology.tensor * state.topology.pipeline == 1;
+  const ShardedState source = believed ? checkpoint::as_deepspeed_believes(state) : state;
   return write(source, checkpoint::universal_blueprints(source, {}).files, folder);
 }
 
