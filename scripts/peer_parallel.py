@@ -35,6 +35,7 @@ FOLDED = "autoep_folded_tp2_ep2_dp2"
 PIPE = {"model": "pipeline", "stage": 1, "dtype": "fp32"}
 BF16 = {"dtype": "bf16", "tied": True, "functions": True, "groups": True, "method": "parameters"}
 TENSOR = {**PIPE, "dtype": "bf16", "world": 4}
+ZERO = {**PIPE, "dtype": "bf16", "tied": True, "groups": True}  # which it cannot load at stage 0
 KV = ["--num-kv-heads", "2"]
 # name, source, command of isoshard (OURS: its folder), engine, world, what it is compared with:
 # a recording, another case, or nothing.
@@ -97,6 +98,13 @@ CASES = [
     ("tp2 pp2 to tp4 pp1", "pipe_tp2_pp2_dp2",
      ["reshard", "--to", "tp=4,pp=1,dp=1", "--padded-vocab-size", "16"],
      {**TENSOR, "pipeline": 1, "tensor": 4}, 4, "pipe_tp2_to_tp4_pp1_dp1"),
+    ("stage 0, pp2 to stage 1", "pipe_z0_bf16_pp2_dp2", ["reshard", "--to", "stage=1"],
+     {**ZERO, "pipeline": 2}, 4, None),
+    ("stage 0, pp2, universal", "pipe_z0_bf16_pp2_dp2", ["convert", "--to", "universal"],
+     {**ZERO, "pipeline": 2, "load_universal": True}, 4, "stage 0, pp2 to stage 1"),
+    ("stage 0, tp2 pp2 to tp1", "pipe_z0_bf16_tp2_pp2_dp2",
+     ["reshard", "--to", "tp=1,dp=2,stage=1", "--padded-vocab-size", "13"],
+     {**TENSOR, "pipeline": 2, "tensor": 1}, 4, None),
     ("pp2 to pp4, frozen", "pipe_frozen_pp2_dp2",
      ["reshard", "--to", "pp=4,dp=1", "--partition-method", "uniform"],
      {**PIPE, "dtype": "bf16", "frozen": True, "buffers": True, "pipeline": 4}, 4, None),

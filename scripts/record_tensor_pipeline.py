@@ -64,7 +64,9 @@ def layers_of(case, grid):
     def cut(whole, dim, parts=1):
         """This rank's share of each of the parts along the axis."""
         pieces = [part.chunk(ranks, dim)[rank] for part in whole.chunk(parts, dim)]
-        return nn.Parameter(torch.cat(pieces, dim).contiguous())
+        own = nn.Parameter(torch.cat(pieces, dim).contiguous())
+        own.tensor_model_parallel = True  # counts on every rank in the norm of the gradients
+        return own
 
     class Embed(nn.Module):
         def __init__(self):

@@ -34,6 +34,8 @@ PARTS = {
     "pipe_tp2_pp2_dp2": [0, 3, 5],
     "pipe_tp2_to_tp1_pp2_dp2": [0, 3, 5],
     "pipe_tp2_to_tp4_pp1_dp1": [0, 5],
+    "pipe_z0_bf16_pp2_dp2": [0, 3, 6],
+    "pipe_z0_bf16_tp2_pp2_dp2": [0, 3, 5],
 }
 # dp, parts
 TARGETS = [(3, [0, 6]), (1, [0, 2, 6]), (2, [0, 2, 3, 6]), (1, [0, 2, 3, 4, 6])]
@@ -105,6 +107,14 @@ def sections(path):
     return json.loads(run("digest", path, "--json"))["sections"]
 
 
+def slices_of(path, mp_rank):
+    """What each partition rank of a stage holds, by group."""
+    files = [name for name in os.listdir(tag_of(path)) if f"{mp_rank}_optim" in name]
+    return [group for name in files
+            for group in compare_torch.load(os.path.join(tag_of(path), name))
+            ["optimizer_state_dict"]["param_slice_mappings"]]
+
+
 def layers_by_stage(path):
     """[layers with parameters, keys of tied modules] of every stage's param_shapes."""
     found = []
@@ -113,19 +123,21 @@ def layers_by_stage(path):
     files = sorted(name for name in os.listdir(tag_of(path)) if name.startswith("mp_rank_"))
     for rank, name in enumerate(files):
         if rank % ranks == 0:  # tensor-parallel ranks of a stage name the same
-            names = [name for group in compare_torch.load(os.path.join(tag_of(path), name))
-                     ["param_shapes"] for name in group]
+            groups = compare_torch.load(os.path.join(tag_of(path), name))["param_shapes"]
+            if groups is None:  # stage 0
+                groups = slices_of(path, f"mp_rank_{rank:02}")
+            names = {name for group in groups for name in group}
             found.append((sorted({int(n.split(".")[0]) for n in names if n[0].isdigit()}),
                           sorted({n.split(".")[1] for n in names if not n[0].isdigit()})))
     return found
 
 
 def is_tied(case):
-    return any(word in case for word in ("tied", "bf16", "tp2"))
+    return any(word in case for word in ("tied", "bf16", "tp2", "z0"))
 
 
 def head_of(case):
-    return 7 if "bf16" in case else 4 if "tp2" in case else 5
+    return 7 if "pipe_bf16" in case else 4 if "tp2" in case else 5
 
 
 def expected_layers(case, parts):
@@ -160,7 +172,7 @@ def check_target(case, target, parts):
 def told(case, parts):
     """Flags for a target of these parts; the last function and head of the bf16 model stand later,
     the head of the tensor-parallel one before."""
-    shift = 3 if "bf16" in case else -1 if "tp2" in case else 0
+    shift = 3 if "pipe_bf16" in case else -1 if "tp2" in case else 0
     parts = parts[:-1] + [parts[-1] + shift]
     tied = ["--tied-layers", f"embed=0,{head_of(case)}"] if is_tied(case) else []
     return parts, ["--pp-parts", ",".join(map(str, parts)), *tied]
@@ -233,6 +245,78 @@ def layers_of_ranks(work):
         counted["refusals"] += 1
 
 
+def edited(source, target, only, edit):
+    """A copy whose pickles of files with `only` in their names are edited."""
+    folder, hits = hostile.ZeroFolder(hostile.Path(source)), 0
+    for name, (_, records) in folder.files.items():
+        if only in name:
+            before, records["data.pkl"] = records["data.pkl"], edit(records["data.pkl"])
+            hits += before != records["data.pkl"]
+    if not hits:
+        sys.exit(f"FAILED: nothing to edit in {only}")
+    folder.write(hostile.Path(target))
+    return target
+
+
+def what_ranks_say(work):
+    """mp ranks that contradict each other; older files without degrees; a map's only rule."""
+    source, number = ckpt("pipe_tp2_pp2_dp2"), 0
+    for only, old, new, words in (
+            ("mp_rank_03_model", b"tp_degree", b"tp_degrez", "checkpoint_parallel_dimensions"),
+            ("mp_rank_02_model", b"tp_replicated_parameter_patterns",
+             b"tp_replicated_parameter_patternz", "different things of how tensors are cut"),
+            ("mp_rank_01_model", b"original_vocab_size", b"original_vocab_sizf",
+             "different things of how tensors are cut")):
+        number += 1
+        damaged = edited(source, os.path.join(work, f"said{number}"), only,
+                         lambda data: data.replace(old, new, 1))
+        message = run("digest", damaged, status=2)
+        if words not in message and "tp_degree" not in message:
+            sys.exit(f"FAILED: {only}: {message}")
+        counted["refusals"] += 1
+    older = edited(source, os.path.join(work, "older"), "_model_states",
+                   lambda data: data.replace(b"checkpoint_parallel_dimensions",
+                                             b"checkpoint_parallel_dimensionz"))
+    if "tp=2,pp=2" not in run("inspect", older):
+        sys.exit("FAILED: degrees of an older pipeline")
+    universal = os.path.join(work, "universal")
+    run("convert", older, universal, "--to", "universal", "--quiet")
+    if sections(older)["weights"] != sections(universal)["weights"]:
+        sys.exit("FAILED: an older pipeline's universal form")
+    counted["folders"] += 1
+
+
+def stage_zero(work):
+    """bf16 at stage 0 and at stage 1: the same state, there and back; the model file's copy of the
+    optimizer counts; what the layers' files lack cannot be named."""
+    source = ckpt("pipe_z0_bf16_pp2_dp2")
+    one, back = os.path.join(work, "one"), os.path.join(work, "back")
+    run("reshard", source, one, "--to", "stage=1", "--quiet")
+    run("reshard", one, back, "--to", "stage=0", "--quiet")
+    if compare_torch.compare_paths(source, back, [], []).differences:
+        sys.exit("FAILED: stage 0 to stage 1 and back")
+    if sections(one) != sections(source):
+        sys.exit("FAILED: stage 0 to stage 1: another digest")
+    for number, (only, inside, words) in enumerate((
+            ("mp_rank_01_model", "optimizer", "differ"), ("layer_03", "layer", "layer's file"))):
+        damaged = os.path.join(work, f"damaged{number}")
+        folder = hostile.ZeroFolder(hostile.Path(source))
+        for name, (_, records) in folder.files.items():
+            if only in name and inside == "optimizer":
+                largest = max((key for key in records if key.startswith("data/")),
+                              key=lambda key: len(records[key]))
+                data = bytearray(records[largest])
+                data[5] ^= 1
+                records[largest] = bytes(data)
+        if inside == "layer":
+            folder.files = {name: file for name, file in folder.files.items() if only not in name}
+        folder.write(hostile.Path(damaged))
+        result = subprocess.run([PROGRAM, "verify", damaged], capture_output=True, text=True)
+        if result.returncode == 0 or words not in result.stdout + result.stderr:
+            sys.exit(f"FAILED: {only}: {result}")
+        counted["refusals"] += 1
+
+
 def config_and_export(work):
     config = os.path.join(work, "ds.json")
     for stages, world, expected in ((None, 4, "dp2.pp2"), ("auto", 2, "dp1.pp2"), (1, 3, "dp3"),
@@ -297,6 +381,9 @@ def main():
         config_and_export(work)
     with tempfile.TemporaryDirectory() as work:
         squares(work)
+    with tempfile.TemporaryDirectory() as work:
+        stage_zero(work)
+        what_ranks_say(work)
     with tempfile.TemporaryDirectory() as work:
         layer_names(work)
         layers_of_ranks(work)

@@ -109,6 +109,18 @@ class UnevenExperts(ProgramCase):
             for layer in model["ds_autoep_layers"]:
                 self.assertEqual((layer["ep_size"], layer["num_local_experts"]), (1, 8))
 
+    def test_weights_without_the_optimizer(self):
+        """export and --to fp32 of stages 1 and 2 read the experts' own files."""
+        source, config = self.recorded("autoep_z1_ep2_dp2"), self.place / "config"
+        config.mkdir()
+        (config / "config.json").write_text('{"model_type": "mixtral"}')
+        expected = self.place / "expected"
+        self.run_program(0, "export", source, expected, "--config", config)
+        for stage in (0, 1, 2, 3):
+            target, _ = self.uneven(source, stage)
+            self.run_program(0, "export", target, self.place / f"hf{stage}", "--config", config)
+            self.same(expected, self.place / f"hf{stage}")
+
     def test_it_is_asked_for_and_told(self):
         source = self.recorded("autoep_z1_ep2_dp2")
         target = self.place / "target"

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <iostream>
 
+#include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/name_filter.h"
 #include "checkpoint/deepspeed/pipeline.h"
 #include "core/error.h"
@@ -28,6 +29,18 @@ Totals totals_of(const ShardedState& state) {
   return totals;
 }
 
+// An optimizer group of experts and others, as stage 0 alone allows it for native MoE.
+bool mixes_experts(const ShardedState& state) {
+  if (state.expert_layout != checkpoint::ExpertLayout::kNative) return false;
+  return std::ranges::any_of(state.groups, [&](const checkpoint::GroupState& group) {
+    const auto experts = std::ranges::count_if(group.parameters, [&](int number) {
+      const std::string& name = state.parameters[static_cast<size_t>(number)].name;
+      return checkpoint::ExpertInfo::expert_number(name).has_value();
+    });
+    return experts > 0 && experts < static_cast<int64_t>(group.parameters.size());
+  });
+}
+
 std::vector<std::string> abilities(const ShardedState& state) {
   std::vector<std::string> result = {"digest, diff, show, verify"};
   if (state.flavour == Flavour::kWeights) return result;
@@ -38,6 +51,7 @@ std::vector<std::string> abilities(const ShardedState& state) {
   const bool frozen = std::ranges::any_of(
       state.parameters, [](const ParameterState& parameter) { return parameter.group < 0; });
   const bool lossy = state.pipeline.present() && (frozen || !state.buffers.empty());
+  if (mixes_experts(state)) return {result[0], "convert --to fp32"};
   if (!universal && !lossy)
     result.push_back(std::string("convert --to universal") + (folded ? " --beyond-deepspeed" : ""));
   result.push_back("convert --to fp32");
@@ -46,7 +60,8 @@ std::vector<std::string> abilities(const ShardedState& state) {
   else if (experts)
     result.push_back("reshard --to dp=N[,ep=,stage=]");
   else if (state.pipeline.present())
-    result.push_back("reshard --to dp=N[,pp=]");
+    result.push_back(state.split_file < 0 ? "reshard --to dp=N[,pp=]"
+                                          : "reshard --to dp=N[,tp=,pp=]");
   else if (state.topology.pipeline == 1)  // a pipeline's universal folder lacks its layers' files
     result.push_back("reshard --to dp=N[,sp=,tp=,stage=]");
   return result;

@@ -174,7 +174,7 @@ void check_vocabulary_flag(const ReshardFlags& flags, const checkpoint::ShardedS
   if ((target.tensor > 1 || state.pipeline.present()) && target.tensor != source.tensor) return;
   throw Error(ErrorInfo{
       .code = ErrorCode::kUsage,
-      .what = "--padded-vocab-size goes with --to tp=N, for another N above 1.",
+      .what = "--padded-vocab-size goes with --to tp=N, for another N, above 1 but for pipelines.",
       .found = "tp=" + std::to_string(source.tensor) + " to tp=" + std::to_string(target.tensor),
       .next = "leave it out"});
 }

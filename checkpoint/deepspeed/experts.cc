@@ -265,6 +265,14 @@ std::vector<int> ExpertInfo::partition_ranks(int rank, int expert_ranks, int dp)
   return ranks;
 }
 
+std::vector<std::optional<Shape>> ExpertInfo::shards_of(const ExpertLayer& layer,
+                                                        const Shape& first) const {
+  std::vector<std::optional<Shape>> shards(static_cast<size_t>(layer.ep_size), first);
+  for (size_t rank = 1; rank < shards.size() && !first.empty(); ++rank)
+    shards[rank]->at(0) = layer.held_by(static_cast<int>(rank));
+  return shards;
+}
+
 TensorSplit ExpertInfo::split_of(const std::string& name,
                                  const std::vector<std::optional<Shape>>& shards) const {
   const ExpertLayer& layer = *layer_of(name);

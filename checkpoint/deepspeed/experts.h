@@ -69,6 +69,8 @@ class ExpertInfo {
   // Rank 0's model file as expert-parallel rank `rank` would have it: shapes of its own experts.
   ModelStates of_rank(const ModelStates& model, int rank) const;
 
+  // The shapes of a stack on all ranks, given rank 0's.
+  std::vector<std::optional<Shape>> shards_of(const ExpertLayer& layer, const Shape& first) const;
   // AutoEP: the experts of all ranks, stacked by their ids. Shards by rank.
   TensorSplit split_of(const std::string& name,
                        const std::vector<std::optional<Shape>>& shards) const;

@@ -1,6 +1,10 @@
 // See fields.h.
 #include "checkpoint/deepspeed/fields.h"
 
+#include <algorithm>
+#include <bit>
+#include <unordered_map>
+
 #include "core/error.h"
 #include "core/utf8.h"
 
@@ -129,6 +133,72 @@ std::vector<std::pair<std::string, NodeId>> Fields::named(NodeId mapping,
 NodeId Fields::state_of(NodeId object) const {
   if (object == kNoNode || pickle_.kind(object) != Kind::kObject) return kNoNode;
   return pickle_.parts(object).state;
+}
+
+namespace {
+
+// A pickle may name one list many times over: what is looked at is counted.
+class ValueComparison {
+ public:
+  ValueComparison(const Pickle& a, const Pickle& b) : a_(a), b_(b) {}
+
+  bool same(NodeId x, NodeId y) {
+    if (++looked_ > kMost) return false;
+    if (&a_ == &b_ && x == y) return true;
+    if (a_.is_mapping(x) && b_.is_mapping(y)) return same_mapping(x, y);
+    if (a_.kind(x) != b_.kind(y)) return false;
+    switch (a_.kind(x)) {
+      case Kind::kBool:
+      case Kind::kInt:
+        return a_.integer_value(x) == b_.integer_value(y);
+      case Kind::kFloat:
+        return std::bit_cast<uint64_t>(a_.real_value(x)) ==
+               std::bit_cast<uint64_t>(b_.real_value(y));
+      case Kind::kString:
+      case Kind::kBigInt:
+        return a_.text(x) == b_.text(y);
+      case Kind::kTuple:
+      case Kind::kList:
+        return std::ranges::equal(a_.items(x), b_.items(y),
+                                  [&](NodeId one, NodeId other) { return same(one, other); });
+      default:
+        return true;
+    }
+  }
+
+ private:
+  static constexpr int64_t kMost = 20'000'000;
+
+  // Keys in any order; those that are no text in the same.
+  bool same_mapping(NodeId x, NodeId y) {
+    const std::vector<NodeId>&entries = a_.entries(x), &others = b_.entries(y);
+    if (entries.size() != others.size()) return false;
+    std::unordered_map<std::string, size_t> places;
+    for (size_t i = 0; i + 1 < others.size(); i += 2) {
+      if (b_.kind(others[i]) == Kind::kString) places.emplace(b_.text(others[i]), i);
+    }
+    for (size_t i = 0; i + 1 < entries.size(); i += 2) {
+      size_t place = i;
+      if (a_.kind(entries[i]) == Kind::kString) {
+        const auto found = places.find(a_.text(entries[i]));
+        if (found == places.end()) return false;
+        place = found->second;
+      } else if (!same(entries[i], others[i])) {
+        return false;
+      }
+      if (!same(entries[i + 1], others[place + 1])) return false;
+    }
+    return true;
+  }
+
+  const Pickle &a_, &b_;
+  int64_t looked_ = 0;
+};
+
+}  // namespace
+
+bool same_value(const Fields& a, NodeId x, const Fields& b, NodeId y) {
+  return ValueComparison(a.pickle(), b.pickle()).same(x, y);
 }
 
 }  // namespace isoshard::checkpoint

@@ -42,4 +42,8 @@ class Fields {
   const Pickle& pickle_;
 };
 
+// Whether two values of files are alike: numbers, text, lists and dictionaries (in any order);
+// objects of other kinds count as alike if both are such.
+bool same_value(const Fields& a, NodeId x, const Fields& b, NodeId y);
+
 }  // namespace isoshard::checkpoint

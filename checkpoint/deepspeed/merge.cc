@@ -16,7 +16,6 @@ namespace {
 
 std::string rank_name(size_t rank) { return "tp rank " + std::to_string(rank); }
 
-// In order of `begin`, cut at `total`, neighbours joined.
 // Those of elements [first, total), counted from `first`, in order and joined.
 std::vector<FileFragment> tidy(std::vector<FileFragment> fragments, int64_t first, int64_t total,
                                int64_t item) {

@@ -104,8 +104,7 @@ void list_parameters(ShardedState* state, const ModelStates& model, const Expert
         add(name, shape);
         continue;
       }
-      const std::vector<std::optional<Shape>> shards(static_cast<size_t>(layer->ep_size), shape);
-      add(name, experts.split_of(name, shards).map.logical_shape);
+      add(name, experts.split_of(name, experts.shards_of(*layer, shape)).map.logical_shape);
     }
   }
   if (layers.empty()) return;

@@ -9,7 +9,6 @@
 #include <system_error>
 
 namespace isoshard::checkpoint {
-namespace {}  // namespace
 
 FileName parse_file_name(const std::string& name) {
   static const re2::RE2 kModel("mp_rank_(\\d{2,6})_model_states\\.pt");

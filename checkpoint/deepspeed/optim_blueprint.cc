@@ -88,6 +88,7 @@ class OptimWriter {
   }
 
   NodeId stage0() {
+    if (target_.partitioned()) return stage12();
     skip("clip_grad");
     skip("overflow");
     const NodeId plain =
@@ -333,7 +334,7 @@ class OptimWriter {
     int64_t index = 0;
     for (size_t g = 0; g < state_.groups.size(); ++g) {
       std::vector<NodeId> numbers;
-      if (target_.stage == 0) {
+      if (!target_.partitioned()) {
         for (size_t i = 0; i < own(g).size(); ++i) numbers.push_back(pickle_.integer(index++));
       } else {
         for (size_t k = 0; k < buffers_.size(); ++k) {

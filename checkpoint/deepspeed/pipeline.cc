@@ -44,20 +44,26 @@ class StageUnion {
   std::map<int, std::string> steps_;  // by group: numbers such as step, as the first stage has them
 };
 
+std::string degrees(const ModelStates& model) {
+  return ", tp " + std::to_string(model.tp_degree) + ", pp " + std::to_string(model.pp_degree);
+}
+
 void StageUnion::check(size_t stage) const {
   const ModelStates &a = stages_[0].model, &b = stages_[stage].model;
   const bool same = a.global_steps == b.global_steps && a.version == b.version &&
-                    a.dp_world == b.dp_world &&
+                    a.dp_world == b.dp_world && a.tp_degree == b.tp_degree &&
+                    a.pp_degree == b.pp_degree &&
                     stages_[0].state.groups.size() == stages_[stage].state.groups.size();
   if (same) return;
   throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
                         .what = "Two pipeline stages' files do not belong together.",
                         .file = whole_.document(b.file).path(),
-                        .entry = "global_steps, ds_version, dp_world_size, number of groups",
+                        .entry = "global_steps, ds_version, dp_world_size, number of groups, "
+                                 "checkpoint_parallel_dimensions",
                         .expected = "as in stage 0: step " + std::to_string(a.global_steps) + ", " +
-                                    a.version + ", dp " + std::to_string(a.dp_world),
+                                    a.version + ", dp " + std::to_string(a.dp_world) + degrees(a),
                         .found = "step " + std::to_string(b.global_steps) + ", " + b.version +
-                                 ", dp " + std::to_string(b.dp_world),
+                                 ", dp " + std::to_string(b.dp_world) + degrees(b),
                         .next = "put the files of one save together"});
 }
 
@@ -67,6 +73,8 @@ void StageUnion::add(size_t stage) {
   const int shift = static_cast<int>(whole_.leaves.size());
   whole_.leaves.insert(whole_.leaves.end(), part.leaves.begin(), part.leaves.end());
   whole_.stepped = whole_.stepped || part.stepped;
+  for (const auto& [original, copy] : part.replicas)
+    whole_.replicas.emplace_back(original + shift, copy + shift);
   std::vector<int> numbers;  // by number in the part; −1: known already
   for (ParameterState parameter : part.parameters) {
     check_step(stage, parameter);

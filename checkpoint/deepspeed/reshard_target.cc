@@ -26,6 +26,11 @@ std::string config_text(const Fields& fields, NodeId config, const char* section
   return "";
 }
 
+bool is_bf16(const Fields& model, NodeId config) {
+  return config_text(model, config, "bf16", "enabled") == "True" ||
+         config_text(model, config, "bfloat16", "enabled") == "True";
+}
+
 void refuse_topology(const ShardedState& state, const Topology& topology) {
   const auto no = [&](const std::string& what, const std::string& next) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
@@ -75,8 +80,9 @@ void refuse_pipeline(const ShardedState& state, const Topology& topology, int st
     no("DeepSpeed has no pipelines at stages 2 and 3 (AssertionError), whatever their number of "
        "stages.",
        "stage=" + std::to_string(stage), "say stage=1");
-  if (stage == 0)
-    no("Resharding of a pipeline to stage 0 is not supported yet.", "stage=0", "say stage=1");
+  const NodeId config = model.maybe(model.root(), "ds_config");
+  if (stage == 0 && !is_bf16(model, config))
+    no("Resharding of a pipeline to stage 0 is supported in bf16 alone.", "stage=0", "say stage=1");
 }
 
 // A group as one tensor- or expert-parallel rank has it: the parameters in flat order.
@@ -221,6 +227,45 @@ Members members_of(const ReshardTarget& target, int group, int shard, bool round
   return members;
 }
 
+// Which optimizer's form it has, and what that form records.
+void choose_form(ReshardTarget* whole, const Fields& model, NodeId config) {
+  ReshardTarget& target = *whole;
+  const ShardedState& state = target.state;
+  const int stage = target.stage;
+  const bool bf16 = is_bf16(model, config);
+  target.prefix = bf16 ? "bf16_" : "";
+  const std::string gradients = config_text(model, config, "data_types", "grad_accum_dtype");
+  const bool by_config = bf16 && (gradients == "fp32" || gradients == "float32") &&
+                         zero_option(model, config, "offload_optimizer", 0) == 0;
+  const bool of_stage1 = state.flavour == Flavour::kBf16Optimizer && state.stage == 1;
+  target.bf16_optimizer =
+      (stage == 1 && (of_stage1 || by_config)) || (stage == 0 && bf16 && state.pipeline.present());
+  if (stage == 0 && target.bf16_optimizer)
+    target.beyond.insert(
+        "a bf16 pipeline at stage 0: DeepSpeed saves this form, and from 0.18.9 to 0.19.8 cannot "
+        "load it (KeyError: 0); it loads stage=1");
+  target.aligned = stage >= 1 && stage <= 2 && !target.bf16_optimizer &&
+                   zero_option(model, config, "parameter_alignment", 0) != 0;
+  int major = 0, minor = 0, patch = 0;
+  std::sscanf(state.version.c_str(), "%d.%d.%d", &major, &minor, &patch);
+  target.writes_alignment = major * 1'000'000 + minor * 1'000 + patch >= 19'008;
+  target.frozen_excluded =
+      state.stage >= 2 && model.maybe(model.root(), "frozen_param_shapes") == kNoNode &&
+      std::ranges::all_of(state.parameters, [](const ParameterState& p) { return p.group >= 0; });
+}
+
+void note_padding(ReshardTarget* whole) {
+  ReshardTarget& target = *whole;
+  const ShardedState& state = target.state;
+  for (size_t i = 0; i < state.parameters.size(); ++i) {
+    const ParameterState& parameter = state.parameters[i];
+    const bool padded = parameter.weight >= 0 && state.leaf(parameter.weight).padding >= 0;
+    if (padded && (target.maps.empty() || target.maps[i] != state.split_of(parameter).map))
+      target.skipped.insert("padding rows of " + quote(parameter.name) +
+                            ": they begin anew at another tp, as zeros");
+  }
+}
+
 }  // namespace
 
 ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
@@ -250,24 +295,11 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
       .beyond = {}};
   const Fields model(state.document(target.model_file()));
   const NodeId config = model.maybe(model.root(), "ds_config");
-  const bool bf16 = config_text(model, config, "bf16", "enabled") == "True" ||
-                    config_text(model, config, "bfloat16", "enabled") == "True";
-  target.prefix = bf16 ? "bf16_" : "";
-  const std::string gradients = config_text(model, config, "data_types", "grad_accum_dtype");
-  const bool by_config = bf16 && (gradients == "fp32" || gradients == "float32") &&
-                         zero_option(model, config, "offload_optimizer", 0) == 0;
-  target.bf16_optimizer = stage == 1 && (state.flavour == Flavour::kBf16Optimizer || by_config);
-  target.aligned = stage >= 1 && stage <= 2 && !target.bf16_optimizer &&
-                   zero_option(model, config, "parameter_alignment", 0) != 0;
-  int major = 0, minor = 0, patch = 0;
-  std::sscanf(state.version.c_str(), "%d.%d.%d", &major, &minor, &patch);
-  target.writes_alignment = major * 1'000'000 + minor * 1'000 + patch >= 19'008;
-  target.frozen_excluded =
-      state.stage >= 2 && model.maybe(model.root(), "frozen_param_shapes") == kNoNode &&
-      std::ranges::all_of(state.parameters, [](const ParameterState& p) { return p.group >= 0; });
+  choose_form(&target, model, config);
   // A pipeline's caller pads a vocabulary and names the splits at one tensor-parallel rank too.
   if (topology.tensor > 1 || (state.pipeline.present() && state.split_file >= 0))
     target.maps = target_maps(state, topology.tensor, options.splits, &target.inferred);
+  note_padding(&target);
   if (state.pipeline.present())
     target.stages =
         plan_stages(state, topology.pipeline, options.stages, target.maps, &target.inferred);
@@ -348,66 +380,6 @@ void ReshardTarget::add_runs(StorageFill* fill, int number, int shard,
   }
 }
 
-MappingCopy::MappingCopy(TorchBuilder* builder, const ShardedState& state, NodeRef mapping)
-    : builder_(*builder), document_(state.document(mapping.file)), file_(mapping.file) {
-  const Pickle& pickle = document_.pickle();
-  const std::vector<NodeId>& list = pickle.entries(mapping.node);
-  for (size_t i = 0; i + 1 < list.size(); i += 2) {
-    entries_.emplace_back(list[i], kNoNode);
-    keys_.push_back(pickle.kind(list[i]) == Kind::kString ? pickle.text(list[i]) : "");
-    values_.push_back(list[i + 1]);
-  }
-}
-
-void MappingCopy::set(const std::string& key, NodeId value) {
-  for (size_t i = 0; i < keys_.size(); ++i) {
-    if (keys_[i] == key) {
-      entries_[i].second = value;
-      return;
-    }
-  }
-  appended_.emplace_back(key, value);
-}
-
-void MappingCopy::set_after(const std::string& key, NodeId value, const std::string& neighbour) {
-  const auto known = std::find(keys_.begin(), keys_.end(), key);
-  const auto before = std::find(keys_.begin(), keys_.end(), neighbour);
-  if (known != keys_.end() || before == keys_.end()) return set(key, value);
-  const auto at = before - keys_.begin() + 1;
-  keys_.insert(keys_.begin() + at, key);
-  values_.insert(values_.begin() + at, kNoNode);
-  entries_.insert(entries_.begin() + at, {kNoNode, value});
-}
-
-void MappingCopy::erase(const std::string& key) {
-  const auto found = std::find(keys_.begin(), keys_.end(), key);
-  if (found == keys_.end()) return;
-  const auto at = found - keys_.begin();
-  keys_.erase(found);
-  values_.erase(values_.begin() + at);
-  entries_.erase(entries_.begin() + at);
-}
-
-void MappingCopy::set_if_present(const std::string& key, NodeId value) {
-  if (std::find(keys_.begin(), keys_.end(), key) != keys_.end()) set(key, value);
-}
-
-NodeId MappingCopy::finish() {
-  std::vector<NodeId> items;
-  for (size_t i = 0; i < entries_.size(); ++i) {
-    items.push_back(entries_[i].first == kNoNode
-                        ? builder_.pickle.string(keys_[i])
-                        : builder_.copy(document_, file_, entries_[i].first));
-    items.push_back(entries_[i].second != kNoNode ? entries_[i].second
-                                                  : builder_.copy(document_, file_, values_[i]));
-  }
-  for (const auto& [key, value] : appended_) {
-    items.push_back(builder_.pickle.string(key));
-    items.push_back(value);
-  }
-  return builder_.pickle.dict(std::move(items));
-}
-
 NodeId target_config(TorchBuilder* builder, const ReshardTarget& target) {
   const int file = target.model_file();
   const Fields model(target.state.document(file));
@@ -468,7 +440,7 @@ TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topolo
       throw_if_cancelled();
       result.files.push_back(model_blueprint(&target, {mp, rank}));
     }
-    for (int rank = 0; rank < (stage == 0 ? 0 : target.ranks); ++rank) {
+    for (int rank = 0; rank < (target.partitioned() ? target.ranks : 0); ++rank) {
       throw_if_cancelled();
       result.files.push_back(optim_blueprint(&target, {mp, rank}));
     }

@@ -40,7 +40,7 @@ struct ReshardTarget {
   Topology topology;
   int stage = 0;
   int ranks = 1;                  // dp·sp
-  bool bf16_optimizer = false;    // BF16_Optimizer's form at stage 1
+  bool bf16_optimizer = false;    // BF16_Optimizer's form, at stage 1, or 0 of a pipeline
   bool aligned = false;           // zero_optimization.parameter_alignment
   bool writes_alignment = false;  // param_alignment_paddings is written (DeepSpeed ≥ 0.19.8)
   bool frozen_excluded = false;   // the source was saved with exclude_frozen_parameters
@@ -81,6 +81,8 @@ struct ReshardTarget {
   bool holds_expert(int expert_rank, int number) const;
   // The name that a rank's files give a parameter: native MoE numbers experts by rank.
   std::string name_of(int number, const TargetBuffer& buffer) const;
+  // Whether optimizer files hold partitions: BF16_Optimizer has them at stage 0 too, of a pipeline.
+  bool partitioned() const { return stage > 0 || bf16_optimizer; }
   // Its pipeline stage, of an mp rank.
   int stage_of(int mp) const { return mp / topology.tensor; }
   // The parameter's map for an mp rank, or expert-parallel rank; nullptr: it is not cut.

@@ -64,14 +64,15 @@ class TargetMaps {
              "--padded-vocab-size", "vocabulary_parameter_patterns", "none", "leave it out");
     for (const ParameterState& parameter : state_.parameters) check(parameter);
     const bool same = std::ranges::all_of(
-        state_.splits, [&](const TensorSplit& split) { return split.ranks() == ranks_; });
+        state_.splits, [&](const TensorSplit& split) { return keeps_map(split); });
     if (!same && !state_.pipeline.present()) rule_.kv_heads = choose_heads();
     std::vector<AffineMap> maps;
     for (const ParameterState& parameter : state_.parameters) {
       const TensorSplit& split = split_of(parameter);
-      if (!is_cut(split) && split.kind != SplitKind::kMapped)
+      const bool whole = !is_cut(split) && split.kind != SplitKind::kMapped;
+      if (whole || (split.kind == SplitKind::kMapped && ranks_ == 1))
         maps.push_back(replicated_map(split.map.logical_shape, ranks_));
-      else if (same)
+      else if (keeps_map(split))
         maps.push_back(split.map);
       else
         maps.push_back(split_map(padded_shape(split), split.dim,
@@ -97,6 +98,11 @@ class TargetMaps {
                           .next = next});
   }
 
+  // The source's ranks are the target's, and so are the rows of a padded vocabulary.
+  bool keeps_map(const TensorSplit& split) const {
+    return split.ranks() == ranks_ && (!split.vocabulary || options_.vocabulary_rows == 0 ||
+                                       options_.vocabulary_rows == split.map.logical_shape.at(0));
+  }
   void check(const ParameterState& parameter) const;
   Shape padded_shape(const TensorSplit& split) const;
   Widths cut(const ParameterState& parameter, const TensorSplit& split, bool source,
@@ -125,7 +131,7 @@ void TargetMaps::check(const ParameterState& parameter) const {
            "name a checkpoint of the same model with --split-like, from any run with autotp_size "
            "above 1");
   const TensorSplit& split = split_of(parameter);
-  if (split.kind == SplitKind::kMapped && ranks_ != state_.topology.tensor)
+  if (split.kind == SplitKind::kMapped && ranks_ != 1 && ranks_ != split.ranks())
     refuse(ErrorCode::kUnsupported,
            "Only a map says how this parameter is cut; there is no rule for other degrees.",
            parameter.name, "tp=" + std::to_string(state_.topology.tensor) + " or tp=1",

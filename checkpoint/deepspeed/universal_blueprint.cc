@@ -42,9 +42,12 @@ class UniversalWriter {
         topology.expert = 1;
       ReshardTarget target = make_target(state_, topology, 1, {});
       files_.push_back(global_state_blueprint(&target));
-      for (int tensor = 0; tensor < state_.topology.tensor; ++tensor)
-        files_.push_back(model_blueprint(&target, {tensor, 0}));
+      add_model_files(&target);
       result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
+    } else if (state_.stage == 0) {  // a pipeline's BF16_Optimizer, without param_shapes
+      ReshardTarget target = make_target(state_, state_.topology, 1, {});
+      files_.push_back(global_state_12());
+      add_model_files(&target);
     } else {
       files_.push_back(stage3_ ? global_state_3() : global_state_12());
       if (options_.model_file) files_.push_back(*options_.model_file);
@@ -57,6 +60,11 @@ class UniversalWriter {
   }
 
  private:
+  void add_model_files(ReshardTarget* target) {
+    for (int mp = 0; mp < state_.topology.tensor * state_.topology.pipeline; ++mp)
+      files_.push_back(model_blueprint(target, {mp, 0}));
+  }
+
   int add_leaf(TorchBuilder* builder, int number, DType dtype) const {
     return builder->add_storage(whole_fill(number, state_.leaf(number).size_elements(), dtype));
   }

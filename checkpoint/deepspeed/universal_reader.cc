@@ -24,10 +24,7 @@ class UniversalReader {
     ModelStates model = read_model_states(state_, state_.model_files[0]);
     state_.version = model.version;
     const auto mp_ranks = static_cast<int>(files_of_mp_.size());
-    if (!model.has_degrees && model.module.empty()) {  // an older pipeline
-      model.pp_degree = mp_ranks;
-      model.has_degrees = true;
-    }
+    if (!model.has_degrees && model.module.empty()) count_degrees(&model);
     set_topology(&state_, model, mp_ranks, options_.sequence_degree);
     check_mp_ranks();
     if (!model.has_param_shapes) {
@@ -76,6 +73,7 @@ class UniversalReader {
   Fields global() const { return Fields(state_.document(state_.optim_files[0])); }
 
   void open_model_files();
+  void count_degrees(ModelStates* model) const;
   void open_zero_folder();
   void walk(const std::string& folder, const std::string& name, std::vector<std::string>* files);
   int read_stage() const;
@@ -98,6 +96,28 @@ class UniversalReader {
   std::map<int, std::vector<int>> files_of_mp_;                // model files by mp rank
   std::map<std::string, std::map<std::string, int>> folders_;  // parameter → state → file
 };
+
+// An older pipeline does not record its degrees: the tensor-parallel ranks of a stage name the same
+// parameters, those of two stages do not.
+void UniversalReader::count_degrees(ModelStates* model) const {
+  const auto names = [](const ModelStates& of) {
+    std::vector<std::string> result;
+    for (const NamedShapes& group : of.param_shapes) {
+      for (const auto& [name, shape] : group) result.push_back(name);
+    }
+    return result;
+  };
+  const auto mp_ranks = static_cast<int64_t>(files_of_mp_.size());
+  int64_t tensor = 1;
+  for (const auto& [mp, files] : files_of_mp_) {
+    if (mp != tensor) continue;
+    if (names(read_model_states(state_, files[0])) != names(*model)) break;
+    ++tensor;
+  }
+  model->tp_degree = mp_ranks % tensor == 0 ? tensor : 1;
+  model->pp_degree = mp_ranks / model->tp_degree;
+  model->has_degrees = true;
+}
 
 void UniversalReader::open_model_files() {
   std::map<std::pair<int, int>, std::string> plain, ranked;  // by mp rank, partition rank
@@ -195,11 +215,9 @@ void UniversalReader::stack_experts(const ExpertInfo& experts) {
   for (ParameterState& parameter : state_.parameters) {
     const ExpertLayer* layer = experts.layer_of(parameter.name);
     if (layer == nullptr) continue;
-    std::vector<std::optional<Shape>> shards(static_cast<size_t>(layer->ep_size), parameter.shape);
-    for (size_t rank = 1; rank < shards.size() && !parameter.shape.empty(); ++rank)
-      shards[rank]->at(0) = layer->held_by(static_cast<int>(rank));
     parameter.split = static_cast<int>(state_.splits.size());
-    state_.splits.push_back(experts.split_of(parameter.name, shards));
+    state_.splits.push_back(
+        experts.split_of(parameter.name, experts.shards_of(*layer, parameter.shape)));
     parameter.shape = logical_shape(state_.splits.back());
   }
 }

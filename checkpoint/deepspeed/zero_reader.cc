@@ -10,9 +10,11 @@
 #include "checkpoint/deepspeed/inventory.h"
 #include "checkpoint/deepspeed/merge.h"
 #include "checkpoint/deepspeed/module_weights.h"
+#include "checkpoint/deepspeed/mp_checks.h"
 #include "checkpoint/deepspeed/pipeline.h"
 #include "checkpoint/deepspeed/rank_checks.h"
 #include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/deepspeed/slice_shapes.h"
 #include "checkpoint/deepspeed/zero0_files.h"
 #include "checkpoint/deepspeed/zero_files.h"
 #include "core/check.h"
@@ -34,32 +36,6 @@ void drop_pickles(ShardedState* state) {
       if (!keep.contains(file)) state->files[static_cast<size_t>(file)].torch->drop_pickle();
     }
   }
-}
-
-// What all mp ranks must say alike: hyper-parameters, scheduler, scaler, counters.
-nlohmann::json shared_hyper(const ShardedState& part) {
-  nlohmann::json hyper = hyper_json(part);
-  hyper.erase("client_state");
-  if (hyper.contains("param_groups")) {
-    for (nlohmann::json& group : hyper["param_groups"]) group.erase("names");
-  }
-  return hyper;
-}
-
-[[noreturn]] void refuse_hyper(const MpPart& part, const nlohmann::json& expected,
-                               const nlohmann::json& found) {
-  for (const auto& [key, value] : expected.items()) {
-    if (found.contains(key) && found[key] == value) continue;
-    throw Error(ErrorInfo{
-        .code = ErrorCode::kMismatch,
-        .what = "mp ranks differ in what they must say alike: files of two saves are mixed.",
-        .file = part.state.document(part.model.file).path(),
-        .entry = key,
-        .expected = "as in mp rank 0: " + value.dump().substr(0, 200),
-        .found = found.value(key, nlohmann::json()).dump().substr(0, 200),
-        .next = "put the files of one save together; compare the files' times and steps"});
-  }
-  CHECK(false, "no difference to tell");
 }
 
 [[noreturn]] void refuse_uncovered(const std::string& what, const std::string& file,
@@ -121,9 +97,10 @@ class ZeroReader {
   void check_experts(const ExpertInfo& experts, const ModelStates& model) const;
   std::vector<MpPart> read_mp_ranks(int first);
   void read_parts(int first, const TensorParallelInfo& info);
+  void name_slices(int mp, MpPart* part) const;
   void require_splits(int first, const TensorParallelInfo& info) const;
   void read_stages(int first, const TensorParallelInfo& info);
-  void join_layers(const std::vector<MpPart>& stages, const std::vector<std::string>& layers,
+  void join_layers(const std::vector<MpPart>& stages, const std::vector<int>& layers,
                    ShardedState* whole);
   void read_dense(ShardedState* part, const ModelStates& model);
   void read_folded(int first, const TensorParallelInfo& info);
@@ -132,8 +109,9 @@ class ZeroReader {
   Storage& storage_;
   const ReadOptions& options_;
   const Inventory inventory_;
-  bool folded_ = false;         // AutoEP with AutoTP
-  std::string missing_models_;  // ranks, at stage 3
+  bool folded_ = false;                    // AutoEP with AutoTP
+  std::string missing_models_;             // ranks, at stage 3
+  std::vector<LayerShapes> layer_shapes_;  // of a pipeline, by tensor-parallel rank
 };
 
 void ZeroReader::tell_others() {
@@ -164,7 +142,9 @@ void ZeroReader::check_mp_ranks(const ModelStates& model) const {
   for (const auto& [mp, ranks] : inventory_.model_of_rank) firsts[mp] = ranks.begin()->second;
   for (const auto& [mp, ranks] : inventory_.optim) optims[mp] = ranks.begin()->second;
   complete(firsts, expected, state_.folder, "model");
-  if (model.has_param_shapes && !closed()) complete(optims, expected, state_.folder, "optimizer");
+  const bool stage0_pipeline = !inventory_.layers.empty() && !inventory_.optim.empty();
+  if ((model.has_param_shapes || stage0_pipeline) && !closed())
+    complete(optims, expected, state_.folder, "optimizer");
 }
 
 // Stage 3: the model files of one mp rank. Rank 0's alone is enough where every rank's optimizer
@@ -207,11 +187,10 @@ void ZeroReader::open_rank(int mp, int first, ShardedState* part) {
   const auto optim = inventory_.optim.find(mp);
   if (optim == inventory_.optim.end() || closed()) return;
   const Fields fields(part->document(part->model_files[0]));
-  if (fields.maybe(fields.root(), "param_shapes") == kNoNode) {
+  if (fields.maybe(fields.root(), "param_shapes") == kNoNode && inventory_.layers.empty()) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kUnsupported,
-        .what = "Optimizer files lie beside a model file without param_shapes (bf16 pipeline or "
-                "stale files).",
+        .what = "Optimizer files lie beside a model file without param_shapes: stale files.",
         .file = folder,
         .expected = "no optimizer files at stage 0",
         .found = optim->second.begin()->second,
@@ -342,7 +321,13 @@ std::vector<MpPart> ZeroReader::read_mp_ranks(int first) {
     MpPart part = lend_files(&state_);
     open_rank(mp, mp == 0 ? first : -1, &part.state);
     part.model = read_model_states(part.state, part.state.model_files[0]);
+    const bool unnamed = !part.model.has_param_shapes && !part.state.optim_files.empty();
+    if (unnamed) name_slices(mp, &part);
     read_rank(&part.state, part.model);
+    if (unnamed) {
+      part.state.stage = 0;
+      add_model_optimizer(&part.state, part.model);
+    }
     nlohmann::json hyper = shared_hyper(part.state);
     if (mp == 0)
       first_hyper = std::move(hyper);
@@ -351,6 +336,7 @@ std::vector<MpPart> ZeroReader::read_mp_ranks(int first) {
     state_.files = std::move(part.state.files);
     parts.push_back(std::move(part));
   }
+  check_split_info(state_, parts);
   for (const MpPart& part : parts) {
     const ShardedState& from = part.state;
     const auto append = [](std::vector<int>* to, const std::vector<int>& list) {
@@ -383,11 +369,15 @@ void ZeroReader::read_stages(int first, const TensorParallelInfo& info) {
     refuse("A pipeline has no sequence-parallel ranks.",
            "sp=" + std::to_string(state_.topology.sequence));
   if (inventory_.stage3() || (inventory_.optim.empty() && !closed()))
-    refuse("Pipelines are supported at stages 1 and 2 only.",
+    refuse("Pipelines are supported at stage 1, and in bf16 at stage 0.",
            inventory_.stage3() ? "stage 3" : "no optimizer files");
   require_splits(first, info);
   const int ranks = state_.topology.tensor;
-  const auto layers = layer_files_by_rank(inventory_.layers, ranks, state_.folder);
+  std::vector<std::vector<int>> layers;
+  for (const auto& names : layer_files_by_rank(inventory_.layers, ranks, state_.folder)) {
+    layers.push_back(open_files(&state_, storage_, names, options_));
+    layer_shapes_.push_back(read_layer_shapes(state_, layers.back()));
+  }
   std::vector<MpPart> files = read_mp_ranks(first);
   const auto stages_of = [&](int rank) {
     std::vector<MpPart> stages;
@@ -408,14 +398,27 @@ void ZeroReader::read_stages(int first, const TensorParallelInfo& info) {
   adopt_stages(&state_, parts);
 }
 
+// Stage 0 in bf16: the layer files know the shapes.
+void ZeroReader::name_slices(int mp, MpPart* part) const {
+  const int64_t stage =
+      zero_option(Fields(part->state.document(part->model.file)), part->model.config, "stage", 0);
+  if (stage != 0 || layer_shapes_.empty())
+    part->state.refuse(ErrorCode::kMismatch, "A model file records no parameter shapes.",
+                       "param_shapes", "present at stage " + std::to_string(stage), "none",
+                       "put the files of one save together");
+  part->model.param_shapes =
+      shapes_of_slices(part->state, layer_shapes_[static_cast<size_t>(mp) % layer_shapes_.size()]);
+  part->model.has_param_shapes = true;
+}
+
 // The stages of one tensor-parallel rank, whose layers have files of their own.
-void ZeroReader::join_layers(const std::vector<MpPart>& stages,
-                             const std::vector<std::string>& layers, ShardedState* whole) {
+void ZeroReader::join_layers(const std::vector<MpPart>& stages, const std::vector<int>& layers,
+                             ShardedState* whole) {
   join_stages(whole, stages);
   std::set<std::string> buffers;
   for (const MpPart& stage : stages)
     buffers.insert(stage.model.buffer_names.begin(), stage.model.buffer_names.end());
-  add_layer_copies(whole, buffers, open_files(whole, storage_, layers, options_));
+  add_layer_copies(whole, buffers, layers);
   promote_copies(whole);
   check_layer_copies(*whole, buffers);
 }
