@@ -20,7 +20,7 @@ class ExpertFileWriter : public HandFile {
   FileBlueprint model_file() {
     std::vector<NodeId> module, counts;
     for (size_t i = 0; i < model_.parameters.size(); ++i) {
-      if (expert_place(model_.parameters[i].name).layer >= 0) continue;
+      if (is_expert(model_.parameters[i].name)) continue;
       module.push_back(pickle().string(model_.parameters[i].name));
       module.push_back(module_tensor(i));
     }
@@ -46,7 +46,7 @@ class ExpertFileWriter : public HandFile {
         {"ds_config", config()},
         {"ds_version", pickle().string("0.19.8")},
         {"num_experts", pickle().list(std::move(counts))},
-        {"ds_autoep_layers", pickle().none()}};
+        {"ds_autoep_layers", model_.autoep ? layers() : pickle().none()}};
     return builder_.finish("mp_rank_00_model_states.pt", builder_.dict(root));
   }
 
@@ -58,10 +58,11 @@ class ExpertFileWriter : public HandFile {
 
   FileBlueprint expert_file(int layer, int number) {
     Entries entries;
-    for (size_t i = 0; i < model_.parameters.size(); ++i) {
-      const ExpertPlace place = expert_place(model_.parameters[i].name);
-      if (place.layer == layer && place.number == number)
-        entries.emplace_back(model_.parameters[i].name, module_tensor(i));
+    for (const auto& [name, i] : expert_entries(model_, {layer, number})) {
+      const Shape& shape = model_.parameters[i].shape;
+      entries.emplace_back(name,
+                           whole(expert_bytes(model_, {layer, number}, i), model_.dtype,
+                                 model_.autoep ? Shape(shape.begin() + 1, shape.end()) : shape));
     }
     return builder_.finish("layer_" + std::to_string(layer) + "_expert_" + std::to_string(number) +
                                "_mp_rank_00_model_states.pt",
@@ -73,10 +74,53 @@ class ExpertFileWriter : public HandFile {
     return whole(module_bytes(model_, i), model_.dtype, model_.parameters[i].shape);
   }
 
-  NodeId state_tensor(int number, int state) {
-    const DType dtype = state_dtype(model_, state);
-    return whole(pack(state_bits(model_, number, state), dtype), dtype,
-                 model_.parameters[static_cast<size_t>(number)].shape);
+  NodeId state_tensor(const Model& part, int number, int state) {
+    const DType dtype = state_dtype(part, state);
+    return whole(pack(state_bits(part, number, state), dtype), dtype,
+                 part.parameters[static_cast<size_t>(number)].shape);
+  }
+
+  // ds_autoep_layers, as rank 0 writes it (module_inject/auto_ep_layer.py).
+  NodeId layers() {
+    const auto integer = [&](int64_t value) { return pickle().integer(value); };
+    std::vector<NodeId> result;
+    for (size_t layer = 0; layer < model_.experts.size(); ++layer) {
+      const int experts = model_.experts[layer];
+      const std::vector<int> held =
+          reference::owners({.cut = reference::Cut::kColumn}, experts, job_.expert);
+      std::vector<NodeId> ranks;
+      int64_t first = 0;
+      for (int rank = 0; rank < job_.expert; ++rank) {
+        std::vector<NodeId> ids;
+        for (int id = 0; id < experts; ++id) {
+          if (held[static_cast<size_t>(id)] == rank) ids.push_back(integer(id));
+        }
+        if (rank == 0) first = static_cast<int64_t>(ids.size());
+        ranks.push_back(
+            builder_.dict({{"rank", integer(rank)}, {"experts", pickle().list(std::move(ids))}}));
+      }
+      const std::string path = "m" + std::to_string(layer) + ".mlp";
+      result.push_back(builder_.dict(
+          {{"moe_layer_id", integer(static_cast<int64_t>(layer))},
+           {"module_path", pickle().string(path)},
+           {"num_experts", integer(experts)},
+           {"num_local_experts", integer(first)},
+           {"ep_size", integer(job_.expert)},
+           {"expert_placement", builder_.dict({{"version", integer(1)},
+                                               {"num_experts", integer(experts)},
+                                               {"ep_size", integer(job_.expert)},
+                                               {"ranks", pickle().list(std::move(ranks))}})},
+           {"expert_key_prefix", pickle().string(path + ".experts")},
+           {"checkpoint_format", pickle().string("per_expert_files")},
+           {"checkpoint_format_version", pickle().none()},
+           {"ep_group_name", pickle().string("ep_size_" + std::to_string(job_.expert))},
+           {"ep_rank", integer(0)},
+           {"expert_data_parallel_rank", integer(0)},
+           {"expert_data_parallel_world_size", integer(job_.ranks() / job_.expert)},
+           {"global_expert_start", integer(0)},
+           {"global_expert_end", integer(first)}}));
+    }
+    return pickle().list(std::move(result));
   }
 
   NodeId config() {
@@ -97,19 +141,21 @@ class ExpertFileWriter : public HandFile {
     for (const int trained : {-1, rank}) {
       const int group = trained < 0 ? 0 : 1;
       std::vector<NodeId> numbers, tensors;
-      const std::vector<int> members = optimizer_groups(trained_by(model_, job_, trained)).at(0);
+      const Model part = trained_by(model_, job_, trained);
+      const std::vector<int> members = optimizer_groups(part).at(0);
       for (int number : members) {
         Entries entry;
         for (const ScalarKind& kind : model_.scalars)
           entry.emplace_back(kind.name, scalar(kind, group));
         for (size_t s = 0; s < model_.states.size(); ++s)
-          entry.emplace_back(model_.states[s].name, state_tensor(number, static_cast<int>(s)));
+          entry.emplace_back(model_.states[s].name,
+                             state_tensor(part, number, static_cast<int>(s)));
         if (!entry.empty()) {
           states.push_back(pickle().integer(index));
           states.push_back(builder_.dict(std::move(entry)));
         }
         numbers.push_back(pickle().integer(index++));
-        if (model_.dtype != DType::kFloat32) tensors.push_back(state_tensor(number, -1));
+        if (model_.dtype != DType::kFloat32) tensors.push_back(state_tensor(part, number, -1));
       }
       Entries hyper = {{"lr", pickle().real(0.001 * (group + 1))}};
       if (group == 1) {
@@ -143,7 +189,61 @@ ExpertPlace expert_place(const std::string& name) {
   return expert ? place : ExpertPlace{};
 }
 
+int stack_layer(const std::string& name) {
+  int layer = -1, matrix = 0;
+  const bool stack = std::sscanf(name.c_str(), "m%d.mlp.experts.w%d", &layer, &matrix) == 2;
+  return stack ? layer : -1;
+}
+
+bool is_expert(const std::string& name) {
+  return expert_place(name).layer >= 0 || stack_layer(name) >= 0;
+}
+
+std::vector<std::pair<std::string, size_t>> expert_entries(const Model& model, ExpertPlace place) {
+  std::vector<std::pair<std::string, size_t>> entries;
+  for (size_t i = 0; i < model.parameters.size(); ++i) {
+    const std::string& name = model.parameters[i].name;
+    const ExpertPlace own = expert_place(name);
+    if (own.layer == place.layer && own.number == place.number) entries.emplace_back(name, i);
+    if (model.autoep && stack_layer(name) == place.layer)
+      entries.emplace_back(name + "." + std::to_string(place.number), i);
+  }
+  return entries;
+}
+
+std::string expert_bytes(const Model& model, ExpertPlace place, size_t parameter) {
+  const std::string bytes = module_bytes(model, parameter);
+  if (!model.autoep) return bytes;
+  const size_t slice = bytes.size() / static_cast<size_t>(model.parameters[parameter].shape[0]);
+  return bytes.substr(static_cast<size_t>(place.number) * slice, slice);
+}
+
+namespace {
+
+// The rows of the stacks that the rank holds, or none; and nothing else but for rank −1.
+Model stacks_of(const Model& model, const Job& job, int rank) {
+  Model part = model;
+  part.heads = 0;
+  part.grain = 1;
+  if (rank >= 0) part.tensor_rank = rank;
+  if (rank >= 0) part.tensor_ranks = job.expert;
+  for (size_t i = 0; i < part.parameters.size(); ++i) {
+    ModelParameter& parameter = part.parameters[i];
+    const bool stack = stack_layer(parameter.name) >= 0;
+    if (stack != (rank >= 0)) parameter.group = -1;
+    if (!stack || rank < 0) continue;
+    parameter.cut = reference::Cut::kColumn;
+    parameter.whole = parameter.shape;
+    parameter.shape =
+        reference::shard_shape({.cut = reference::Cut::kColumn}, parameter.shape, rank, job.expert);
+  }
+  return part;
+}
+
+}  // namespace
+
 Model trained_by(const Model& model, const Job& job, int rank) {
+  if (model.autoep) return stacks_of(model, job, rank);
   Model part = model;
   for (ModelParameter& parameter : part.parameters) {
     const ExpertPlace place = expert_place(parameter.name);

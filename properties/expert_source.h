@@ -1,8 +1,12 @@
-// A made-up job with native mixture of experts, and its stage-0 checkpoint as DeepSpeed would have
-// saved it: pickles by hand after the format's description. Nothing of the writers is used.
+// A made-up job with mixture of experts, native or AutoEP's, and its stage-0 checkpoint as
+// DeepSpeed would have saved it: pickles by hand after the format's description. Nothing of the
+// writers is used. AutoEP's stacks are cut along their first axis, the first ranks taking one more
+// expert where they do not divide.
 #pragma once
 
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "core/storage.h"
 #include "properties/model.h"
@@ -15,6 +19,14 @@ struct ExpertPlace {
   int number = 0;
 };
 ExpertPlace expert_place(const std::string& name);
+// The layer of AutoEP's stack of that name; −1 for every other parameter.
+int stack_layer(const std::string& name);
+bool is_expert(const std::string& name);
+
+// What the file of one expert holds: names, and numbers of the parameters, of which it has one
+// slice (AutoEP) or all.
+std::vector<std::pair<std::string, size_t>> expert_entries(const Model& model, ExpertPlace place);
+std::string expert_bytes(const Model& model, ExpertPlace place, size_t parameter);
 
 // What an expert-parallel rank trains of the experts (the dense parameters are frozen in it), or,
 // with rank −1, the dense parameters alone (the experts are). Numbers and values stay the model's.

@@ -272,13 +272,29 @@ rc::Gen<Case> any_expert_case() {
       const int expert = draw(1, 4);
       return Job{.data = expert * draw(1, 3), .stage = stage, .expert = expert};
     };
+    model.autoep = one_in(2);
+    const int last_stage = model.autoep ? 3 : 2;
     value.a = job(0);
-    value.b = job(draw(0, 2));
-    value.c = job(draw(0, 2));
+    value.b = job(draw(0, last_stage));
+    value.c = job(draw(0, last_stage));
+    const int most = std::max({value.a.expert, value.b.expert, value.c.expert});
     const int experts = std::lcm(std::lcm(value.a.expert, value.b.expert), value.c.expert);
     std::vector<ModelParameter> dense, all;
     const int layers = draw(1, 2);
     for (int layer = 0; layer < layers; ++layer) {
+      if (model.autoep) {  // any number of experts that leaves no rank without one
+        const std::string mlp = "m" + std::to_string(layer) + ".mlp.";
+        dense.push_back({.name = "d" + std::to_string(layer), .shape = {draw(1, 7), draw(1, 3)}});
+        // Like no other: DeepSpeed lists routers in either of two orders.
+        dense.push_back({.name = mlp + "router.gate.weight", .shape = {draw(1, 5), 1, 1, 1}});
+        model.experts.push_back(draw(most, most + 5));
+        const Shape up = {model.experts.back(), draw(1, 4), draw(1, 5)};
+        for (const char* stack : {"w1", "w2", "w3"})
+          all.push_back({.name = mlp + "experts." + stack,
+                         .shape = stack[1] == '2' ? Shape{up[0], up[2], up[1]} : up,
+                         .group = 1});
+        continue;
+      }
       const std::string path = "m" + std::to_string(layer) + ".deepspeed_moe.";
       dense.push_back({.name = "d" + std::to_string(layer), .shape = {draw(1, 7), draw(1, 3)}});
       dense.push_back({.name = path + "gate.wg.weight", .shape = {draw(1, 5)}});
@@ -294,6 +310,8 @@ rc::Gen<Case> any_expert_case() {
     model.parameters = dense;
     model.parameters.insert(model.parameters.end(), all.begin(), all.end());
     draw_optimizer(&model);
+    if (model.autoep && model.states.empty())
+      model.states.push_back({"sum", DType::kFloat32});  // or nothing tells a slot's shape
     value.choice = static_cast<uint64_t>(draw(0, 1'000));
     return value;
   });

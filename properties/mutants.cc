@@ -123,6 +123,15 @@ void repeat_layers(std::vector<FileBlueprint>* files) {
   }
 }
 
+void swap_stacks(ShardedState* state) {
+  ParameterState *first = nullptr, *second = nullptr;
+  for (ParameterState& parameter : state->parameters) {
+    if (parameter.name == "m0.mlp.experts.w1") first = &parameter;
+    if (parameter.name == "m0.mlp.experts.w3") second = &parameter;
+  }
+  if (first != nullptr && second != nullptr) std::swap(first->states, second->states);
+}
+
 // Experts 0 and 1 of the first layer.
 std::pair<ParameterState*, ParameterState*> two_experts(ShardedState* state) {
   std::pair<ParameterState*, ParameterState*> found = {nullptr, nullptr};
@@ -277,6 +286,7 @@ std::string name(Mutant mutant) {
                                     "TransposedRanks",
                                     "StaleLayers",
                                     "SwappedExperts",
+                                    "SwappedStacks",
                                     "DoubledExpert"};
   return kNames[static_cast<size_t>(mutant)];
 }
@@ -288,6 +298,7 @@ ShardedState mutate_source(Mutant mutant, const ShardedState& source, const Job&
   const auto [first, second] = two_experts(&state);
   if (second != nullptr && mutant == Mutant::kSwappedExperts)
     std::swap(first->states, second->states);
+  if (mutant == Mutant::kSwappedStacks) swap_stacks(&state);
   if (second != nullptr && mutant == Mutant::kDoubledExpert) {
     second->weight = first->weight;
     second->model_copy = first->model_copy;

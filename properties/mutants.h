@@ -43,6 +43,7 @@ enum class Mutant {
   kTransposedRanks,    // mp ranks count tensor-parallel ranks first, then pipeline stages
   kStaleLayers,        // a layer's file holds another tensor-parallel rank's part
   kSwappedExperts,     // two experts exchange their moments
+  kSwappedStacks,      // AutoEP's w1 and w3 exchange their moments
   kDoubledExpert,      // an expert's weights stand for another's too
 };
 

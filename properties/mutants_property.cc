@@ -28,6 +28,7 @@ const Duel kDuels[] = {
     {Mutant::kTransposedRanks, files_are_the_reference},
     {Mutant::kStaleLayers, files_are_the_reference},
     {Mutant::kSwappedExperts, experts_keep_what_is_theirs, false, true},
+    {Mutant::kSwappedStacks, experts_keep_what_is_theirs, false, true},
     {Mutant::kDoubledExpert, experts_keep_what_is_theirs, false, true},
     {Mutant::kShiftedRun, files_are_the_reference},
     {Mutant::kAlphabeticalRanks, every_element_is_loaded, true},

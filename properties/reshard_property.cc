@@ -27,7 +27,7 @@ TEST(Reshard, ManyRanksAreLoaded) {
   check_law({.law = every_element_is_loaded, .share = 30, .many_ranks = true});
 }
 TEST(Reshard, ExpertsKeepWhatIsTheirs) {
-  check_law({.law = experts_keep_what_is_theirs, .experts = true});
+  check_law({.law = experts_keep_what_is_theirs, .share = 2, .experts = true});
 }
 TEST(Convert, UniversalKeepsEverything) {
   check_law({.law = universal_keeps_everything, .share = 2});

@@ -114,7 +114,8 @@ std::vector<checkpoint::FileBlueprint> Workshop::blueprints(const ShardedState& 
   checkpoint::ReshardOptions options{
       .allow_dropped = {},
       .splits = {.kv_heads = heads_told(model_), .grain = model_.grain},
-      .stages = {}};
+      .stages = {},
+      .beyond_deepspeed = model_.autoep};
   if (model_.layers > 0) options.stages.parts = parts_of(model_, job.pipeline);
   if (mutant_ == Mutant::kShiftedStage) shift_stage(&options.stages.parts);
   for (const ModelParameter& parameter : model_.parameters) {
