@@ -32,6 +32,9 @@ RECORDINGS = os.path.join(ROOT, "traces", "deepspeed")
 NAMES = os.path.join(ROOT, "traces", "names", "moe_gated.json")
 LLAMA, MIXTRAL, MOE = {"model": "llama"}, {"model": "mixtral"}, {"model": "moe"}
 FOLDED = "autoep_folded_tp2_ep2_dp2"
+UNEVEN = {"model": "llama", "autotp": 3, "sizes": {
+    "hidden_size": 40, "intermediate_size": 56, "num_attention_heads": 5, "num_key_value_heads": 5,
+    "vocab_size": 50}}
 PIPE = {"model": "pipeline", "stage": 1, "dtype": "fp32"}
 BF16 = {"dtype": "bf16", "tied": True, "functions": True, "groups": True, "method": "parameters"}
 TENSOR = {**PIPE, "dtype": "bf16", "world": 4}
@@ -44,6 +47,10 @@ CASES = [
      "autotp_tp2_to_tp1_dp2"),
     ("tp2 to tp4", "autotp_z1_tp2_dp2", ["reshard", "--to", "tp=4,dp=1", *KV],
      {**LLAMA, "autotp": 4}, 4, "autotp_tp2_to_tp4_dp1"),
+    ("tp3 as it is, uneven", "autotp_uneven_tp3", ["reshard", "--to", "dp=1"], UNEVEN, 3,
+     "autotp_uneven_tp3"),
+    ("tp3 to tp2, uneven", "autotp_uneven_tp3",
+     ["reshard", "--to", "tp=2,dp=1", "--num-kv-heads", "5"], {**UNEVEN, "autotp": 2}, 2, None),
     ("ep2 to ep1", "autoep_z1_ep2_dp2", ["reshard", "--to", "ep=1"], {**MIXTRAL, "autoep": 1}, 2,
      "autoep_ep2_to_ep1_dp2"),
     ("ep2 to ep4", "autoep_z1_ep2_dp2", ["reshard", "--to", "ep=4,dp=4"],
@@ -141,9 +148,11 @@ def build_model(case):
     from transformers import AutoConfig, AutoModelForCausalLM
     wide = {"hidden_size": 32, "intermediate_size": 48} if case["model"] == "llama" else {
         "hidden_size": 16, "intermediate_size": 24, "num_local_experts": 8}
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, **wide,
+             **case.get("sizes", {})}
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        case["model"], **wide, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=64, max_position_embeddings=64, tie_word_embeddings=False))
+        case["model"], **sizes, num_hidden_layers=2, max_position_embeddings=64,
+        tie_word_embeddings=False))
 
 
 def pipeline_main(case, load, out):
@@ -179,8 +188,8 @@ def rank_main(case, load, out):
     state = {key: client[key] for key in ("note", "epoch", "nested") if key in client}
     engine.save_checkpoint(os.path.join(out, "again"), client_state=state)
     rank = torch.distributed.get_rank() // case.get("autotp", 1)
-    ids = torch.randint(0, 11 if case["model"] == "moe" else 64, (8, 1, 8),
-                        generator=torch.Generator().manual_seed(7))[rank]
+    words = 11 if case["model"] == "moe" else case.get("sizes", {}).get("vocab_size", 64)
+    ids = torch.randint(0, words, (8, 1, 8), generator=torch.Generator().manual_seed(7))[rank]
     loss = engine(input_ids=ids, labels=ids)
     engine.backward(loss if torch.is_tensor(loss) else loss.loss)
     engine.step()

@@ -48,6 +48,8 @@ class UniversalWriter {
       ReshardTarget target = make_target(state_, state_.topology, 1, {});
       files_.push_back(global_state_12());
       add_model_files(&target);
+      target.synthesised.insert("param_shapes: param_slice_mappings, and the layers' files");
+      result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
     } else {
       files_.push_back(stage3_ ? global_state_3() : global_state_12());
       if (options_.model_file) files_.push_back(*options_.model_file);

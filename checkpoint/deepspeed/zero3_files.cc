@@ -80,8 +80,10 @@ void Zero3Reader::check_models() const {
                     .what = "Two ranks' model files do not belong together.",
                     .file = state_.document(other.file).path(),
                     .entry = "param_shapes, global_steps or ds_version",
-                    .expected = "as in rank 0: step " + std::to_string(model().global_steps),
-                    .found = "step " + std::to_string(other.global_steps),
+                    .expected = "as in rank 0, or as the placement of experts says: step " +
+                                std::to_string(model().global_steps),
+                    .found = "step " + std::to_string(other.global_steps) +
+                             (shapes_of(other) == shapes_of(model()) ? "" : ", other param_shapes"),
                     .next = "put the files of one save together"});
     }
   }
