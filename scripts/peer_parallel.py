@@ -220,6 +220,14 @@ def run_ranks(case, world, load, out):
         return (log.read().strip().splitlines() or ["it said nothing"])[-1]
 
 
+def difference(expected, found, *flags):
+    """The first line of compare_torch.py where it says other than equal."""
+    compared = subprocess.run(
+        [sys.executable, os.path.join(HERE, "compare_torch.py"), expected, found, *flags],
+        capture_output=True, text=True)
+    return "" if compared.returncode == 0 else compared.stdout.splitlines()[0]
+
+
 class Runner:
     def __init__(self, program, work):
         self.program, self.work, self.steps = program, work, {}
@@ -253,10 +261,7 @@ class Runner:
             capture_output=True, text=True, env=record_traces.environment(sys.executable))
         if other.returncode:
             return (other.stderr.strip().splitlines() or ["it said nothing"])[-1]
-        compared = subprocess.run(
-            [sys.executable, os.path.join(HERE, "compare_torch.py"), theirs, ours],
-            capture_output=True, text=True)
-        return "" if compared.returncode == 0 else compared.stdout.splitlines()[0]
+        return difference(theirs, ours)
 
     def check(self, name, source, command, case, world, against):
         """(check, what is wrong or nothing) for each."""
@@ -278,11 +283,8 @@ class Runner:
             expected = os.path.join(RECORDINGS, against, "ckpt")
         elif universal:  # what the other way to the same place gave
             expected = os.path.join(self.work, re.sub(r"\W+", "_", against), "ours")
-        compared = subprocess.run(
-            [sys.executable, os.path.join(HERE, "compare_torch.py"), expected,
-             os.path.join(out, "again"), "--ignore", ignored, "--ignore-file", "*.py"],
-            capture_output=True, text=True)
-        found = [("again", "" if compared.returncode == 0 else compared.stdout.splitlines()[0])]
+        found = [("again", difference(expected, os.path.join(out, "again"), "--ignore", ignored,
+                                      "--ignore-file", "*.py"))]
         self.steps[name] = self.sections(os.path.join(out, "step"))
         if against is not None and against not in self.steps:
             theirs = os.path.join(folder, "theirs")

@@ -36,19 +36,15 @@ class LayerWriter {
   NodeId layer(NodeId entry, const ExpertLayer& layer) {
     const int64_t ranks = target_.topology.expert;
     const auto placement = placed_in_blocks(layer.experts, ranks);
-    const bool even = layer.experts % ranks == 0;
     MappingCopy copy(&builder_, target_.state, {file_, entry});
     const auto [expert_rank, replica] = expert_rank_of(target_, zero_);
     const std::vector<int64_t>& own = placement.at(static_cast<size_t>(expert_rank));
     copy.set("num_local_experts", pickle_.integer(static_cast<int64_t>(own.size())));
     copy.set("ep_size", pickle_.integer(ranks));
-    if (even) {
-      copy.set_if_present("expert_placement", placement_node(&builder_, placement));
-      copy.set_if_present("affine_maps", maps(layer));
-    } else {  // no older form can say it
-      copy.set("expert_placement", placement_node(&builder_, placement));
-      copy.set("affine_maps", maps(layer));
-    }
+    // Equal blocks need no words, and older forms have none; unequal ones do.
+    const auto set = layer.experts % ranks == 0 ? &MappingCopy::set_if_present : &MappingCopy::set;
+    (copy.*set)("expert_placement", placement_node(&builder_, placement));
+    (copy.*set)("affine_maps", maps(layer));
     copy.set_if_present("ep_group_name", pickle_.string("ep_size_" + std::to_string(ranks)));
     const bool stage3 = target_.stage == 3;
     if (stage3 || target_.state.stage == 3) {

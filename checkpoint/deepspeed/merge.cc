@@ -14,8 +14,6 @@
 namespace isoshard::checkpoint {
 namespace {
 
-std::string rank_name(size_t rank) { return "tp rank " + std::to_string(rank); }
-
 // Those of elements [first, total), counted from `first`, in order and joined.
 std::vector<FileFragment> tidy(std::vector<FileFragment> fragments, int64_t first, int64_t total,
                                int64_t item) {
@@ -76,8 +74,8 @@ class TensorMerge {
     whole_.split_file = parts_[0].model.file;
     for (const MpPart& part : parts_) {
       whole_.stepped = whole_.stepped || part.state.stepped;
-      for (const std::string& text : part.state.notices) add_once(&whole_.notices, text);
-      for (const std::string& text : part.state.skipped) add_once(&whole_.skipped, text);
+      add_once(&whole_.notices, part.state.notices);
+      add_once(&whole_.skipped, part.state.skipped);
     }
     for (const std::string& name : order()) merge_parameter(name);
     merge_groups();
@@ -89,9 +87,6 @@ class TensorMerge {
   using Shards = std::vector<const ParameterState*>;  // by rank
 
   const ShardedState& first() const { return parts_[0].state; }
-  static void add_once(std::vector<std::string>* list, const std::string& text) {
-    if (std::find(list->begin(), list->end(), text) == list->end()) list->push_back(text);
-  }
   [[noreturn]] void refuse(const std::string& what, size_t rank, const std::string& entry,
                            const std::string& expected, const std::string& found) const {
     throw Error(ErrorInfo{
@@ -444,6 +439,14 @@ void TensorMerge::merge_aliases() {
 }
 
 }  // namespace
+
+std::string rank_name(size_t rank) { return "tp rank " + std::to_string(rank); }
+
+void add_once(std::vector<std::string>* list, const std::vector<std::string>& more) {
+  for (const std::string& text : more) {
+    if (std::find(list->begin(), list->end(), text) == list->end()) list->push_back(text);
+  }
+}
 
 MpPart lend_files(ShardedState* whole, ModelStates model) {
   MpPart part{.state = {}, .model = std::move(model)};

@@ -2,6 +2,7 @@
 // of their own, with shards for shapes; this joins them. Link 7 of the tensor's journey.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "checkpoint/deepspeed/experts.h"
@@ -15,6 +16,12 @@ struct MpPart {
   ShardedState state;
   ModelStates model;
 };
+
+// "tp rank 1": whose copy a replica is.
+std::string rank_name(size_t rank);
+
+// Appends what is not there yet.
+void add_once(std::vector<std::string>* list, const std::vector<std::string>& more);
 
 // A part that shares the folder, topology and version of `whole`, and has its files until they are
 // moved back: whole->files = std::move(part.state.files).

@@ -385,13 +385,10 @@ void adopt_stages(ShardedState* whole, const std::vector<MpPart>& parts) {
     whole->pipeline.layer_files.insert(whole->pipeline.layer_files.end(),
                                        part.pipeline.layer_files.begin(),
                                        part.pipeline.layer_files.end());
-    for (const std::string& text : part.inferred) {
-      if (std::ranges::find(whole->inferred, text) == whole->inferred.end())
-        whole->inferred.push_back(text);
-    }
+    add_once(&whole->inferred, part.inferred);
     for (const auto& [original, copy] : part.replicas) {
       Leaf again = part.leaf(copy);
-      if (parts.size() > 1) again.state += ", tp rank " + std::to_string(rank);
+      if (parts.size() > 1) again.state += ", " + rank_name(rank);
       const int one = whole->add_leaf(part.leaf(original));
       whole->replicas.emplace_back(one, whole->add_leaf(std::move(again)));
     }

@@ -97,7 +97,7 @@ class ZeroReader {
   void check_experts(const ExpertInfo& experts, const ModelStates& model) const;
   std::vector<MpPart> read_mp_ranks(int first);
   void read_parts(int first, const TensorParallelInfo& info);
-  void name_slices(int mp, MpPart* part) const;
+  void name_slices(int mp, MpPart* part);
   void require_splits(int first, const TensorParallelInfo& info) const;
   void read_stages(int first, const TensorParallelInfo& info);
   void join_layers(const std::vector<MpPart>& stages, const std::vector<int>& layers,
@@ -109,9 +109,11 @@ class ZeroReader {
   Storage& storage_;
   const ReadOptions& options_;
   const Inventory inventory_;
-  bool folded_ = false;                    // AutoEP with AutoTP
-  std::string missing_models_;             // ranks, at stage 3
-  std::vector<LayerShapes> layer_shapes_;  // of a pipeline, by tensor-parallel rank
+  bool folded_ = false;         // AutoEP with AutoTP
+  std::string missing_models_;  // ranks, at stage 3
+  // Of a pipeline, by tensor-parallel rank; the shapes where no model file has them.
+  std::vector<std::vector<int>> layer_files_;
+  std::vector<LayerShapes> layer_shapes_;
 };
 
 void ZeroReader::tell_others() {
@@ -345,11 +347,6 @@ std::vector<MpPart> ZeroReader::read_mp_ranks(int first) {
     append(&state_.model_files, from.model_files);
     append(&state_.optim_files, from.optim_files);
     append(&state_.own_client_state, from.own_client_state);
-    const auto add_once = [](std::vector<std::string>* to, const std::vector<std::string>& list) {
-      for (const std::string& text : list) {
-        if (std::find(to->begin(), to->end(), text) == to->end()) to->push_back(text);
-      }
-    };
     add_once(&state_.notices, from.notices);
     add_once(&state_.skipped, from.skipped);
     add_once(&state_.inferred, from.inferred);
@@ -373,11 +370,8 @@ void ZeroReader::read_stages(int first, const TensorParallelInfo& info) {
            inventory_.stage3() ? "stage 3" : "no optimizer files");
   require_splits(first, info);
   const int ranks = state_.topology.tensor;
-  std::vector<std::vector<int>> layers;
-  for (const auto& names : layer_files_by_rank(inventory_.layers, ranks, state_.folder)) {
-    layers.push_back(open_files(&state_, storage_, names, options_));
-    layer_shapes_.push_back(read_layer_shapes(state_, layers.back()));
-  }
+  for (const auto& names : layer_files_by_rank(inventory_.layers, ranks, state_.folder))
+    layer_files_.push_back(open_files(&state_, storage_, names, options_));
   std::vector<MpPart> files = read_mp_ranks(first);
   const auto stages_of = [&](int rank) {
     std::vector<MpPart> stages;
@@ -385,12 +379,13 @@ void ZeroReader::read_stages(int first, const TensorParallelInfo& info) {
       stages.push_back(std::move(files[mp]));
     return stages;
   };
-  if (ranks == 1 && !info.says_anything()) return join_layers(stages_of(0), layers[0], &state_);
+  if (ranks == 1 && !info.says_anything())
+    return join_layers(stages_of(0), layer_files_[0], &state_);
   std::vector<MpPart> parts;
   for (int rank = 0; rank < ranks; ++rank) {
     const std::vector<MpPart> stages = stages_of(rank);
     MpPart part = lend_files(&state_, stages[0].model);
-    join_layers(stages, layers[static_cast<size_t>(rank)], &part.state);
+    join_layers(stages, layer_files_[static_cast<size_t>(rank)], &part.state);
     state_.files = std::move(part.state.files);
     parts.push_back(std::move(part));
   }
@@ -399,13 +394,15 @@ void ZeroReader::read_stages(int first, const TensorParallelInfo& info) {
 }
 
 // Stage 0 in bf16: the layer files know the shapes.
-void ZeroReader::name_slices(int mp, MpPart* part) const {
+void ZeroReader::name_slices(int mp, MpPart* part) {
   const int64_t stage =
       zero_option(Fields(part->state.document(part->model.file)), part->model.config, "stage", 0);
-  if (stage != 0 || layer_shapes_.empty())
+  if (stage != 0 || layer_files_.empty())
     part->state.refuse(ErrorCode::kMismatch, "A model file records no parameter shapes.",
                        "param_shapes", "present at stage " + std::to_string(stage), "none",
                        "put the files of one save together");
+  for (size_t rank = layer_shapes_.size(); rank < layer_files_.size(); ++rank)
+    layer_shapes_.push_back(read_layer_shapes(part->state, layer_files_[rank]));
   part->model.param_shapes =
       shapes_of_slices(part->state, layer_shapes_[static_cast<size_t>(mp) % layer_shapes_.size()]);
   part->model.has_param_shapes = true;
