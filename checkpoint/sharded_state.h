@@ -149,6 +149,7 @@ struct ShardedState {
   std::vector<int> own_client_state;  // model files whose client state differs from rank 0's
   std::vector<std::string> skipped;   // what a conversion leaves behind, and why
   std::vector<std::string> notices;   // odd, but harmless
+  std::vector<std::string> doubts;    // makes the source SUSPECT; known without reading payloads
   std::vector<std::string> not_verified;  // what cannot be known from the files
   std::vector<std::string> inferred;      // "what: evidence"
   bool has_places = true;                 // leaves have their fragments

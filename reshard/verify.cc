@@ -324,6 +324,7 @@ void Verifier::compare_copies() {
 }
 
 void Verifier::look_for_oddities() {
+  for (const std::string& text : state_->doubts) find(Verdict::kSuspect, text + ".");
   look_for_model_files();
   std::vector<std::string> foreign;
   for (const checkpoint::SourceFile& file : state_->files) {

@@ -1,5 +1,6 @@
 // ds_to_universal and zero_to_fp32: the names, flags, phase lines and output names that people's
 // scripts already use (deepspeed/checkpoint/ds_to_universal.py, deepspeed/utils/zero_to_fp32.py).
+#include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/source.h"
 #include "core/error.h"
 #include "tools/conversion.h"
@@ -10,7 +11,7 @@ namespace {
 
 struct Ignored {
   int extract_workers = 4, merge_workers = 2;
-  bool keep_temp = false, no_strict = false, debug = false;
+  bool keep_temp = false, debug = false;
 };
 
 constexpr const char* kOverwriteHelp = "Not DeepSpeed's: exchange an existing target whole";
@@ -36,7 +37,10 @@ void run_ds_to_universal(Session* session, const UniversalAlias& alias) {
   }
   if (!alias.inject) {
     const checkpoint::ShardedState state = session->open(alias.flags.source, /*prove=*/false);
-    if (state.stage > 0 && state.stage < 3) {
+    const checkpoint::Fields model(state.document(state.model_files.at(0)));
+    const bool present =
+        model.maybe(model.root(), "universal_checkpoint_info") != checkpoint::kNoNode;
+    if (state.stage > 0 && state.stage < 3 && !present) {
       throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                             .what = "Required universal_checkpoint_info state is missing.",
                             .file = state.folder,
@@ -62,8 +66,8 @@ void add_deepspeed_aliases(CLI::App* app, Session* session) {
   verb->add_option("--num_merge_workers", universal->ignored.merge_workers, "Changes nothing here");
   verb->add_flag("--keep_temp_folder", universal->ignored.keep_temp,
                  "Changes nothing here: there are no temporary files");
-  verb->add_flag("--no_strict", universal->ignored.no_strict,
-                 "Changes nothing here: no pattern lists are used");
+  verb->add_flag("!--no_strict", session->read.strict,
+                 "Go on where universal_checkpoint_info has patterns that match no name");
   verb->add_flag("--inject_missing_state", universal->inject,
                  "Go on without universal_checkpoint_info, as DeepSpeed does only when asked");
   verb->add_flag("--overwrite", universal->flags.common.overwrite, kOverwriteHelp);

@@ -107,6 +107,8 @@ checkpoint::ShardedState open_to_convert(Session* session, const std::string& so
   return session->open(source, !flags.force || session->read.param_order.empty());
 }
 
+namespace {
+
 void refuse_unfinished(Session* session, const std::string& folder, bool force,
                        reshard::ConvertOptions* options) {
   const auto has = [&](const char* name) {
@@ -128,6 +130,25 @@ void refuse_unfinished(Session* session, const std::string& folder, bool force,
                         .file = folder,
                         .safe = "nothing was written",
                         .next = "make or copy it again; --force takes it as it is"});
+}
+
+}  // namespace
+
+void refuse_doubtful(Session* session, const checkpoint::ShardedState& state, bool force,
+                     reshard::ConvertOptions* options) {
+  refuse_unfinished(session, state.folder, force, options);
+  for (const std::string& doubt : state.doubts) {
+    if (force) {
+      options->forced.push_back(doubt);
+      continue;  // the notice was given when it was opened
+    }
+    throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                          .what = doubt + ".",
+                          .file = state.folder,
+                          .safe = "nothing was written",
+                          .next = "look at the names with inspect --parameters; --no-strict goes on "
+                                  "and puts it into the certificate"});
+  }
 }
 
 nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string&) {

@@ -46,9 +46,9 @@ void refuse_overlap(Session* session, const std::string& source, const std::stri
 checkpoint::ShardedState open_to_convert(Session* session, const std::string& source,
                                          const ConversionFlags& flags);
 
-// A folder of ours that was not finished is INCOMPLETE: refused, or with `force` told in the
-// certificate.
-void refuse_unfinished(Session* session, const std::string& folder, bool force,
+// A folder of ours that was not finished is INCOMPLETE, one that reading found doubts in SUSPECT:
+// refused, or with `force` told in the certificate.
+void refuse_doubtful(Session* session, const checkpoint::ShardedState& state, bool force,
                        reshard::ConvertOptions* options);
 
 // The certificate's source part.

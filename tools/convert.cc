@@ -46,7 +46,7 @@ void run_convert(Session* session, const ConvertFlags& flags) {
   for (const std::string& name : left_out)
     certificate["skipped"].push_back(quote(name) + ": not asked for by --only");
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
-  refuse_unfinished(session, state.folder, flags.common.force, &options);
+  refuse_doubtful(session, state, flags.common.force, &options);
   if (!session->only.empty()) certificate["source"]["only"] = session->only;
   if (flags.beyond_deepspeed && flags.to != "universal")
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,

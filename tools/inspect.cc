@@ -7,6 +7,7 @@
 #include "checkpoint/deepspeed/pipeline.h"
 #include "core/error.h"
 #include "tools/session.h"
+#include "tools/target_config.h"
 
 namespace isoshard::tools {
 namespace {
@@ -177,18 +178,57 @@ void print_text(Session* session, const ShardedState& state, const Totals& total
   }
 }
 
+struct Run {
+  std::string config;
+  int world = 0;
+};
+
+// Whether the run of a config can load the checkpoint without a conversion.
+void answer_for(Session* session, const ShardedState& state, const Run& run) {
+  TargetSpec spec = spec_from_config(session, run.config);
+  share_world(state, run.config, run.world, &spec);
+  nlohmann::json answer = regular_load(state, spec);
+  const bool universal =
+      state.flavour == Flavour::kUniversal12 || state.flavour == Flavour::kUniversal3;
+  if (universal || state.flavour == Flavour::kWeights) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "A regular load takes ZeRO checkpoints alone.",
+                          .file = state.folder,
+                          .expected = "a ZeRO checkpoint",
+                          .found = name(state.flavour),
+                          .next = universal ? "load it with checkpoint.load_universal, at any degrees"
+                                            : "leave --to-config out"});
+  }
+  if (!answer["fits"].get<bool>()) session->status = kAnswerIsNo;
+  if (session->json) {
+    answer["kind"] = "regular_load";
+    return session->print_json(answer);
+  }
+  session->say(std::string("loads in     ") + quote(run.config) + " on " +
+               std::to_string(run.world) + " ranks: " +
+               (answer["fits"].get<bool>() ? "yes" : "NO"));
+  for (const nlohmann::json& text : answer["differs"])
+    session->say("             " + text.get<std::string>());
+  if (!answer["fits"].get<bool>())
+    session->say("             " + answer["command"].get<std::string>());
+}
+
 }  // namespace
 
 void add_inspect(CLI::App* app, Session* session) {
   auto source = std::make_shared<std::string>();
   auto list = std::make_shared<bool>(false);
+  auto run = std::make_shared<Run>();
   CLI::App* verb = app->add_subcommand(
       "inspect", "What a checkpoint is and what can be done with it; reads headers only");
   verb->add_option("SOURCE", *source)->required();
   verb->add_flag("--parameters", *list, "List every parameter");
+  verb->add_option("--to-config", run->config,
+                   "A DeepSpeed config: can its run load the checkpoint as it is? (status 1: no)");
+  verb->add_option("--world", run->world, "Number of ranks for --to-config");
   add_source_flags(verb, session);
   add_only_flag(verb, session);
-  verb->callback([session, source, list] {
+  verb->callback([session, source, list, run] {
     session->read.places = false;
     const ShardedState state = session->open(*source, /*prove=*/false);
     const checkpoint::NameFilter filter(session->only);
@@ -201,6 +241,7 @@ void add_inspect(CLI::App* app, Session* session) {
       print_json_form(session, state, totals);
     else
       print_text(session, state, totals, *list || !session->only.empty());
+    if (!run->config.empty()) answer_for(session, state, *run);
   });
 }
 

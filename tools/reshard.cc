@@ -12,6 +12,7 @@
 #include "tools/conversion.h"
 #include "tools/session.h"
 #include "tools/side_carry.h"
+#include "tools/target_config.h"
 
 namespace isoshard::tools {
 namespace {
@@ -25,70 +26,6 @@ struct ReshardFlags {
   checkpoint::StageOptions stages;
   ConversionFlags common;
 };
-
-[[noreturn]] void refuse_config(const std::string& file, const std::string& key, int least,
-                                int most, const nlohmann::json& found) {
-  throw Error(ErrorInfo{
-      .code = ErrorCode::kUsage,
-      .what = "The DeepSpeed config does not say what the target is to be.",
-      .file = file,
-      .entry = key,
-      .expected = key == "zero_optimization"
-                      ? "an object with stage"
-                      : "a number from " + std::to_string(least) + " to " + std::to_string(most),
-      .found = found.dump(),
-      .next = "write the number into a copy of the config, or say --to instead"});
-}
-
-// stage, sp, tp and pp from a DeepSpeed config file.
-TargetSpec spec_from_config(Session* session, const ReshardFlags& flags) {
-  const nlohmann::json config = nlohmann::json::parse(
-      read_small_file(session->storage, flags.to_config, 16 << 20), nullptr, false);
-  if (!config.is_object()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "The DeepSpeed config is not a JSON object.",
-                          .file = flags.to_config});
-  }
-  TargetSpec spec;
-  const auto number = [&](const nlohmann::json& holder, const char* key, int otherwise, int least,
-                          int most) {
-    if (!holder.contains(key)) return otherwise;
-    const nlohmann::json& value = holder[key];
-    const bool fits = value.is_number_integer() && value >= least && value <= most;
-    if (!fits) refuse_config(flags.to_config, key, least, most, value);
-    return value.get<int>();
-  };
-  const nlohmann::json zero = config.value("zero_optimization", nlohmann::json::object());
-  if (!zero.is_object()) refuse_config(flags.to_config, "zero_optimization", 0, 3, zero);
-  spec.stage = number(zero, "stage", 0, 0, 3);
-  spec.topology.sequence = number(config, "sequence_parallel_size", 1, 1, 1'000'000);
-  const nlohmann::json tensor = config.value("tensor_parallel", nlohmann::json::object());
-  if (tensor.is_object())
-    spec.topology.tensor = std::max(1, number(tensor, "autotp_size", 1, 0, 1'000'000));
-  const nlohmann::json pipeline = config.value("pipeline", nlohmann::json::object());
-  if (pipeline.is_object() && pipeline.contains("stages") && pipeline["stages"] != "auto")
-    spec.topology.pipeline = number(pipeline, "stages", 1, 1, 1'000'000);
-  return spec;
-}
-
-// dp, from --world: what is left of it by sp, tp, and pp, which is the source's if the config has
-// none.
-void share_world(const ReshardFlags& flags, const Topology& source, TargetSpec* spec) {
-  const int64_t stages =
-      spec->topology.pipeline > 0 ? spec->topology.pipeline : int64_t{source.pipeline};
-  const int64_t replica =
-      stages * spec->topology.sequence * int64_t{std::max(1, spec->topology.tensor)};
-  if (flags.world < 1 || flags.world % replica != 0) {
-    throw Error(ErrorInfo{
-        .code = ErrorCode::kUsage,
-        .what = "--to-config needs --world N, a multiple of the config's sequence_parallel_size "
-                "times autotp_size times the pipeline stages.",
-        .file = flags.to_config,
-        .expected = "a multiple of " + std::to_string(replica),
-        .found = std::to_string(flags.world)});
-  }
-  spec->topology.data = static_cast<int>(flags.world / replica);
-}
 
 // The number of key-value heads as AutoTP looks for it in a model's config.json.
 int64_t heads_of(Session* session, const std::string& file) {
@@ -219,12 +156,13 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
                           .what = "--world goes with --to-config; --to says each degree.",
                           .next = "leave --world out"});
   }
-  TargetSpec spec = flags.to.empty() ? spec_from_config(session, flags) : parse_target(flags.to);
+  TargetSpec spec =
+      flags.to.empty() ? spec_from_config(session, flags.to_config) : parse_target(flags.to);
   refuse_overlap(session, flags.source, flags.target);
   checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
   if (!flags.split_like.empty())
     checkpoint::adopt_splits(&state, session->open(flags.split_like, /*prove=*/false));
-  if (flags.to.empty()) share_world(flags, state.topology, &spec);
+  if (flags.to.empty()) share_world(state, flags.to_config, flags.world, &spec);
   const Topology topology = resolve(spec, state.topology);
   const int stage = spec.stage >= 0 ? spec.stage : state.stage;
   const std::string tag = usable_tag(flags, state);
@@ -245,7 +183,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   inferred.insert(inferred.end(), files.inferred.begin(), files.inferred.end());
   reshard::ConvertOptions options =
       conversion_options(session, flags.common, checkpoint::join(flags.target, tag));
-  refuse_unfinished(session, state.folder, flags.common.force, &options);
+  refuse_doubtful(session, state, flags.common.force, &options);
   if (!flags.common.no_latest) {
     options.latest_path = checkpoint::join(flags.target, "latest");
     options.latest_text = tag;

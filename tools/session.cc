@@ -85,6 +85,7 @@ checkpoint::ShardedState Session::open(const std::string& source, bool prove) {
   this->source = source;
   checkpoint::ShardedState state = checkpoint::read_checkpoint(storage, source, options);
   for (const std::string& text : state.notices) notice("notice: " + text);
+  for (const std::string& text : state.doubts) notice("notice: doubtful: " + text);
   std::string foreign;
   int64_t others = -1;
   for (const checkpoint::SourceFile& file : state.files) {
@@ -174,6 +175,8 @@ void add_source_flags(CLI::App* verb, Session* session) {
       ->take_all();
   verb->add_flag("--allow-renamed", session->read.allow_renamed,
                  "Accept a file that was saved under another name");
+  verb->add_flag("!--no-strict", session->read.strict,
+                 "Go on where universal_checkpoint_info has patterns that match no name");
 }
 
 void add_expect_flag(CLI::App* verb, Session* session) {

@@ -91,6 +91,15 @@ void prepare_experts(ReshardTarget* target) {
                           .expected = "stage=0, 1 or 2",
                           .found = "stage=3"});
   }
+  if (target->stage == 3 && target->topology.sequence > 1) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "DeepSpeed has no AutoEP with sequence parallelism at stage 3 (AssertionError).",
+        .file = state.folder,
+        .expected = "sp=1, or stage=0, 1 or 2",
+        .found = to_string(target->topology) + ", stage=3",
+        .next = "say sp=1 (its ranks as dp), or another stage"});
+  }
   target->experts =
       std::make_shared<ExpertInfo>(state, read_model_states(state, target->model_file()));
   const ExpertInfo& experts = *target->experts;

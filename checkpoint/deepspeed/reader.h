@@ -20,6 +20,8 @@ struct ReadOptions {
   std::string param_order;     // --param-order FILE, stage 0 only
   bool allow_renamed = false;  // accept a file whose archive prefix names another file
   int workers = 2;
+  // Patterns of universal_checkpoint_info that match no name are doubts; otherwise they are told.
+  bool strict = true;
   bool prove = true;  // stage 0: read payloads to prove an inferred mapping (inspect does not)
   // Stages 0 to 2: optimizer files stay closed; every parameter is its copy in the model's dtype,
   // and frozen. No meaning at stage 3, where the masters are the only weights, and in other forms.

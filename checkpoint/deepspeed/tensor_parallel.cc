@@ -2,6 +2,7 @@
 #include "checkpoint/deepspeed/tensor_parallel.h"
 
 #include <algorithm>
+#include <map>
 
 #include "core/error.h"
 
@@ -52,6 +53,33 @@ bool TensorParallelInfo::says_anything() const {
   return replicated_.size() + averaged_.size() + two_sub_params_.size() + rows_.size() +
              vocabulary_.size() + unsupported_.size() + maps_.size() + sub_params_.size() >
          0;
+}
+
+std::vector<std::string> TensorParallelInfo::unused_patterns(
+    const std::vector<std::string>& names) const {
+  std::map<std::string, bool> used;  // a pattern of two lists counts where either matches
+  for (const PatternList* list : lists()) {
+    for (size_t i = 0; i < list->size(); ++i) used.emplace(list->pattern(static_cast<int>(i)), false);
+    for (const std::string& name : names) {
+      for (int number : list->matching(name)) used[list->pattern(number)] = true;
+    }
+  }
+  std::vector<std::string> result;
+  for (const auto& [pattern, matched] : used) {
+    if (!matched) result.push_back(pattern);
+  }
+  return result;
+}
+
+bool TensorParallelInfo::left_out(const std::string& name) const {
+  if (maps_.size() == 0) return false;
+  return std::ranges::none_of(
+      lists(), [&](const PatternList* list) { return list->first(name) >= 0; });
+}
+
+std::vector<const PatternList*> TensorParallelInfo::lists() const {
+  return {&replicated_, &averaged_,    &two_sub_params_, &rows_,
+          &vocabulary_, &unsupported_, &sub_patterns_,   &maps_};
 }
 
 void TensorParallelInfo::refuse(const std::string& what, const std::string& name,
@@ -251,6 +279,7 @@ Widths TensorParallelInfo::sub_widths(const SubParams& entry, const std::string&
              widths_text(widths));
     return widths;
   }
+  split->equal_shares = true;
   Shape sizes;
   if (fields_.pickle().kind(spec) == Kind::kInt) {
     const int64_t count = fields_.integer(spec, "shape");
@@ -343,6 +372,41 @@ void TensorParallelInfo::strip_vocabulary(const std::string& name, TensorSplit* 
     refuse("A vocabulary parameter is not a matrix (DeepSpeed: IndexError).", name,
            "two dimensions", to_string(shape));
   split->original_rows = std::min(split->original_rows, shape[0]);
+}
+
+namespace {
+
+std::string first_of(const std::vector<std::string>& texts) {
+  constexpr size_t kShown = 3;
+  std::string result;
+  for (size_t i = 0; i < std::min(kShown, texts.size()); ++i)
+    result += (i == 0 ? "" : ", ") + quote(texts[i]);
+  if (texts.size() > kShown) result += " and " + std::to_string(texts.size() - kShown) + " more";
+  return result;
+}
+
+}  // namespace
+
+void tell_unused_patterns(ShardedState* state, const TensorParallelInfo& info, bool strict) {
+  std::vector<std::string> names = state->module_order, left_out;
+  for (const Alias& alias : state->aliases) names.push_back(alias.name);
+  for (const BufferState& buffer : state->buffers) names.push_back(buffer.name);
+  for (const ParameterState& parameter : state->parameters) {
+    names.push_back(parameter.name);
+    if (parameter.group >= 0 && info.left_out(parameter.name)) left_out.push_back(parameter.name);
+  }
+  const auto tell = [&](const std::string& what, const std::vector<std::string>& which) {
+    if (which.empty()) return;
+    const std::string text = what + ": " + first_of(which);
+    (strict ? state->doubts : state->inferred).push_back(text);
+  };
+  tell("universal_checkpoint_info has patterns that match no parameter's name (DeepSpeed: "
+       "AssertionError, unused patterns), so what they were for may be joined wrongly",
+       info.unused_patterns(names));
+  if (state->topology.tensor > 1)
+    tell("universal_checkpoint_info maps other parameters and says nothing of some, which are joined "
+         "along axis 0",
+         left_out);
 }
 
 }  // namespace isoshard::checkpoint

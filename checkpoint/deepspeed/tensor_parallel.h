@@ -10,6 +10,7 @@
 
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/patterns.h"
+#include "checkpoint/sharded_state.h"
 #include "checkpoint/tensor_split.h"
 
 namespace isoshard::checkpoint {
@@ -28,6 +29,11 @@ class TensorParallelInfo {
   TensorSplit split_of(const std::string& name,
                        const std::vector<std::optional<Shape>>& shards) const;
 
+  // Patterns, of whatever list, that match none of the names (DeepSpeed: "Unused patterns").
+  std::vector<std::string> unused_patterns(const std::vector<std::string>& names) const;
+  // Whether maps are recorded, and neither one of them nor a list speaks of this parameter.
+  bool left_out(const std::string& name) const;
+
  private:
   struct SubParams {
     std::string pattern;
@@ -38,6 +44,7 @@ class TensorParallelInfo {
 
   [[noreturn]] void refuse(const std::string& what, const std::string& name,
                            const std::string& expected, const std::string& found) const;
+  std::vector<const PatternList*> lists() const;
   PatternList read_list(const char* key) const;
   void read_sub_params();
   void read_maps();
@@ -64,5 +71,10 @@ class TensorParallelInfo {
   PatternList sub_patterns_;
   std::vector<size_t> sub_entry_;  // of sub_patterns_: number in sub_params_
 };
+
+// What the joined state makes doubtful of it: patterns for nothing, parameters without a word. With
+// `strict` they are doubts, otherwise inferences. Frozen parameters, experts, aliases and buffers
+// count as names too; DeepSpeed's converter forgets them (merge_tp_slices, strict_mode).
+void tell_unused_patterns(ShardedState* state, const TensorParallelInfo& info, bool strict);
 
 }  // namespace isoshard::checkpoint

@@ -75,8 +75,7 @@ class TargetMaps {
       else if (keeps_map(split))
         maps.push_back(split.map);
       else
-        maps.push_back(split_map(padded_shape(split), split.dim,
-                                 cut(parameter, split, /*source=*/false, rule_)));
+        maps.push_back(split_map(padded_shape(split), split.dim, target_cut(parameter, split)));
     }
     return maps;
   }
@@ -107,6 +106,7 @@ class TargetMaps {
   Shape padded_shape(const TensorSplit& split) const;
   Widths cut(const ParameterState& parameter, const TensorSplit& split, bool source,
              const RemainderFirst& rule) const;
+  Widths target_cut(const ParameterState& parameter, const TensorSplit& split) const;
   Widths equal_cut(const ParameterState& parameter, const TensorSplit& split) const;
   int64_t choose_heads();
   void check_heads(int64_t heads);
@@ -131,6 +131,13 @@ void TargetMaps::check(const ParameterState& parameter) const {
            "name a checkpoint of the same model with --split-like, from any run with autotp_size "
            "above 1");
   const TensorSplit& split = split_of(parameter);
+  // The mean of equal values is that value, bit for bit, where their number is a power of two.
+  if (split.kind == SplitKind::kAveraged && (ranks_ & (ranks_ - 1)) != 0)
+    refuse(ErrorCode::kUnsupported,
+           "Of this parameter the mean over the ranks counts; that of so many equal values is not "
+           "the value itself, bit for bit.",
+           parameter.name, "tp=1, 2, 4, 8 and so on", "tp=" + std::to_string(ranks_),
+           "take such a tp");
   if (split.kind == SplitKind::kMapped && ranks_ != 1 && ranks_ != split.ranks())
     refuse(ErrorCode::kUnsupported,
            "Only a map says how this parameter is cut; there is no rule for other degrees.",
@@ -164,6 +171,20 @@ Widths TargetMaps::cut(const ParameterState& parameter, const TensorSplit& split
   Widths widths;
   for (const std::vector<int64_t>& sub : split.widths)
     widths.push_back(split_widths(rule, total_width(sub), ranks, layer));
+  return widths;
+}
+
+// Older entries of sub-parameters record no widths: a reader takes equal ones.
+Widths TargetMaps::target_cut(const ParameterState& parameter, const TensorSplit& split) const {
+  Widths widths = cut(parameter, split, /*source=*/false, rule_);
+  for (const std::vector<int64_t>& sub : widths) {
+    if (!split.equal_shares || std::ranges::count(sub, sub[0]) == ranks_) continue;
+    refuse(ErrorCode::kUnsupported,
+           "The source's entry of a fused parameter (universal_checkpoint_version below 0.4) has no "
+           "place for unequal widths.",
+           parameter.name, "equal shares", widths_text(widths),
+           "take a tp that divides each of its parts and the key-value heads");
+  }
   return widths;
 }
 

@@ -59,6 +59,9 @@ class UniversalReader {
       add_module_entries(&state_, experts.with_router_aliases(state_, model));
     }
     for (auto& [name, files] : folders_) add_copy(name, files);
+    if (parts || (stages && info.says_anything()))
+      tell_unused_patterns(&state_, info, options_.strict);
+    check_states();
   }
 
  private:
@@ -83,6 +86,9 @@ class UniversalReader {
   void read_stages(const TensorParallelInfo& info);
   void stack_experts(const ExpertInfo& experts);
   void attach_states(ParameterState* parameter);
+  void check_experts(const Fields& fields, const ParameterState& parameter,
+                     const std::string& file) const;
+  void check_states() const;
   TensorView tensor_of(const Fields& fields, const std::string& what) const;
   void read_groups(const ModelStates& model);
   void add_nested_scalars();
@@ -301,6 +307,7 @@ void UniversalReader::attach_states(ParameterState* parameter) {
     const bool tensor =
         fields.pickle().is_mapping(fields.root()) || (stage3_ && bare && bare->shape.size() == 1);
     const TensorView view = tensor ? tensor_of(fields, state) : TensorView{};
+    if (tensor && !bare) check_experts(fields, *parameter, "zero/" + name + "/" + state + ".pt");
     if (!tensor) {
       parameter->scalars.push_back({state, {file, fields.root()}});
       return;
@@ -330,6 +337,47 @@ void UniversalReader::attach_states(ParameterState* parameter) {
     if (state != "fp32" && state != "step") add(state, file);
   }
   folders_.erase(found);
+}
+
+// What a file says of its stack must fit the model's layers: at ep 1 the whole stack is taken.
+void UniversalReader::check_experts(const Fields& fields, const ParameterState& parameter,
+                                    const std::string& file) const {
+  const bool stack =
+      parameter.split >= 0 && state_.split_of(parameter).kind == SplitKind::kExperts;
+  const NodeId count = fields.maybe(fields.root(), "ep_num_experts");
+  const bool marked = fields.maybe(fields.root(), "is_expert_param") != kNoNode;
+  const std::string expected =
+      stack ? std::to_string(parameter.shape.at(0)) + " experts" : "no experts";
+  if (!stack && marked)
+    fields.fail("A file holds experts of a layer that the model's files do not name.", file,
+                expected, "is_expert_param");
+  if (!stack || count == kNoNode) return;
+  const int64_t found = fields.integer(count, "ep_num_experts");
+  if (found != parameter.shape.at(0))
+    fields.fail("The number of experts in a file is not that of the model's layer (DeepSpeed: "
+                "AssertionError).",
+                file, expected, std::to_string(found));
+}
+
+// Every parameter of a group has the group's states. What isoshard left out, its certificate says,
+// and the manifest lists the files that there are.
+void UniversalReader::check_states() const {
+  if (storage_.is_file(join(state_.folder, "certificate.json"))) return;
+  std::map<int, std::map<std::string, std::string>> states;  // by group: state, who has it
+  for (const ParameterState& parameter : state_.parameters) {
+    for (int leaf : parameter.states)
+      states[parameter.group].emplace(state_.leaf(leaf).state, parameter.name);
+  }
+  for (const ParameterState& parameter : state_.parameters) {
+    if (parameter.group < 0) continue;
+    for (const auto& [state, owner] : states[parameter.group]) {
+      if (state_.state_leaf(parameter, state) >= 0) continue;
+      missing("A parameter lacks a state that others of its group have, such as " + quote(owner) +
+                  ".",
+              "zero/" + parameter.name + "/" + state + ".pt",
+              "copy it from where the folder was written, or convert the source checkpoint again");
+    }
+  }
 }
 
 void UniversalReader::read_groups(const ModelStates& model) {

@@ -391,6 +391,7 @@ void ZeroReader::read_stages(int first, const TensorParallelInfo& info) {
   }
   merge_tensor_ranks(&state_, parts, info);
   adopt_stages(&state_, parts);
+  tell_unused_patterns(&state_, info, options_.strict);
 }
 
 // Stage 0 in bf16: the layer files know the shapes.
@@ -449,6 +450,7 @@ void ZeroReader::read_folded(int first, const TensorParallelInfo& info) {
   const ExpertInfo experts(state_, parts[0].model);
   read_folded_experts(&state_, parts, experts);
   add_expert_copies(&state_, experts, open_files(&state_, storage_, inventory_.experts, options_));
+  tell_unused_patterns(&state_, info, options_.strict);
 }
 
 void ZeroReader::require_splits(int first, const TensorParallelInfo& info) const {
@@ -474,6 +476,7 @@ void ZeroReader::read_parts(int first, const TensorParallelInfo& info) {
                        state_.document(part.model.file).path(), "universal_checkpoint_info");
   }
   merge_tensor_ranks(&state_, parts, info);
+  tell_unused_patterns(&state_, info, options_.strict);
 }
 
 }  // namespace

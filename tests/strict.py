@@ -1,0 +1,199 @@
+#!/usr/bin/env python3
+"""tests/strict.py PROGRAM TRACES: what a checkpoint says of its split must speak of what it holds.
+
+  patterns   one that matches no name makes the source SUSPECT, unless --no-strict
+  alias      ds_to_universal asks for --inject_missing_state where DeepSpeed does
+  targets    what no file could say is refused before a byte is written
+  universal  a folder that lacks a state, or whose stacks count other experts, is refused
+  run        which checkpoints the run of a DeepSpeed config can load as they are
+
+Recorded checkpoints with one edit each. Not verified here: that DeepSpeed raises what is named.
+"""
+
+import json
+import shutil
+import sys
+import zipfile
+
+import hostile as h
+from program_case import ProgramCase, run_tests
+
+PADDED = b"parameter_with_row_parallelism_patterns"
+
+
+def edit_pickle(path, old, new):
+    """Replaces bytes of a torch file's pickle; the length stays."""
+    assert len(old) == len(new)
+    with zipfile.ZipFile(path) as archive:
+        items = [(item.filename, archive.read(item)) for item in archive.infolist()]
+    records, hits = [], 0
+    for name, data in items:
+        if name.endswith("data.pkl"):
+            hits += data.count(old)
+            data = data.replace(old, new)
+        records.append((name, data))
+    path.write_bytes(h.torch_zip(records))
+    return hits
+
+
+class Strict(ProgramCase):
+    def renamed(self):
+        """A tensor-parallel checkpoint in which a row-parallel layer's pattern has a wrong name."""
+        folder, hits = h.ZeroFolder(self.recorded("autotp_z1_tp2_dp2")), 0
+        for inside, (_, records) in folder.files.items():
+            if "model_states" not in inside:
+                continue
+            data = records["data.pkl"]
+            at = data.index(b"o_proj", data.index(PADDED))
+            records["data.pkl"] = data[:at] + b"z_proj" + data[at + 6 :]
+            hits += 1
+        self.assertEqual(hits, 2)
+        return folder.write(self.place / "renamed")
+
+    def test_a_pattern_for_nothing(self):
+        source, target = self.renamed(), self.place / "universal" / "step"
+        told = self.run_program(1, "verify", source)
+        self.assertIn("SUSPECT", told.stdout)
+        self.assertIn("z_proj", told.stdout)
+        for arguments in (
+            ["convert", source, target, "--to", "universal"],
+            ["reshard", source, self.place / "out", "--to", "tp=1"],
+            ["ds_to_universal", "--input_folder", source / "global_step3",
+             "--output_folder", target],
+        ):
+            told = self.run_program(2, *arguments)
+            self.assertIn("unused patterns", told.stderr)
+            self.assertIn("--no-strict", told.stderr)
+        self.assertFalse(target.exists())
+        self.run_program(0, "convert", source, target, "--to", "universal", "--no-strict")
+        certificate = json.loads((target / "certificate.json").read_text())
+        self.assertIn("match no parameter's name", json.dumps(certificate["inferred"]))
+        self.run_program(0, "ds_to_universal", "--input_folder", source / "global_step3",
+                         "--output_folder", self.place / "other" / "step", "--no_strict")
+
+    def test_strictness_changes_no_byte(self):
+        source = self.recorded("autotp_uneven_tp3")
+        for name, flags in (("strict", []), ("not", ["--no-strict"])):
+            self.run_program(0, "convert", source, self.place / name / "step", "--to", "universal",
+                             *flags)
+        files = sorted((self.place / "strict").rglob("*"))
+        self.assertGreater(len(files), 50)
+        for path in files:
+            if path.is_file():
+                other = self.place / "not" / path.relative_to(self.place / "strict")
+                self.assertEqual(path.read_bytes(), other.read_bytes(), path)
+
+    def test_the_alias_asks_where_deepspeed_asks(self):
+        for case, status in (("autotp_z1_tp2_dp2", 0), ("edited_lists_tp3", 0), ("z1_bf16_dp2", 2)):
+            source = self.recorded(case)
+            tag = (source / "latest").read_text()
+            told = self.run_program(status, "ds_to_universal", "--input_folder", source / tag,
+                                    "--output_folder", self.place / case / "step")
+            if status:
+                self.assertIn("Required universal_checkpoint_info state is missing", told.stderr)
+
+
+class Targets(ProgramCase):
+    def refused(self, case, to, words, *flags):
+        for verb in (["plan", "reshard"], ["reshard"]):
+            told = self.run_program(2, *verb, self.recorded(case), self.place / "out", "--to", to,
+                                    *flags)
+            self.assertIn(words, told.stderr)
+        self.assertFalse((self.place / "out").exists())
+
+    def test_means_that_are_not_exact(self):
+        self.refused("edited_average_tp2", "tp=3", "the mean over the ranks counts",
+                     "--num-kv-heads", "0")
+        self.run_program(0, "reshard", self.recorded("edited_average_tp2"), self.place / "four",
+                         "--to", "tp=4", "--num-kv-heads", "0")
+
+    def test_shares_that_an_older_entry_cannot_say(self):
+        self.refused("edited_count_tp2", "tp=3", "no place for unequal widths",
+                     "--num-kv-heads", "0")
+        self.run_program(0, "reshard", self.recorded("edited_count_tp2"), self.place / "four",
+                         "--to", "tp=4", "--num-kv-heads", "0")
+
+    def test_autoep_at_stage_3_has_no_sequence_ranks(self):
+        self.refused("autoep_z3_ep2_dp4", "dp=2,sp=2", "sequence parallelism at stage 3")
+        self.refused("autoep_z1_ep2_dp2", "dp=1,sp=2,stage=3", "sequence parallelism at stage 3")
+
+
+class Universal(ProgramCase):
+    def folder(self):
+        target = self.place / "universal"
+        shutil.copytree(self.recorded("autoep_z1_ep2_dp2").parent / "universal", target)
+        return target
+
+    def stack(self, folder, state):
+        return next(folder.rglob(f"model.layers.0.mlp.experts.w1/{state}.pt"))
+
+    def test_a_moment_is_missing(self):
+        folder = self.folder()
+        self.stack(folder, "exp_avg").unlink()
+        self.assertIn("INCOMPLETE", self.run_program(1, "verify", folder).stdout)
+        told = self.run_program(2, "reshard", folder, self.place / "out", "--to", "ep=1")
+        self.assertIn("experts.w1/exp_avg.pt", told.stderr)
+
+    def test_a_stack_counts_other_experts(self):
+        folder = self.folder()
+        path = self.stack(folder, "fp32")
+        with zipfile.ZipFile(path) as archive:
+            data = next(archive.read(n) for n in archive.namelist() if n.endswith("data.pkl"))
+        at = data.index(b"K\x08", data.index(b"ep_num_experts"))
+        self.assertEqual(edit_pickle(path, data, data[: at + 1] + b"\x04" + data[at + 2 :]), 1)
+        told = self.run_program(2, "reshard", folder, self.place / "out", "--to", "ep=1")
+        self.assertIn("DeepSpeed: AssertionError", told.stderr)
+        self.assertIn("8 experts", told.stderr)
+        self.assertIn("CORRUPT", self.run_program(1, "verify", folder).stdout)
+
+
+class Run(ProgramCase):
+    def config(self, **keys):
+        path = self.place / "ds_config.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **keys}))
+        return path
+
+    def experts(self, size):
+        return {"expert_parallel": {"enabled": True, "autoep_size": size}}
+
+    def test_a_regular_load(self):
+        source = self.recorded("autoep_z2_ep4_dp4")
+        told = self.run_program(0, "inspect", source, "--to-config",
+                                self.config(**self.experts(4)), "--world", 4)
+        self.assertIn("on 4 ranks: yes", told.stdout)
+        told = self.run_program(1, "inspect", source, "--to-config",
+                                self.config(**self.experts(2)), "--world", 4)
+        self.assertIn("ep (autoep_size) 4 in the checkpoint, 2 in the run", told.stdout)
+        self.assertIn("--to dp=4,ep=2,stage=2", told.stdout)
+        told = self.run_program(1, "inspect", source, "--json", "--to-config",
+                                self.config(**self.experts(4)), "--world", 8)
+        answer = json.loads(told.stdout.splitlines()[-1])
+        self.assertEqual((answer["kind"], answer["fits"]), ("regular_load", False))
+        self.assertIn("ZeRORuntimeException", answer["differs"][0])
+        self.run_program(2, "inspect", source.parent / "universal", "--to-config",
+                         self.config(), "--world", 4)
+
+    def test_stages_of_one_form(self):
+        for stage, status in ((2, 0), (1, 0), (0, 1), (3, 1)):
+            config = self.config(zero_optimization={"stage": stage})
+            self.run_program(status, "inspect", self.recorded("z2_bf16_dp4"), "--to-config", config,
+                             "--world", 4)
+
+    def test_autoep_of_the_config_counts(self):
+        source = self.recorded("autoep_z1_ep2_dp2")
+        out = self.place / "out"
+        self.run_program(0, "reshard", source, out, "--to-config", self.config(**self.experts(4)),
+                         "--world", 4)
+        told = self.run_program(0, "inspect", out, "--json")
+        self.assertIn("ep=4", json.loads(told.stdout.splitlines()[0])["to"])
+        told = self.run_program(2, "reshard", source, self.place / "three", "--to-config",
+                                self.config(**self.experts(3)), "--world", 6)
+        self.assertIn("8 experts", told.stderr)
+        told = self.run_program(2, "reshard", self.recorded("moe_z1_ep2_dp4"),
+                                self.place / "native", "--to-config",
+                                self.config(**self.experts(4)), "--world", 4)
+        self.assertIn("isoshard migrate", told.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(not run_tests(__doc__)[0].wasSuccessful())
