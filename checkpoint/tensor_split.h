@@ -35,10 +35,10 @@ struct TensorSplit {
   Shape view;             // sub-parameters: the shape in which `dim` is an axis
   int sub_file = -1;      // file and node of the entry of parameter_with_sub_params
   NodeId sub_entry = kNoNode;
-  bool from_count = false;  // that entry counts sub-parameters of equal widths (before 0.4)
+  bool from_count = false;    // that entry counts sub-parameters of equal widths (before 0.4)
   bool equal_shares = false;  // an entry of before 0.4 records no widths: no others can be said
-  size_t shard_dims = 0;    // of the shard tensors: a view with more axes is flattened to that
-  bool vocabulary = false;  // rows beyond original_rows are padding
+  size_t shard_dims = 0;      // of the shard tensors: a view with more axes is flattened to that
+  bool vocabulary = false;    // rows beyond original_rows are padding
   int64_t original_rows = 0;
   int ranks() const { return static_cast<int>(map.ranks.size()); }
 };

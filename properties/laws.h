@@ -56,7 +56,17 @@ std::string reference_is_its_own_inverse(const Case& value, Mutant mutant);
 // core/layout.h for every tensor of up to `largest` elements on up to 16 ranks.
 std::string layouts_are_the_reference(int64_t largest, Mutant mutant);
 
-// Maps and widths of every cut of tensors of up to `largest` rows on up to 5 ranks.
-std::string splits_are_the_reference(int64_t largest, Mutant mutant);
+// Maps and widths of every cut of tensors of up to `rows` rows on up to `ranks` ranks; square ones
+// of up to `square`.
+struct SplitSizes {
+  int64_t rows = 14;
+  int64_t square = 14;
+  int ranks = 5;
+};
+std::string splits_are_the_reference(const SplitSizes& sizes, Mutant mutant);
+
+// Grouped-query attention: told the number of key-value heads, every rank has whole ones, and as
+// many query heads for each as the model has. Up to 16 of them, 8 query heads each, 16 ranks.
+std::string heads_keep_their_ratio(Mutant mutant);
 
 }  // namespace isoshard::properties

@@ -279,6 +279,7 @@ std::string name(Mutant mutant) {
                                     "ListedRanks",
                                     "LongFragment",
                                     "LostFragment",
+                                    "CutHeads",
                                     "CeilWidths",
                                     "ColumnForRow",
                                     "SwappedShards",

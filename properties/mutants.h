@@ -36,6 +36,7 @@ enum class Mutant {
   kListedRanks,        // rank = position in the listing
   kLongFragment,       // a fragment reaches one element into the next rank
   kLostFragment,       // the last fragment is left out
+  kCutHeads,           // tensor-parallel widths that do not know of heads
   kCeilWidths,         // tensor-parallel widths of torch.chunk
   kColumnForRow,       // a square row-parallel tensor is cut along its first axis
   kSwappedShards,      // tensor-parallel ranks 0 and 1 hold each other's shards

@@ -18,10 +18,14 @@ std::string small_layouts(const Case&, Mutant mutant) {
   return layouts_are_the_reference(20, mutant);
 }
 
-std::string small_splits(const Case&, Mutant mutant) { return splits_are_the_reference(8, mutant); }
+std::string small_splits(const Case&, Mutant mutant) {
+  return splits_are_the_reference({.rows = 8}, mutant);
+}
+std::string heads_alone(const Case&, Mutant mutant) { return heads_keep_their_ratio(mutant); }
 
 const Duel kDuels[] = {
     {Mutant::kCeilWidths, small_splits},
+    {Mutant::kCutHeads, heads_alone},
     {Mutant::kColumnForRow, small_splits},
     {Mutant::kSwappedShards, files_are_the_reference},
     {Mutant::kShiftedStage, files_are_the_reference},

@@ -64,7 +64,34 @@ std::string check(const Trial& trial, Mutant mutant) {
 
 }  // namespace
 
-std::string splits_are_the_reference(int64_t largest, Mutant mutant) {
+std::string heads_keep_their_ratio(Mutant mutant) {
+  for (int64_t kv_heads = 1; kv_heads <= 16; ++kv_heads) {
+    for (int64_t group = 1; group <= 8; ++group) {
+      for (int64_t size : {1, 2, 4}) {
+        for (int ranks = 1; ranks <= 16; ++ranks) {
+          const RemainderFirst rule{.kv_heads = mutant == Mutant::kCutHeads ? 0 : kv_heads};
+          const auto widths = [&](int64_t heads, const char* layer) {
+            return split_widths(rule, heads * size, ranks, layer);
+          };
+          const std::vector<int64_t> q =
+              widths(group * kv_heads, "model.layers.0.self_attn.q_proj");
+          const std::vector<int64_t> k = widths(kv_heads, "model.layers.0.self_attn.k_proj");
+          for (size_t rank = 0; rank < q.size(); ++rank) {
+            if (q[rank] == group * k[rank] && k[rank] % size == 0) continue;
+            return std::to_string(kv_heads) + " key-value heads of " + std::to_string(size) + ", " +
+                   std::to_string(group) + " query heads each, over " + std::to_string(ranks) +
+                   " ranks: rank " + std::to_string(rank) + " has " + std::to_string(q[rank]) +
+                   " rows of queries and " + std::to_string(k[rank]) + " of keys";
+          }
+        }
+      }
+    }
+  }
+  return "";
+}
+
+std::string splits_are_the_reference(const SplitSizes& sizes, Mutant mutant) {
+  const int64_t largest = sizes.rows;
   const std::vector<CutRule> rules = {{Cut::kWhole}, {Cut::kColumn}, {Cut::kRow}, {Cut::kParts}};
   for (int64_t rows = 0; rows <= largest; ++rows) {
     for (const Shape& shape :
@@ -73,7 +100,8 @@ std::string splits_are_the_reference(int64_t largest, Mutant mutant) {
         if (rule.cut == Cut::kRow && shape.size() < 2) continue;
         if (rule.cut == Cut::kParts) rule.parts = {shape[0] / 2, shape[0] / 3, 0};
         if (rule.cut == Cut::kParts) rule.parts[2] = shape[0] - shape[0] / 2 - shape[0] / 3;
-        for (int ranks = 1; ranks <= 5; ++ranks) {
+        if (shape == Shape{rows, rows} && rows > sizes.square) continue;
+        for (int ranks = 1; ranks <= sizes.ranks; ++ranks) {
           for (int64_t heads : {0, 1, 2, 3, 4}) {
             for (int64_t grain : {1, 2, 4}) {
               rule.heads = heads;

@@ -224,8 +224,8 @@ class Conversion {
       for (const TargetFile& target : plan_.targets)
         storage_.drop_cache(staged_.path() + "/" + target.path());
     }
-    ShardedState target =
-        checkpoint::read_checkpoint(storage_, staged_.path(), {.tag = "", .param_order = ""});
+    ShardedState target = checkpoint::read_checkpoint(
+        storage_, staged_.path(), {.tag = "", .param_order = "", .lost_experts = true});
     // A later reader learns them from the certificate, which is not written yet.
     if (target.flavour == Flavour::kWeights) {
       checkpoint::name_buffers(&target,

@@ -82,6 +82,34 @@ class Experts(ProgramCase):
                 self.run_program(2, "reshard", source, target, "--to", "ep=1")
                 self.assertFalse(target.exists())
 
+    def test_the_place_of_a_folded_rank(self):
+        for key in ("tp_size", "tp_rank", "ep_size", "ep_rank", "etp_size", "etp_rank",
+                    "zero_partition_rank", "zero_partition_count"):
+            with self.subTest(key):
+                folder, inside = h.ZeroFolder(self.recorded("autoep_folded_tp2_ep2_dp2")), OPTIM
+                records = next(r for name, (_, r) in folder.files.items() if inside in name)
+                records["data.pkl"], hits = re.subn(
+                    rb"(folding.*?" + key.encode() + MEMO + rb"K).",
+                    lambda found: found[1] + b"\x07",
+                    records["data.pkl"],
+                    count=1,
+                    flags=re.DOTALL,
+                )
+                self.assertEqual(hits, 1)
+                source = folder.write(self.place / key)
+                told = self.run_program(2, "digest", source).stderr
+                self.assertIn(key, told)
+
+    def test_the_family_of_a_folded_file(self):
+        for old, new in ((b"zero_optimizer_state", b"zero_optimizer_statf"),
+                         (b"route_full_partition_dispatch", b"route_full_partition_dispatck"),
+                         (b"tp_sharded", b"tp_shardee"), (b"per_family", b"per_famile")):
+            with self.subTest(old):
+                folder = h.ZeroFolder(self.recorded("autoep_folded_tp2_ep2_dp2"))
+                folder.replace(old, new, "pp_rank_0_mp_rank_00_optim", 1)
+                told = self.run_program(2, "digest", folder.write(self.place / new.decode()))
+                self.assertIn(new.decode(), told.stderr)
+
     def test_a_list_that_is_none(self):
         folder = h.ZeroFolder(self.recorded(Z1))
         folder.replace(b"ds_autoep_layers", b"ds_autoep_layerz", "mp_rank_00_model_states", 1)

@@ -11,6 +11,7 @@ Recorded checkpoints with one edit each. Not verified here: that DeepSpeed raise
 """
 
 import json
+import re
 import shutil
 import sys
 import zipfile
@@ -18,7 +19,7 @@ import zipfile
 import hostile as h
 from program_case import ProgramCase, run_tests
 
-PADDED = b"parameter_with_row_parallelism_patterns"
+ROWS = b"parameter_with_row_parallelism_patterns"
 
 
 def edit_pickle(path, old, new):
@@ -44,7 +45,7 @@ class Strict(ProgramCase):
             if "model_states" not in inside:
                 continue
             data = records["data.pkl"]
-            at = data.index(b"o_proj", data.index(PADDED))
+            at = data.index(b"o_proj", data.index(ROWS))
             records["data.pkl"] = data[:at] + b"z_proj" + data[at + 6 :]
             hits += 1
         self.assertEqual(hits, 2)
@@ -70,6 +71,17 @@ class Strict(ProgramCase):
         self.assertIn("match no parameter's name", json.dumps(certificate["inferred"]))
         self.run_program(0, "ds_to_universal", "--input_folder", source / "global_step3",
                          "--output_folder", self.place / "other" / "step", "--no_strict")
+
+    def test_mp_ranks_that_disagree_on_their_degrees(self):
+        folder = h.ZeroFolder(self.recorded("autotp_z1_tp2_dp2"))
+        records = folder.files["global_step3/mp_rank_01_model_states.pt"][1]
+        records["data.pkl"], hits = re.subn(
+            rb"(tp_degree(?:q.|r....)K)\x02", lambda found: found[1] + b"\x04", records["data.pkl"],
+            flags=re.DOTALL,
+        )
+        self.assertGreater(hits, 0)
+        told = self.run_program(2, "digest", folder.write(self.place / "degrees"))
+        self.assertIn("disagree on their degrees (DeepSpeed: RuntimeError)", told.stderr)
 
     def test_strictness_changes_no_byte(self):
         source = self.recorded("autotp_uneven_tp3")
@@ -101,17 +113,21 @@ class Targets(ProgramCase):
             self.assertIn(words, told.stderr)
         self.assertFalse((self.place / "out").exists())
 
+    def kept(self, case):
+        source, target = self.recorded(case), self.place / "four"
+        self.run_program(0, "reshard", source, target, "--to", "tp=4", "--num-kv-heads", "0")
+        self.assertEqual(self.run_program(0, "digest", source).stdout,
+                         self.run_program(0, "digest", target).stdout)
+
     def test_means_that_are_not_exact(self):
         self.refused("edited_average_tp2", "tp=3", "the mean over the ranks counts",
                      "--num-kv-heads", "0")
-        self.run_program(0, "reshard", self.recorded("edited_average_tp2"), self.place / "four",
-                         "--to", "tp=4", "--num-kv-heads", "0")
+        self.kept("edited_average_tp2")
 
     def test_shares_that_an_older_entry_cannot_say(self):
         self.refused("edited_count_tp2", "tp=3", "no place for unequal widths",
                      "--num-kv-heads", "0")
-        self.run_program(0, "reshard", self.recorded("edited_count_tp2"), self.place / "four",
-                         "--to", "tp=4", "--num-kv-heads", "0")
+        self.kept("edited_count_tp2")
 
     def test_autoep_at_stage_3_has_no_sequence_ranks(self):
         self.refused("autoep_z3_ep2_dp4", "dp=2,sp=2", "sequence parallelism at stage 3")

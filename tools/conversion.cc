@@ -146,8 +146,9 @@ void refuse_doubtful(Session* session, const checkpoint::ShardedState& state, bo
                           .what = doubt + ".",
                           .file = state.folder,
                           .safe = "nothing was written",
-                          .next = "look at the names with inspect --parameters; --no-strict goes on "
-                                  "and puts it into the certificate"});
+                          .next =
+                              "look at the names with inspect --parameters; --no-strict goes on "
+                              "and puts it into the certificate"});
   }
 }
 

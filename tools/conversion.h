@@ -49,7 +49,7 @@ checkpoint::ShardedState open_to_convert(Session* session, const std::string& so
 // A folder of ours that was not finished is INCOMPLETE, one that reading found doubts in SUSPECT:
 // refused, or with `force` told in the certificate.
 void refuse_doubtful(Session* session, const checkpoint::ShardedState& state, bool force,
-                       reshard::ConvertOptions* options);
+                     reshard::ConvertOptions* options);
 
 // The certificate's source part.
 nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string& source);

@@ -196,8 +196,9 @@ void answer_for(Session* session, const ShardedState& state, const Run& run) {
                           .file = state.folder,
                           .expected = "a ZeRO checkpoint",
                           .found = name(state.flavour),
-                          .next = universal ? "load it with checkpoint.load_universal, at any degrees"
-                                            : "leave --to-config out"});
+                          .next = universal
+                                      ? "load it with checkpoint.load_universal, at any degrees"
+                                      : "leave --to-config out"});
   }
   if (!answer["fits"].get<bool>()) session->status = kAnswerIsNo;
   if (session->json) {
@@ -205,8 +206,8 @@ void answer_for(Session* session, const ShardedState& state, const Run& run) {
     return session->print_json(answer);
   }
   session->say(std::string("loads in     ") + quote(run.config) + " on " +
-               std::to_string(run.world) + " ranks: " +
-               (answer["fits"].get<bool>() ? "yes" : "NO"));
+               std::to_string(run.world) +
+               " ranks: " + (answer["fits"].get<bool>() ? "yes" : "NO"));
   for (const nlohmann::json& text : answer["differs"])
     session->say("             " + text.get<std::string>());
   if (!answer["fits"].get<bool>())

@@ -143,6 +143,22 @@ std::string usable_tag(const ReshardFlags& flags, const checkpoint::ShardedState
   return tag;
 }
 
+// What the target rests on: said, and put into the certificate.
+void tell_target(Session* session, const std::vector<std::string>& inferred,
+                 const checkpoint::TargetFiles& files, reshard::ConvertOptions* options) {
+  for (const std::string& text : inferred) {
+    session->say("inferred     " + text);
+    options->certificate["inferred"].push_back(text);
+  }
+  for (const std::string& text : files.synthesised)
+    options->certificate["synthesised"].push_back(text);
+  for (const std::string& text : files.skipped) options->certificate["skipped"].push_back(text);
+  for (const std::string& text : files.beyond) {
+    session->notice("notice: beyond DeepSpeed: " + text);
+    options->certificate["beyond_deepspeed"].push_back(text);
+  }
+}
+
 void run_reshard(Session* session, const ReshardFlags& flags) {
   if (flags.to.empty() == flags.to_config.empty()) {
     throw Error(ErrorInfo{
@@ -195,17 +211,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
                                    {"topology", to_string(topology)},
                                    {"stage", stage},
                                    {"ds_version", state.version}};
-  for (const std::string& text : inferred) {
-    session->say("inferred     " + text);
-    options.certificate["inferred"].push_back(text);
-  }
-  for (const std::string& text : files.synthesised)
-    options.certificate["synthesised"].push_back(text);
-  for (const std::string& text : files.skipped) options.certificate["skipped"].push_back(text);
-  for (const std::string& text : files.beyond) {
-    session->notice("notice: beyond DeepSpeed: " + text);
-    options.certificate["beyond_deepspeed"].push_back(text);
-  }
+  tell_target(session, inferred, files, &options);
   for (const std::string& text : flags.allow_dropped)
     options.certificate["dropped"].push_back(text + ", allowed by --allow-dropped");
   if (!flags.no_side_files)

@@ -32,8 +32,7 @@ struct Number {
 int number_in(const json& holder, const std::string& file, const Number& number) {
   if (!holder.is_object() || !holder.contains(number.key)) return number.otherwise;
   const json& value = holder[number.key];
-  const bool fits =
-      value.is_number_integer() && value >= number.least && value <= number.most;
+  const bool fits = value.is_number_integer() && value >= number.least && value <= number.most;
   if (!fits) refuse_config(file, number.key, number.least, number.most, value);
   return value.get<int>();
 }
@@ -70,11 +69,12 @@ TargetSpec spec_from_config(Session* session, const std::string& file) {
 void share_world(const checkpoint::ShardedState& source, const std::string& file, int world,
                  TargetSpec* spec) {
   if (spec->topology.expert > 0 && source.expert_layout == checkpoint::ExpertLayout::kNative) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "The config enables AutoEP; the checkpoint has native MoE layers.",
-                          .file = file,
-                          .entry = "expert_parallel",
-                          .next = "`isoshard migrate --to autoep` makes AutoEP's stacks of them"});
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kUsage,
+                  .what = "The config enables AutoEP; the checkpoint has native MoE layers.",
+                  .file = file,
+                  .entry = "expert_parallel",
+                  .next = "`isoshard migrate --to autoep` makes AutoEP's stacks of them"});
   }
   const int64_t stages =
       spec->topology.pipeline > 0 ? spec->topology.pipeline : int64_t{source.topology.pipeline};
@@ -102,9 +102,10 @@ json regular_load(const checkpoint::ShardedState& source, const TargetSpec& spec
     differs.push_back(what + " " + std::to_string(saved) + " in the checkpoint, " +
                       std::to_string(run) + " in the run: " + why);
   };
-  const bool partitions = source.stage > 0 || source.expert_layout != checkpoint::ExpertLayout::kNone;
-  const bool other_form = source.stage != stage && (source.stage == 0 || source.stage == 3 ||
-                                                    stage == 0 || stage == 3);
+  const bool partitions =
+      source.stage > 0 || source.expert_layout != checkpoint::ExpertLayout::kNone;
+  const bool other_form =
+      source.stage != stage && (source.stage == 0 || source.stage == 3 || stage == 0 || stage == 3);
   if (other_form) compare("ZeRO stage", source.stage, stage, "its files have another form");
   if (partitions)
     compare("dp*sp", from.zero_ranks(), to.zero_ranks(),

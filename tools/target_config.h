@@ -11,12 +11,12 @@
 
 namespace isoshard::tools {
 
-// zero_optimization.stage, sequence_parallel_size, tensor_parallel.autotp_size, pipeline.stages, and
-// expert_parallel.autoep_size where AutoEP is enabled. Error(kUsage) for values of other types.
+// zero_optimization.stage, sequence_parallel_size, tensor_parallel.autotp_size, pipeline.stages,
+// and expert_parallel.autoep_size where AutoEP is enabled. Error(kUsage) for values of other types.
 TargetSpec spec_from_config(Session* session, const std::string& file);
 
-// dp, from the number of ranks: what sp, tp and pp leave of it; pp is the source's if the config has
-// none. Error(kUsage) where they do not divide it, or AutoEP is enabled for native MoE.
+// dp, from the number of ranks: what sp, tp and pp leave of it; pp is the source's if the config
+// has none. Error(kUsage) where they do not divide it, or AutoEP is enabled for native MoE.
 void share_world(const checkpoint::ShardedState& source, const std::string& file, int world,
                  TargetSpec* spec);
 

@@ -55,7 +55,7 @@ class FoldedExperts {
       const int tensor = members[replica] % tensor_, data = members[replica] / tensor_;
       const MpPart& holder = parts_[static_cast<size_t>(tensor)];
       const int file = holder.state.optim_files[static_cast<size_t>(data)];
-      check_place(file, {tensor, rank, static_cast<int64_t>(replica), ranks});
+      check_place(file, {tensor, data, rank, static_cast<int64_t>(replica), ranks});
       files.push_back(file);
     }
     MpPart part = lend_files(&whole_, parts_[static_cast<size_t>(members[0] % tensor_)].model);
@@ -66,7 +66,7 @@ class FoldedExperts {
   }
 
   struct Place {
-    int64_t tensor, expert, replica, expert_ranks;
+    int64_t tensor, data, expert, replica, expert_ranks;
   };
 
   void check_place(int file, const Place& place) const {
@@ -83,6 +83,18 @@ class FoldedExperts {
     };
     check(folding, "version", 1);
     check(folding, "etp_size", 1);
+    check(folding, "etp_rank", 0);
+    check(folding, "zero_partition_rank", place.data);
+    check(folding, "zero_partition_count", data_);
+    for (const auto& [key, expected] : std::initializer_list<std::pair<const char*, const char*>>{
+             {"family", "zero_optimizer_state"},
+             {"zero_partition_group", "per_family"},
+             {"dispatch_strategy", "route_full_partition_dispatch"},
+             {"shared_expert_placement", "tp_sharded"}}) {
+      const std::string found = f.text(f.need(folding, key), key);
+      if (found != expected)
+        refuse(file, std::string("folding ") + key, quote(expected), quote(found));
+    }
     check(folding, "tp_size", tensor_);
     check(folding, "tp_rank", place.tensor);
     check(folding, "ep_size", place.expert_ranks);

@@ -59,7 +59,8 @@ std::vector<std::string> TensorParallelInfo::unused_patterns(
     const std::vector<std::string>& names) const {
   std::map<std::string, bool> used;  // a pattern of two lists counts where either matches
   for (const PatternList* list : lists()) {
-    for (size_t i = 0; i < list->size(); ++i) used.emplace(list->pattern(static_cast<int>(i)), false);
+    for (size_t i = 0; i < list->size(); ++i)
+      used.emplace(list->pattern(static_cast<int>(i)), false);
     for (const std::string& name : names) {
       for (int number : list->matching(name)) used[list->pattern(number)] = true;
     }
@@ -73,8 +74,8 @@ std::vector<std::string> TensorParallelInfo::unused_patterns(
 
 bool TensorParallelInfo::left_out(const std::string& name) const {
   if (maps_.size() == 0) return false;
-  return std::ranges::none_of(
-      lists(), [&](const PatternList* list) { return list->first(name) >= 0; });
+  return std::ranges::none_of(lists(),
+                              [&](const PatternList* list) { return list->first(name) >= 0; });
 }
 
 std::vector<const PatternList*> TensorParallelInfo::lists() const {
@@ -400,13 +401,16 @@ void tell_unused_patterns(ShardedState* state, const TensorParallelInfo& info, b
     const std::string text = what + ": " + first_of(which);
     (strict ? state->doubts : state->inferred).push_back(text);
   };
-  tell("universal_checkpoint_info has patterns that match no parameter's name (DeepSpeed: "
-       "AssertionError, unused patterns), so what they were for may be joined wrongly",
-       info.unused_patterns(names));
+  tell(
+      "universal_checkpoint_info has patterns that match no parameter's name (DeepSpeed: "
+      "AssertionError, unused patterns), so what they were for may be joined wrongly",
+      info.unused_patterns(names));
   if (state->topology.tensor > 1)
-    tell("universal_checkpoint_info maps other parameters and says nothing of some, which are joined "
-         "along axis 0",
-         left_out);
+    tell(
+        "universal_checkpoint_info maps other parameters and says nothing of some, which are "
+        "joined "
+        "along axis 0",
+        left_out);
 }
 
 }  // namespace isoshard::checkpoint

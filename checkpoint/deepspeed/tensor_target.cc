@@ -179,11 +179,12 @@ Widths TargetMaps::target_cut(const ParameterState& parameter, const TensorSplit
   Widths widths = cut(parameter, split, /*source=*/false, rule_);
   for (const std::vector<int64_t>& sub : widths) {
     if (!split.equal_shares || std::ranges::count(sub, sub[0]) == ranks_) continue;
-    refuse(ErrorCode::kUnsupported,
-           "The source's entry of a fused parameter (universal_checkpoint_version below 0.4) has no "
-           "place for unequal widths.",
-           parameter.name, "equal shares", widths_text(widths),
-           "take a tp that divides each of its parts and the key-value heads");
+    refuse(
+        ErrorCode::kUnsupported,
+        "The source's entry of a fused parameter (universal_checkpoint_version below 0.4) has no "
+        "place for unequal widths.",
+        parameter.name, "equal shares", widths_text(widths),
+        "take a tp that divides each of its parts and the key-value heads");
   }
   return widths;
 }

@@ -342,8 +342,7 @@ void UniversalReader::attach_states(ParameterState* parameter) {
 // What a file says of its stack must fit the model's layers: at ep 1 the whole stack is taken.
 void UniversalReader::check_experts(const Fields& fields, const ParameterState& parameter,
                                     const std::string& file) const {
-  const bool stack =
-      parameter.split >= 0 && state_.split_of(parameter).kind == SplitKind::kExperts;
+  const bool stack = parameter.split >= 0 && state_.split_of(parameter).kind == SplitKind::kExperts;
   const NodeId count = fields.maybe(fields.root(), "ep_num_experts");
   const bool marked = fields.maybe(fields.root(), "is_expert_param") != kNoNode;
   const std::string expected =
@@ -354,15 +353,16 @@ void UniversalReader::check_experts(const Fields& fields, const ParameterState& 
   if (!stack || count == kNoNode) return;
   const int64_t found = fields.integer(count, "ep_num_experts");
   if (found != parameter.shape.at(0))
-    fields.fail("The number of experts in a file is not that of the model's layer (DeepSpeed: "
-                "AssertionError).",
-                file, expected, std::to_string(found));
+    fields.fail(
+        "The number of experts in a file is not that of the model's layer (DeepSpeed: "
+        "AssertionError).",
+        file, expected, std::to_string(found));
 }
 
 // Every parameter of a group has the group's states. What isoshard left out, its certificate says,
 // and the manifest lists the files that there are.
 void UniversalReader::check_states() const {
-  if (storage_.is_file(join(state_.folder, "certificate.json"))) return;
+  if (options_.lost_experts || storage_.is_file(join(state_.folder, "certificate.json"))) return;
   std::map<int, std::map<std::string, std::string>> states;  // by group: state, who has it
   for (const ParameterState& parameter : state_.parameters) {
     for (int leaf : parameter.states)
@@ -372,10 +372,10 @@ void UniversalReader::check_states() const {
     if (parameter.group < 0) continue;
     for (const auto& [state, owner] : states[parameter.group]) {
       if (state_.state_leaf(parameter, state) >= 0) continue;
-      missing("A parameter lacks a state that others of its group have, such as " + quote(owner) +
-                  ".",
-              "zero/" + parameter.name + "/" + state + ".pt",
-              "copy it from where the folder was written, or convert the source checkpoint again");
+      missing(
+          "A parameter lacks a state that others of its group have, such as " + quote(owner) + ".",
+          "zero/" + parameter.name + "/" + state + ".pt",
+          "copy it from where the folder was written, or convert the source checkpoint again");
     }
   }
 }
