@@ -36,7 +36,8 @@ TEST(SplitRules, LayersWithoutHeadsAreCutEvenly) {
 
 TEST(SplitRules, TheGrainLeavesOneUnalignedRank) {
   EXPECT_EQ(cut(0, 64, 50257, 2, "lm_head"), (W{25152, 25105}));
-  EXPECT_EQ(cut(0, 64, 151936, 8, "lm_head"), (W{19008, 19008, 19008, 19008, 19008, 19008, 18944, 18944}));
+  EXPECT_EQ(cut(0, 64, 151936, 8, "lm_head"),
+            (W{19008, 19008, 19008, 19008, 19008, 19008, 18944, 18944}));
   EXPECT_EQ(cut(0, 64, 32000, 4, "lm_head"), (W{8000, 8000, 8000, 8000}));
   EXPECT_EQ(cut(0, 64, 50257, 8, "lm_head"), (W{6336, 6272, 6272, 6272, 6272, 6272, 6272, 6289}));
   EXPECT_EQ(cut(0, 64, 100, 4, "x"), (W{64, 0, 0, 36}));
