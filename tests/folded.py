@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """tests/folded.py PROGRAM TRACES: AutoEP folded with AutoTP, which DeepSpeed cannot convert.
 
-autoep_folded_tp2_ep2_dp2 is read, verified, and brought to tp=1 at every ep and stage, and to the
+autoep_folded_tp2_ep2_dp2 is read, verified, written again at its own topology (the very files), and
+brought to tp=1 at every ep and stage, and to the
 universal form under --beyond-deepspeed, with one digest. What each expert and each tensor-parallel
 shard is, the test works out by itself, from the expert files and the ranks' modules.
 """
@@ -107,7 +108,18 @@ class Folded(ProgramCase):
                          {"universal_checkpoint_version", "expert_parameter_patterns",
                           "ds_autoep_layers"})
 
-    def test_a_folded_target_is_refused(self):
+    def test_its_own_topology_gives_its_own_files(self):
+        for to, ignored in (("dp=2", []), ("stage=2", [r"\['zero_stage'\]", r"\['stage'\]",
+                                                r"\['frozen_param_(shapes|fragments)'\]"])):
+            target = self.place / to
+            self.run_program(0, "reshard", self.recorded(SOURCE), target, "--to", to)
+            self.assertTrue(self.run_program(0, "verify", target).stdout.startswith("VERIFIED"))
+            self.assertEqual(self.digest(target), self.digest(self.recorded(SOURCE)))
+            wrong = compare_torch.compare_paths(str(self.recorded(SOURCE)), str(target),
+                                                ignored, []).differences
+            self.assertEqual([each for each in wrong if "json" not in str(each)], [])
+
+    def test_another_folded_target_is_refused(self):
         text = self.run_program(2, "reshard", self.recorded(SOURCE), self.place / "t", "--to",
                                 "dp=4").stderr
         self.assertIn("tensor-parallel ranks", text)

@@ -66,8 +66,9 @@ void add_deepspeed_aliases(CLI::App* app, Session* session) {
   verb->add_option("--num_merge_workers", universal->ignored.merge_workers, "Changes nothing here");
   verb->add_flag("--keep_temp_folder", universal->ignored.keep_temp,
                  "Changes nothing here: there are no temporary files");
-  verb->add_flag("!--no_strict", session->read.strict,
-                 "Go on where universal_checkpoint_info has patterns that match no name");
+  verb->add_flag_callback(
+      "--no_strict", [session] { session->read.strict = false; },
+      "Go on where universal_checkpoint_info has patterns that match no name");
   verb->add_flag("--inject_missing_state", universal->inject,
                  "Go on without universal_checkpoint_info, as DeepSpeed does only when asked");
   verb->add_flag("--overwrite", universal->flags.common.overwrite, kOverwriteHelp);

@@ -57,7 +57,7 @@ std::vector<std::string> abilities(const ShardedState& state) {
     result.push_back(std::string("convert --to universal") + (folded ? " --beyond-deepspeed" : ""));
   result.push_back("convert --to fp32");
   if (folded)
-    result.push_back("reshard --to tp=1[,dp=,ep=,stage=]");
+    result.push_back("reshard --to tp=1[,dp=,ep=,stage=], or to its own topology");
   else if (experts)
     result.push_back("reshard --to dp=N[,ep=,stage=]");
   else if (state.pipeline.present())

@@ -175,8 +175,9 @@ void add_source_flags(CLI::App* verb, Session* session) {
       ->take_all();
   verb->add_flag("--allow-renamed", session->read.allow_renamed,
                  "Accept a file that was saved under another name");
-  verb->add_flag("!--no-strict", session->read.strict,
-                 "Go on where universal_checkpoint_info has patterns that match no name");
+  verb->add_flag_callback(
+      "--no-strict", [session] { session->read.strict = false; },
+      "Go on where universal_checkpoint_info has patterns that match no name");
 }
 
 void add_expect_flag(CLI::App* verb, Session* session) {

@@ -15,8 +15,8 @@ namespace {
 // topology made anew.
 class LayerWriter {
  public:
-  LayerWriter(TorchBuilder* builder, const ReshardTarget& target, int zero)
-      : zero_(zero),
+  LayerWriter(TorchBuilder* builder, const ReshardTarget& target, TargetRank rank)
+      : rank_(rank),
         builder_(*builder),
         pickle_(builder->pickle),
         target_(target),
@@ -37,7 +37,7 @@ class LayerWriter {
     const int64_t ranks = target_.topology.expert;
     const auto placement = placed_in_blocks(layer.experts, ranks);
     MappingCopy copy(&builder_, target_.state, {file_, entry});
-    const auto [expert_rank, replica] = expert_rank_of(target_, zero_);
+    const auto [expert_rank, replica] = expert_rank_of(target_, rank_);
     const std::vector<int64_t>& own = placement.at(static_cast<size_t>(expert_rank));
     copy.set("num_local_experts", pickle_.integer(static_cast<int64_t>(own.size())));
     copy.set("ep_size", pickle_.integer(ranks));
@@ -54,7 +54,8 @@ class LayerWriter {
     }
     copy.set_if_present("ep_rank", pickle_.integer(expert_rank));
     copy.set_if_present("expert_data_parallel_rank", pickle_.integer(replica));
-    copy.set_if_present("expert_data_parallel_world_size", pickle_.integer(target_.ranks / ranks));
+    copy.set_if_present("expert_data_parallel_world_size",
+                        pickle_.integer(target_.expert_world() / ranks));
     copy.set_if_present("global_expert_start", pickle_.integer(own.front()));
     copy.set_if_present("global_expert_end", pickle_.integer(own.back() + 1));
     return copy.finish();
@@ -72,7 +73,7 @@ class LayerWriter {
         {{"version", pickle_.integer(1)}, {"params", builder_.dict(std::move(params))}});
   }
 
-  int zero_;  // rank in the partition group of the dense parameters
+  TargetRank rank_;
   TorchBuilder& builder_;
   Pickle& pickle_;
   const ReshardTarget& target_;
@@ -89,6 +90,16 @@ class ExpertFile {
         path_("layer_" + std::to_string(layer) + "_expert_" + std::to_string(expert) +
               "_mp_rank_00_model_states.pt") {}
 
+  // Folded: the file stays that of the rank which wrote it, and says so.
+  void keep_place(const ParameterState& parameter, int64_t begin) {
+    if (!entries_.empty()) return;
+    for (const FileFragment& fragment : target_.state.leaf(parameter.model_copy).fragments) {
+      if (begin < fragment.begin || begin >= fragment.begin + fragment.count) continue;
+      path_ = target_.state.files[static_cast<size_t>(fragment.file)].relative;
+      folding_ = copy_folding(&builder_, target_.state, fragment.file);
+    }
+  }
+
   // Elements [begin, begin + numel(shape)) of the parameter under that name.
   void add(const std::string& name, const ParameterState& parameter, const Shape& shape,
            int64_t begin) {
@@ -101,12 +112,16 @@ class ExpertFile {
     entries_.emplace_back(name, builder_.tensor({.shape = shape, .storage = storage}));
   }
 
-  FileBlueprint finish() { return builder_.finish(path_, builder_.dict(std::move(entries_))); }
+  FileBlueprint finish() {
+    if (folding_ != kNoNode) entries_.emplace_back("folding", folding_);
+    return builder_.finish(path_, builder_.dict(std::move(entries_)));
+  }
 
  private:
   ReshardTarget& target_;
   std::string path_;
   TorchBuilder builder_;
+  NodeId folding_ = kNoNode;
   std::vector<std::pair<std::string, NodeId>> entries_;
 };
 
@@ -122,6 +137,19 @@ int64_t layer_number(const ShardedState& state, const ParameterState& parameter,
 }
 
 }  // namespace
+
+NodeId copy_folding(TorchBuilder* builder, const ShardedState& state, int file) {
+  const Fields fields(state.document(file));
+  return builder->copy(fields.document(), file, fields.need(fields.root(), "folding"));
+}
+
+void add_folding(TorchBuilder* builder, const ReshardTarget& target, TargetRank rank,
+                 std::vector<std::pair<std::string, NodeId>>* entries) {
+  if (!target.folded()) return;
+  const auto own = static_cast<size_t>(rank.mp * target.ranks + rank.zero);
+  entries->emplace_back("folding",
+                        copy_folding(builder, target.state, target.state.optim_files[own]));
+}
 
 NodeId placement_node(TorchBuilder* builder, const std::vector<std::vector<int64_t>>& placement) {
   Pickle& pickle = builder->pickle;
@@ -140,13 +168,13 @@ NodeId placement_node(TorchBuilder* builder, const std::vector<std::vector<int64
                         {"ranks", pickle.list(std::move(ranks))}});
 }
 
-void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int zero,
+void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, TargetRank rank,
                         MappingCopy* root) {
   if (target.state.expert_layout != ExpertLayout::kAutoEp) return;
   const int file = target.model_file();
   const Fields fields(target.state.document(file));
   Pickle& pickle = builder->pickle;
-  LayerWriter layers(builder, target, zero);
+  LayerWriter layers(builder, target, rank);
   const bool old_key = fields.maybe(fields.root(), "ds_autoep_layers") == kNoNode;
   root->set(old_key ? "autoep_layers" : "ds_autoep_layers", layers.list());
   const NodeId info = fields.maybe(fields.root(), "universal_checkpoint_info");
@@ -156,9 +184,15 @@ void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int 
        {"parameter_with_row_parallelism_patterns", "tp_replicated_parameter_patterns",
         "vocabulary_parameter_patterns", "parameter_with_sub_params", "sub_param_shard_widths",
         "parameter_to_average_patterns", "parameter_with_2_sub_params_cat_dim_0",
-        "autotp_unsupported_parameter_patterns", "affine_map"})
-    copy.erase(key);  // of tensor-parallel ranks, which the target has none of
-  root->erase("folding");
+        "autotp_unsupported_parameter_patterns", "affine_map"}) {
+    if (!target.folded()) copy.erase(key);  // of tensor-parallel ranks, which it has none of
+  }
+  if (target.folded()) {
+    const int own = target.state.model_files[static_cast<size_t>(rank.mp)];
+    root->set("folding", copy_folding(builder, target.state, own));
+  } else {
+    root->erase("folding");
+  }
   copy.set_if_present("expert_parameter_patterns",
                       pickle.list({pickle.string(".*\\.experts\\.w[123]$")}));
   copy.set_if_present("ds_autoep_layers", layers.list());
@@ -185,6 +219,7 @@ std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target) {
     const ExpertLayer& layer = *experts.layer_of(parameter.name);
     const Shape shape(parameter.shape.begin() + 1, parameter.shape.end());
     for (int64_t id = 0; id < layer.experts; ++id) {
+      if (target->folded()) file_of(layer.layer_id, id).keep_place(parameter, id * numel(shape));
       file_of(layer.layer_id, id)
           .add(parameter.name + "." + std::to_string(id), parameter, shape, id * numel(shape));
     }

@@ -17,7 +17,7 @@ std::vector<int64_t> share(ReshardTarget* whole, const std::string& name, int64_
   const ReshardTarget& target = *whole;
   const int ranks = target.topology.expert;
   const std::vector<int64_t> widths = split_widths({}, experts, ranks, "");
-  const bool fits = target.ranks % ranks == 0 && ranks <= experts;
+  const bool fits = target.expert_world() % ranks == 0 && ranks <= experts;
   if (fits && experts % ranks == 0) return widths;
   std::string shares;
   for (int64_t width : widths) shares += " " + std::to_string(width);
@@ -32,7 +32,7 @@ std::vector<int64_t> share(ReshardTarget* whole, const std::string& name, int64_
   }
   std::string divisors;
   for (int64_t d = 1; d <= experts; ++d) {
-    if (experts % d == 0 && target.ranks % d == 0) divisors += " " + std::to_string(d);
+    if (experts % d == 0 && target.expert_world() % d == 0) divisors += " " + std::to_string(d);
   }
   throw Error(
       ErrorInfo{.code = ErrorCode::kUnsupported,
@@ -79,6 +79,28 @@ void share_experts(ReshardTarget* target) {
               "split_params_into_different_moe_groups_for_optimizer makes them"});
 }
 
+// Among those that share the experts: tensor-parallel ranks turn fastest.
+int member_of(const ReshardTarget& target, TargetRank rank) {
+  return target.folded() ? rank.zero * target.topology.tensor + rank.mp : rank.zero;
+}
+
+// Files of folded experts are named by the tensor-parallel rank that writes them.
+void check_folded(const ReshardTarget& target) {
+  for (size_t i = 0; i < target.state.parameters.size(); ++i) {
+    const ParameterState& parameter = target.state.parameters[i];
+    if (!target.is_expert(static_cast<int>(i)) ||
+        target.maps[i] == target.state.split_of(parameter).map)
+      continue;
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "Folded experts that do not lie in blocks are not written.",
+                          .file = target.state.folder,
+                          .entry = quote(parameter.name),
+                          .expected = "an expert_placement in blocks",
+                          .found = "another",
+                          .next = "say tp=1"});
+  }
+}
+
 }  // namespace
 
 void prepare_experts(ReshardTarget* target) {
@@ -122,10 +144,12 @@ void prepare_experts(ReshardTarget* target) {
         .next = "convert to universal and let DeepSpeed load it at the new ep"});
   }
   share_experts(target);
+  if (target->folded()) check_folded(*target);
   const int ranks = target->topology.expert;
   target->expert_buffers.resize(static_cast<size_t>(ranks));
   for (int rank = 0; rank < ranks; ++rank)
-    target->expert_partitions.push_back(experts.partition_ranks(rank, ranks, target->ranks));
+    target->expert_partitions.push_back(
+        experts.partition_ranks(rank, ranks, target->expert_world()));
 }
 
 void number_parameters(ReshardTarget* target) {
@@ -158,7 +182,8 @@ std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetR
     result.push_back(&buffer);
   for (size_t e = 0; e < target.expert_partitions.size(); ++e) {
     const std::vector<int>& members = target.expert_partitions[e];
-    if (std::find(members.begin(), members.end(), rank.zero) == members.end()) continue;
+    if (std::find(members.begin(), members.end(), member_of(target, rank)) == members.end())
+      continue;
     for (const TargetBuffer& buffer : target.expert_buffers[e]) result.push_back(&buffer);
   }
   std::stable_sort(result.begin(), result.end(), [](const TargetBuffer* a, const TargetBuffer* b) {
@@ -167,10 +192,10 @@ std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetR
   return result;
 }
 
-ExpertRank expert_rank_of(const ReshardTarget& target, int zero) {
+ExpertRank expert_rank_of(const ReshardTarget& target, TargetRank rank) {
   for (size_t e = 0; e < target.expert_partitions.size(); ++e) {
     const std::vector<int>& members = target.expert_partitions[e];
-    const auto found = std::find(members.begin(), members.end(), zero);
+    const auto found = std::find(members.begin(), members.end(), member_of(target, rank));
     if (found != members.end())
       return {static_cast<int>(e), static_cast<int>(found - members.begin())};
   }
@@ -180,7 +205,8 @@ ExpertRank expert_rank_of(const ReshardTarget& target, int zero) {
 int rank_in(const ReshardTarget& target, const TargetBuffer& buffer, TargetRank rank) {
   if (!buffer.experts) return rank.zero;
   const std::vector<int>& members = target.expert_partitions[static_cast<size_t>(buffer.shard)];
-  return static_cast<int>(std::find(members.begin(), members.end(), rank.zero) - members.begin());
+  return static_cast<int>(std::find(members.begin(), members.end(), member_of(target, rank)) -
+                          members.begin());
 }
 
 bool ReshardTarget::holds_expert(int expert_rank, int number) const {

@@ -60,7 +60,7 @@ class ModelWriter {
       root.erase("universal_checkpoint_info");
     root.set_if_present("ds_config", target_config(&builder_, target_));
     if (state_.expert_layout != ExpertLayout::kNone)
-      set_expert_entries(&builder_, target_, rank_, &root);
+      set_expert_entries(&builder_, target_, {mp_, rank_}, &root);
     const std::string path =
         target_.stage == 3 ? model_file_name_of_rank(rank_, mp_) : model_file_name(mp_);
     return builder_.finish(path, root.finish());

@@ -60,9 +60,12 @@ class OptimWriter {
         global_(global_source(state_)) {}
 
   NodeId file_root() {
-    return builder_.dict({{"optimizer_state_dict", target_.stage == 3 ? stage3() : stage12()},
-                          {"ds_config", target_config(&builder_, target_)},
-                          {"ds_version", pickle_.string(state_.version)}});
+    std::vector<std::pair<std::string, NodeId>> entries = {
+        {"optimizer_state_dict", target_.stage == 3 ? stage3() : stage12()},
+        {"ds_config", target_config(&builder_, target_)},
+        {"ds_version", pickle_.string(state_.version)}};
+    add_folding(&builder_, target_, rank_, &entries);
+    return builder_.dict(std::move(entries));
   }
 
   // What ds_to_universal keeps of a stage-1 optimizer_state_dict: no partitions, zero paddings.
@@ -313,7 +316,7 @@ class OptimWriter {
     return numbers;
   }
 
-  int expert_rank() const { return expert_rank_of(target_, rank_.zero).expert; }
+  int expert_rank() const { return expert_rank_of(target_, rank_).expert; }
 
   // This tensor- or expert-parallel rank's part of a leaf of a parameter.
   NodeId whole_tensor(int parameter, int number, bool requires_grad) {

@@ -31,7 +31,7 @@ bool is_bf16(const Fields& model, NodeId config) {
          config_text(model, config, "bfloat16", "enabled") == "True";
 }
 
-void refuse_topology(const ShardedState& state, const Topology& topology) {
+void refuse_topology(const ShardedState& state, const Topology& topology, int stage) {
   const auto no = [&](const std::string& what, const std::string& next) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
                           .what = what,
@@ -45,8 +45,12 @@ void refuse_topology(const ShardedState& state, const Topology& topology) {
        "say tp=1 or sp=1 too");
   if (topology.expert > 1 && state.expert_layout == ExpertLayout::kNone)
     no("The checkpoint has no experts that expert-parallel ranks could share.", "leave ep out");
-  if (state.expert_layout != ExpertLayout::kNone && topology.tensor > 1)
-    no("Resharding of experts to tensor-parallel ranks is not supported yet.", "say tp=1 too");
+  const bool folded = state.expert_layout != ExpertLayout::kNone && topology.tensor > 1;
+  const bool own = topology == state.topology && state.flavour == Flavour::kZero12;
+  if (folded && (!own || stage < 1 || stage > 2))
+    no("Experts with tensor-parallel ranks (AutoEP folded with AutoTP) are written at their own "
+       "topology alone, at stages 1 and 2.",
+       "say tp=1 too");
   if (state.flavour == Flavour::kWeights)
     no("Weights alone have no optimizer state to reshard.", "take the checkpoint they are from");
 }
@@ -199,7 +203,8 @@ std::vector<int> held_by(const ReshardTarget& target, int group, int shard) {
 Members members_of(const ReshardTarget& target, int group, int shard, bool round_robin) {
   const bool experts = target.expert_groups[static_cast<size_t>(group)];
   const int expert_ranks = target.topology.expert;
-  Members members{group, shard, experts ? target.ranks / expert_ranks : target.ranks, experts, {}};
+  Members members{
+      group, shard, experts ? target.expert_world() / expert_ranks : target.ranks, experts, {}};
   for (int number : held_by(target, group, shard)) {
     if (experts && !target.holds_expert(shard, number)) continue;
     const bool empty =
@@ -270,7 +275,7 @@ void note_padding(ReshardTarget* whole) {
 
 ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
                           const ReshardOptions& options) {
-  refuse_topology(state, topology);
+  refuse_topology(state, topology, stage);
   refuse_pipeline(state, topology, stage);
   const int mp_ranks = topology.tensor * topology.pipeline;
   ReshardTarget target{

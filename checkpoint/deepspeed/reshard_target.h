@@ -83,6 +83,9 @@ struct ReshardTarget {
   std::string name_of(int number, const TargetBuffer& buffer) const;
   // Whether optimizer files hold partitions: BF16_Optimizer has them at stage 0 too, of a pipeline.
   bool partitioned() const { return stage > 0 || bf16_optimizer; }
+  // AutoEP folded with AutoTP: experts are shared by all ranks, not by those of one tensor shard.
+  bool folded() const { return experts != nullptr && topology.tensor > 1; }
+  int expert_world() const { return folded() ? ranks * topology.tensor : ranks; }
   // Its pipeline stage, of an mp rank.
   int stage_of(int mp) const { return mp / topology.tensor; }
   // The parameter's map for an mp rank, or expert-parallel rank; nullptr: it is not cut.
@@ -115,13 +118,12 @@ struct TargetRank {
 std::vector<const TargetBuffer*> buffers_of(const ReshardTarget& target, TargetRank rank);
 int rank_in(const ReshardTarget& target, const TargetBuffer& buffer, TargetRank rank);
 
-// Expert-parallel rank of a rank of the dense partition group, and its rank among those that share
-// its experts.
+// Expert-parallel rank of a rank, and its rank among those that share its experts.
 struct ExpertRank {
   int expert = 0;
   int replica = 0;
 };
-ExpertRank expert_rank_of(const ReshardTarget& target, int zero);
+ExpertRank expert_rank_of(const ReshardTarget& target, TargetRank rank);
 
 // Which groups hold experts, who holds which, and the partition groups (expert_target.cc).
 void prepare_experts(ReshardTarget* target);
@@ -164,10 +166,15 @@ NodeId target_split_info(TorchBuilder* builder, const ReshardTarget& target);
 NodeId map_node(TorchBuilder* builder, const AffineMap& map);
 NodeId placement_node(TorchBuilder* builder, const std::vector<std::vector<int64_t>>& placement);
 // The files of the experts; and root entries of a target's model file that speak of them, those
-// of rank `zero` of the partition group.
-void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, int zero,
+// of that rank.
+void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, TargetRank rank,
                         MappingCopy* root);
 std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target);
+// The entry `folding` of a source file, whose place the target's file keeps.
+NodeId copy_folding(TorchBuilder* builder, const ShardedState& state, int file);
+// The same, to an optimizer file's entries; nothing where the target is not folded.
+void add_folding(TorchBuilder* builder, const ReshardTarget& target, TargetRank rank,
+                 std::vector<std::pair<std::string, NodeId>>* entries);
 
 FileBlueprint model_blueprint(ReshardTarget* target, TargetRank rank);
 // The layer files of a pipeline, as they are where the tensor-parallel ranks hold the same.

@@ -63,8 +63,9 @@ class TargetMaps {
       refuse(ErrorCode::kUsage, "The checkpoint names no vocabulary that could be padded.",
              "--padded-vocab-size", "vocabulary_parameter_patterns", "none", "leave it out");
     for (const ParameterState& parameter : state_.parameters) check(parameter);
-    const bool same = std::ranges::all_of(
-        state_.splits, [&](const TensorSplit& split) { return keeps_map(split); });
+    const bool same = std::ranges::all_of(state_.splits, [&](const TensorSplit& split) {
+      return split.kind == SplitKind::kExperts || keeps_map(split);
+    });
     if (!same && !state_.pipeline.present()) rule_.kv_heads = choose_heads();
     std::vector<AffineMap> maps;
     for (const ParameterState& parameter : state_.parameters) {

@@ -80,7 +80,7 @@ class ZeroReader {
     } else {
       read_parts(first, info);
     }
-    drop_pickles(&state_);
+    if (!folded_) drop_pickles(&state_);  // each file's `folding` goes along to its own topology
   }
 
  private:
