@@ -105,6 +105,12 @@ class Strict(ProgramCase):
                 self.assertIn("Required universal_checkpoint_info state is missing", told.stderr)
 
 
+    def test_the_alias_refuses_weights_alone(self):
+        source = self.recorded("z1_bf16_dp2").parent / "fp32"
+        self.run_program(2, "ds_to_universal", "--input_folder", source, "--output_folder",
+                         self.place / "weights" / "step")
+
+
 class Targets(ProgramCase):
     def refused(self, case, to, words, *flags):
         for verb in (["plan", "reshard"], ["reshard"]):
@@ -176,7 +182,7 @@ class Run(ProgramCase):
         source = self.recorded("autoep_z2_ep4_dp4")
         told = self.run_program(0, "inspect", source, "--to-config",
                                 self.config(**self.experts(4)), "--world", 4)
-        self.assertIn("on 4 ranks: yes", told.stdout)
+        self.assertIn("on 4 ranks: degrees and form of the stage fit", told.stdout)
         told = self.run_program(1, "inspect", source, "--to-config",
                                 self.config(**self.experts(2)), "--world", 4)
         self.assertIn("ep (autoep_size) 4 in the checkpoint, 2 in the run", told.stdout)

@@ -37,10 +37,12 @@ void run_ds_to_universal(Session* session, const UniversalAlias& alias) {
   }
   if (!alias.inject) {
     const checkpoint::ShardedState state = session->open(alias.flags.source, /*prove=*/false);
-    const checkpoint::Fields model(state.document(state.model_files.at(0)));
-    const bool present =
-        model.maybe(model.root(), "universal_checkpoint_info") != checkpoint::kNoNode;
-    if (state.stage > 0 && state.stage < 3 && !present) {
+    const bool asks = state.stage > 0 && state.stage < 3 && !state.model_files.empty();
+    const auto has_info = [&] {
+      const checkpoint::Fields model(state.document(state.model_files[0]));
+      return model.maybe(model.root(), "universal_checkpoint_info") != checkpoint::kNoNode;
+    };
+    if (asks && !has_info()) {
       throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                             .what = "Required universal_checkpoint_info state is missing.",
                             .file = state.folder,

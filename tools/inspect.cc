@@ -206,8 +206,11 @@ void answer_for(Session* session, const ShardedState& state, const Run& run) {
     return session->print_json(answer);
   }
   session->say(std::string("loads in     ") + quote(run.config) + " on " +
-               std::to_string(run.world) +
-               " ranks: " + (answer["fits"].get<bool>() ? "yes" : "NO"));
+               std::to_string(run.world) + " ranks: " +
+               (answer["fits"].get<bool>() ? "degrees and form of the stage fit; optimizer, dtype, "
+                                             "round robin, sub-groups and AutoEP on or off are not "
+                                             "compared"
+                                           : "NO"));
   for (const nlohmann::json& text : answer["differs"])
     session->say("             " + text.get<std::string>());
   if (!answer["fits"].get<bool>())
