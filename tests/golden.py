@@ -163,8 +163,8 @@ def masters_of_deepspeed(target):
     """Where zero_to_fp32 fails (tensor, expert, pipeline ranks): its converter's masters are the
     weights of our .bin."""
     zero = glob.glob(os.path.join(FOLDER, "universal", "*", "zero"))
-    if not zero or os.path.isdir(os.path.join(FOLDER, "fp32")):
-        return
+    if not zero or os.path.isdir(os.path.join(FOLDER, "fp32")) or "_rr_" in CASE:
+        return  # of round robin its converter exchanges parameters (errata 1)
     compared = 0
     for file in sorted(glob.glob(os.path.join(target, "*.bin"))):
         for name, ours in compare_torch.load(file).items():
@@ -173,7 +173,7 @@ def masters_of_deepspeed(target):
                 continue  # no master: what its converter makes of the module's copy
             theirs = compare_torch.load(path)
             theirs = theirs["param"] if isinstance(theirs, dict) else theirs
-            if "_rr_" not in CASE and flat(ours) != flat(theirs):
+            if flat(ours) != flat(theirs):
                 sys.exit(f"FAILED: fp32: {name} differs from DeepSpeed's own master")
             compared += 1
     check("fp32: there are masters of DeepSpeed's to compare", compared > 0, zero[0])

@@ -42,11 +42,14 @@ bool mixes_experts(const ShardedState& state) {
   });
 }
 
+bool is_universal(const ShardedState& state) {
+  return state.flavour == Flavour::kUniversal12 || state.flavour == Flavour::kUniversal3;
+}
+
 std::vector<std::string> abilities(const ShardedState& state) {
   std::vector<std::string> result = {"digest, diff, show, verify"};
   if (state.flavour == Flavour::kWeights) return result;
-  const bool universal =
-      state.flavour == Flavour::kUniversal12 || state.flavour == Flavour::kUniversal3;
+  const bool universal = is_universal(state);
   const bool experts = state.expert_layout != checkpoint::ExpertLayout::kNone;
   const bool folded = experts && state.topology.tensor > 1;
   const bool frozen = std::ranges::any_of(
@@ -183,13 +186,12 @@ struct Run {
   int world = 0;
 };
 
-// Whether the run of a config can load the checkpoint without a conversion.
+// Whether degrees and stage of a config's run are those of the checkpoint.
 void answer_for(Session* session, const ShardedState& state, const Run& run) {
   TargetSpec spec = spec_from_config(session, run.config);
   share_world(state, run.config, run.world, &spec);
   nlohmann::json answer = regular_load(state, spec);
-  const bool universal =
-      state.flavour == Flavour::kUniversal12 || state.flavour == Flavour::kUniversal3;
+  const bool universal = is_universal(state);
   if (universal || state.flavour == Flavour::kWeights) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "A regular load takes ZeRO checkpoints alone.",
@@ -227,8 +229,9 @@ void add_inspect(CLI::App* app, Session* session) {
       "inspect", "What a checkpoint is and what can be done with it; reads headers only");
   verb->add_option("SOURCE", *source)->required();
   verb->add_flag("--parameters", *list, "List every parameter");
-  verb->add_option("--to-config", run->config,
-                   "A DeepSpeed config: can its run load the checkpoint as it is? (status 1: no)");
+  verb->add_option(
+      "--to-config", run->config,
+      "A DeepSpeed config: do its degrees and stage allow a regular load? (status 1: no)");
   verb->add_option("--world", run->world, "Number of ranks for --to-config");
   add_source_flags(verb, session);
   add_only_flag(verb, session);

@@ -1,5 +1,5 @@
 // What a DeepSpeed config says of the run that is to go on: `reshard --to-config` writes for it,
-// `inspect --to-config` tells whether it can load a checkpoint as it is.
+// `inspect --to-config` compares its degrees and stage with those of a checkpoint.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -20,8 +20,10 @@ TargetSpec spec_from_config(Session* session, const std::string& file);
 void share_world(const checkpoint::ShardedState& source, const std::string& file, int world,
                  TargetSpec* spec);
 
-// Whether a regular load (load_checkpoint without load_universal) at that target can take the
-// checkpoint: {fits, differs: [texts], command}. deepspeed/runtime/engine.py, _load_checkpoint.
+// Whether the target's degrees and form of stage are those of the checkpoint, as a regular load
+// (load_checkpoint without load_universal) needs; it needs more than that, which is not compared
+// (optimizer, dtype, round robin, sub-groups, AutoEP on or off): {fits, differs: [texts], command}.
+// deepspeed/runtime/engine.py, _load_checkpoint.
 nlohmann::json regular_load(const checkpoint::ShardedState& source, const TargetSpec& spec);
 
 }  // namespace isoshard::tools

@@ -219,9 +219,9 @@ std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target) {
     const ExpertLayer& layer = *experts.layer_of(parameter.name);
     const Shape shape(parameter.shape.begin() + 1, parameter.shape.end());
     for (int64_t id = 0; id < layer.experts; ++id) {
-      if (target->folded()) file_of(layer.layer_id, id).keep_place(parameter, id * numel(shape));
-      file_of(layer.layer_id, id)
-          .add(parameter.name + "." + std::to_string(id), parameter, shape, id * numel(shape));
+      ExpertFile& file = file_of(layer.layer_id, id);
+      if (target->folded()) file.keep_place(parameter, id * numel(shape));
+      file.add(parameter.name + "." + std::to_string(id), parameter, shape, id * numel(shape));
     }
   }
   std::vector<FileBlueprint> result;

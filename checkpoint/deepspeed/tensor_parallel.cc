@@ -408,8 +408,7 @@ void tell_unused_patterns(ShardedState* state, const TensorParallelInfo& info, b
   if (state->topology.tensor > 1)
     tell(
         "universal_checkpoint_info maps other parameters and says nothing of some, which are "
-        "joined "
-        "along axis 0",
+        "joined along axis 0",
         left_out);
 }
 
