@@ -12,12 +12,14 @@ Recorded checkpoints with one edit each. Not verified here: that DeepSpeed raise
 
 import json
 import re
+import shlex
 import shutil
+import subprocess
 import sys
 import zipfile
 
 import hostile as h
-from program_case import ProgramCase, run_tests
+from program_case import CONFIG, ProgramCase, run_tests
 
 ROWS = b"parameter_with_row_parallelism_patterns"
 
@@ -31,15 +33,15 @@ def edit_pickle(path, edit):
 
 
 class Strict(ProgramCase):
-    def renamed(self):
-        """A tensor-parallel checkpoint in which a row-parallel layer's pattern has a wrong name."""
+    def renamed(self, key=ROWS, name=b"o_proj"):
+        """A tensor-parallel checkpoint in which a pattern of that list has a wrong name."""
         folder, hits = h.ZeroFolder(self.recorded("autotp_z1_tp2_dp2")), 0
         for inside, (_, records) in folder.files.items():
             if "model_states" not in inside:
                 continue
             data = records["data.pkl"]
-            at = data.index(b"o_proj", data.index(ROWS))
-            records["data.pkl"] = data[:at] + b"z_proj" + data[at + 6 :]
+            at = data.index(name, data.index(key))
+            records["data.pkl"] = data[:at] + b"z" + data[at + 1 :]
             hits += 1
         self.assertEqual(hits, 2)
         return folder.write(self.place / "renamed")
@@ -57,13 +59,23 @@ class Strict(ProgramCase):
         ):
             told = self.run_program(2, *arguments)
             self.assertIn("unused patterns", told.stderr)
-            self.assertIn("--no-strict", told.stderr)
+            self.assertEqual(told.stderr.count("notice: doubtful"), 2)
+            flag = "--no_strict" if arguments[0] == "ds_to_universal" else "--no-strict"
+            self.assertIn(flag + " goes on", told.stderr)
         self.assertFalse(target.exists())
         self.run_program(0, "convert", source, target, "--to", "universal", "--no-strict")
         certificate = json.loads((target / "certificate.json").read_text())
         self.assertIn("match no parameter's name", json.dumps(certificate["inferred"]))
         self.run_program(0, "ds_to_universal", "--input_folder", source / "global_step3",
                          "--output_folder", self.place / "other" / "step", "--no_strict")
+
+    def test_doubts_of_the_checkpoint_that_says_how_to_cut(self):
+        like = self.renamed(b"vocabulary_parameter", b"lm_head")
+        told = self.run_program(2, "reshard", self.recorded("autotp_tp2_to_tp1_dp2"),
+                                self.place / "two", "--to", "tp=2", "--num-kv-heads", "2",
+                                "--split-like", like)
+        self.assertIn("renamed\" (--split-like): universal_checkpoint_info has", told.stderr)
+        self.assertFalse((self.place / "two").exists())
 
     def test_mp_ranks_that_disagree_on_their_degrees(self):
         folder = h.ZeroFolder(self.recorded("autotp_z1_tp2_dp2"))
@@ -148,6 +160,27 @@ class Universal(ProgramCase):
         told = self.run_program(2, "reshard", folder, self.place / "out", "--to", "ep=1")
         self.assertIn("experts.w1/exp_avg.pt", told.stderr)
 
+    def test_a_step_is_missing(self):
+        folder = self.folder()
+        self.stack(folder, "step").unlink()
+        self.assertIn("INCOMPLETE", self.run_program(1, "verify", folder).stdout)
+        told = self.run_program(2, "digest", folder)
+        self.assertIn("experts.w1/step.pt", told.stderr)
+        (folder / "certificate.json").write_text("{}")  # excuses nothing
+        self.run_program(2, "digest", folder)
+        (folder / "certificate.json").unlink()
+        for arguments in (["inspect", folder], ["show", folder, "lm_head.weight"],
+                          ["convert", folder, self.place / "fp32", "--to", "fp32"]):
+            self.assertIn("step.pt\" is missing", self.run_program(0, *arguments).stderr)
+
+    def test_a_folder_of_ours_lacks_a_file(self):
+        target = self.place / "made" / "step"
+        self.run_program(0, "convert", self.recorded("autoep_z1_ep2_dp2"), target, "--to",
+                         "universal")
+        self.stack(target, "step").unlink()
+        self.assertIn("INCOMPLETE", self.run_program(1, "verify", target).stdout)
+        self.assertIn("step.pt", self.run_program(2, "digest", target).stderr)
+
     def test_a_stack_counts_other_experts(self):
         folder = self.folder()
 
@@ -165,34 +198,114 @@ class Universal(ProgramCase):
 class Run(ProgramCase):
     def config(self, **keys):
         path = self.place / "ds_config.json"
-        path.write_text(json.dumps({"zero_optimization": {"stage": 2}, **keys}))
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True},
+                                    **keys}))
         return path
 
     def experts(self, size):
         return {"expert_parallel": {"enabled": True, "autoep_size": size}}
 
+    def answer(self, source, world, *flags, **keys):
+        """What inspect says of a regular load in a run of that config."""
+        command = [CONFIG.program, "inspect", source, "--json", "--quiet", "--to-config",
+                   self.config(**keys), "--world", world, *flags]
+        told = subprocess.run([str(word) for word in command], capture_output=True, text=True)
+        answer = json.loads(told.stdout.splitlines()[-1])
+        self.assertEqual(answer["kind"], "regular_load")
+        self.assertEqual(told.returncode, 0 if answer["fits"] else 1)
+        return answer
+
+    def differs(self, words, *arguments, **keys):
+        answer = self.answer(*arguments, **keys)
+        self.assertFalse(answer["fits"])
+        self.assertIn(words, " ".join(answer["differs"]))
+        return answer
+
     def test_a_regular_load(self):
         source = self.recorded("autoep_z2_ep4_dp4")
-        told = self.run_program(0, "inspect", source, "--to-config",
-                                self.config(**self.experts(4)), "--world", 4)
-        self.assertIn("on 4 ranks: degrees and form of the stage fit", told.stdout)
-        told = self.run_program(1, "inspect", source, "--to-config",
-                                self.config(**self.experts(2)), "--world", 4)
-        self.assertIn("ep (autoep_size) 4 in the checkpoint, 2 in the run", told.stdout)
-        self.assertIn("--to dp=4,ep=2,stage=2", told.stdout)
-        told = self.run_program(1, "inspect", source, "--json", "--to-config",
-                                self.config(**self.experts(4)), "--world", 8)
-        answer = json.loads(told.stdout.splitlines()[-1])
-        self.assertEqual((answer["kind"], answer["fits"]), ("regular_load", False))
-        self.assertIn("ZeRORuntimeException", answer["differs"][0])
+        answer = self.answer(source, 4, **self.experts(4))
+        self.assertTrue(answer["fits"])
+        self.assertIn("optimizer and its parameter groups", answer["not_compared"])
+        answer = self.differs("ep (autoep_size) 4 in the checkpoint, 2 in the run", source, 4,
+                              **self.experts(2))
+        self.assertIn("--to dp=4,ep=2,stage=2", answer["command"])
+        self.differs("ZeRORuntimeException", source, 8, **self.experts(4))
         self.run_program(2, "inspect", source.parent / "universal", "--to-config",
                          self.config(), "--world", 4)
 
+    def test_the_command_can_be_run(self):
+        """As a shell reads it, from a folder with a blank in its name."""
+        source = self.place / "it's saved here"
+        shutil.copytree(self.recorded("autoep_z1_ep2_dp2"), source)
+        answer = self.answer(source, 4, zero_optimization={"stage": 3}, **self.experts(4))
+        words = shlex.split(answer["command"])
+        self.assertEqual(words[:3], ["isoshard", "reshard", str(source)])
+        out = self.place / "out"
+        self.run_program(0, *[str(out) if word == "TARGET" else word for word in words[1:]])
+        self.assertTrue(self.answer(out, 4, zero_optimization={"stage": 3},
+                                    **self.experts(4))["fits"])
+
+    def test_what_stands_in_the_way_of_a_reshard_is_said(self):
+        answer = self.differs("tp 2 in the checkpoint, 4", self.recorded("autotp_z1_tp2_dp2"), 4,
+                              tensor_parallel={"autotp_size": 4})
+        self.assertEqual(answer["command"], "")
+        self.assertIn("--num-kv-heads", answer["next"])
+        answer = self.differs("ep (autoep_size) 2", self.recorded("autoep_z1_ep2_dp2"), 6,
+                              **self.experts(3))
+        self.assertIn("is refused as it stands", answer["next"])
+        source = self.recorded("autotp_z1_tp2_dp2")
+        for flag in ("--no-strict", "--allow-renamed"):
+            self.assertIn(flag, self.answer(source, 2, flag)["command"])
+
     def test_stages_of_one_form(self):
-        for stage, status in ((2, 0), (1, 0), (0, 1), (3, 1)):
-            config = self.config(zero_optimization={"stage": stage})
-            self.run_program(status, "inspect", self.recorded("z2_bf16_dp4"), "--to-config", config,
-                             "--world", 4)
+        for stage, fits in ((2, True), (1, True), (0, False), (3, False)):
+            answer = self.answer(self.recorded("z2_bf16_dp4"), 4,
+                                 zero_optimization={"stage": stage})
+            self.assertEqual(answer["fits"], fits)
+
+    def test_what_no_reshard_mends(self):
+        zero = {"zero_optimization": {"stage": 1}}
+        for case, world, words, keys in (
+            ("autoep_z2_ep4_dp4", 4, "AutoEP in the checkpoint, not enabled", {}),
+            ("z2_bf16_dp4", 4, "AutoEP enabled in the run", self.experts(1)),
+            ("z2_bf16_dp4", 4, "bf16 on in the checkpoint, off", {"bf16": {"enabled": False}}),
+            ("z2_bf16_dp4", 4, "BF16_Optimizer",
+             {**zero, "data_types": {"grad_accum_dtype": "fp32"}}),
+            ("z2_bf16_dp4", 4, "round_robin_gradients 0 in the checkpoint, 1",
+             {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}),
+            ("z3_bf16_dp3", 3, "sub_group_size",
+             {"zero_optimization": {"stage": 3, "sub_group_size": 100}}),
+            ("pipe_bf16_pp3_dp2", 6, "a pipeline at stage 2", {}),
+            ("pipe_z0_bf16_pp2_dp2", 4, "KeyError", {"zero_optimization": {"stage": 0}}),
+        ):
+            answer = self.differs(words, self.recorded(case), world, **keys)
+            self.assertEqual(answer["command"], "")
+            self.assertIn("change the config", answer["next"])
+
+    def test_tensor_parallel_ranks_of_a_pipeline_stay(self):
+        source, zero = self.recorded("pipe_tp2_pp2_dp2"), {"zero_optimization": {"stage": 1}}
+        self.assertTrue(self.answer(source, 8, **zero)["fits"])
+        out = self.place / "out"
+        self.run_program(0, "reshard", source, out, "--to-config", self.config(**zero), "--world",
+                         4)
+        self.assertIn("tp=2,pp=2", json.loads(
+            self.run_program(0, "inspect", out, "--json").stdout.splitlines()[0])["to"])
+
+    def test_configs_that_leave_the_run_in_doubt(self):
+        source = self.recorded("autoep_z2_ep4_dp4")
+        for entry, keys in (
+            ("expert_parallel.enabled", {"expert_parallel": {"enabled": "true"}}),
+            ("expert_parallel", {"expert_parallel": [1]}),
+            ("tensor_parallel", {"tensor_parallel": 4}),
+            ("pipeline", {"pipeline": "auto"}),
+        ):
+            told = self.run_program(2, "inspect", source, "--to-config", self.config(**keys),
+                                    "--world", 4)
+            self.assertIn(f"entry:    {entry}\n", told.stderr)
+            self.assertEqual(told.stdout, "")
+        self.run_program(2, "inspect", source, "--world", 4)
+        told = self.run_program(2, "inspect", source, "--to-config", self.config())
+        self.assertIn("--world N", told.stderr)
 
     def test_autoep_of_the_config_counts(self):
         source = self.recorded("autoep_z1_ep2_dp2")

@@ -37,7 +37,7 @@ class Usage(ProgramCase):
             told = self.run_program(
                 2, "reshard", self.source, "out", "--to-config", config, "--world", 4
             )
-            self.assertIn("does not say what the target is", told.stderr)
+            self.assertIn("does not say what the run is", told.stderr)
         config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
         self.run_program(0, "reshard", self.source, "out", "--to-config", config, "--world", 4)
 

@@ -24,6 +24,17 @@ struct UniversalAlias {
   bool inject = false;
 };
 
+// Of stages 1 and 2 DeepSpeed's converter goes on without it only when told to.
+void require_split_info(const checkpoint::ShardedState& state) {
+  if (state.stage < 1 || state.stage > 2 || state.model_files.empty()) return;
+  const checkpoint::Fields model(state.document(state.model_files[0]));
+  if (model.maybe(model.root(), "universal_checkpoint_info") != checkpoint::kNoNode) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "Required universal_checkpoint_info state is missing.",
+                        .file = state.folder,
+                        .next = "pass --inject_missing_state, as DeepSpeed asks too"});
+}
+
 void run_ds_to_universal(Session* session, const UniversalAlias& alias) {
   const checkpoint::SourcePlace place =
       checkpoint::resolve_source(session->storage, alias.flags.source, "");
@@ -35,21 +46,9 @@ void run_ds_to_universal(Session* session, const UniversalAlias& alias) {
                           .found = quote(alias.flags.source),
                           .next = "name the tag folder"});
   }
-  if (!alias.inject) {
-    const checkpoint::ShardedState state = session->open(alias.flags.source, /*prove=*/false);
-    const bool asks = state.stage > 0 && state.stage < 3 && !state.model_files.empty();
-    const auto has_info = [&] {
-      const checkpoint::Fields model(state.document(state.model_files[0]));
-      return model.maybe(model.root(), "universal_checkpoint_info") != checkpoint::kNoNode;
-    };
-    if (asks && !has_info()) {
-      throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                            .what = "Required universal_checkpoint_info state is missing.",
-                            .file = state.folder,
-                            .next = "pass --inject_missing_state, as DeepSpeed asks too"});
-    }
-  }
   ConvertFlags flags = alias.flags;
+  if (!alias.inject) flags.accept = require_split_info;
+  flags.common.not_strict = "--no_strict";
   flags.banner = {"*** 1. Extracting ZeRO fragments", "*** 2. Merging slices .....",
                   "*** 3. Saving common optimizer states"};
   run_convert(session, flags);

@@ -134,11 +134,11 @@ void refuse_unfinished(Session* session, const std::string& folder, bool force,
 
 }  // namespace
 
-void refuse_doubtful(Session* session, const checkpoint::ShardedState& state, bool force,
-                     reshard::ConvertOptions* options) {
-  refuse_unfinished(session, state.folder, force, options);
+void refuse_doubtful(Session* session, const checkpoint::ShardedState& state,
+                     const ConversionFlags& flags, reshard::ConvertOptions* options) {
+  refuse_unfinished(session, state.folder, flags.force, options);
   for (const std::string& doubt : state.doubts) {
-    if (force) {
+    if (flags.force) {
       options->forced.push_back(doubt);
       continue;  // the notice was given when it was opened
     }
@@ -146,9 +146,9 @@ void refuse_doubtful(Session* session, const checkpoint::ShardedState& state, bo
                           .what = doubt + ".",
                           .file = state.folder,
                           .safe = "nothing was written",
-                          .next =
-                              "look at the names with inspect --parameters; --no-strict goes on "
-                              "and puts it into the certificate"});
+                          .next = "look at the names with `isoshard inspect --parameters`; " +
+                                  std::string(flags.not_strict) +
+                                  " goes on and puts it into the certificate"});
   }
 }
 

@@ -1,6 +1,7 @@
 // What convert and reshard have in common: checks before any work, flags, report.
 #pragma once
 
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -15,6 +16,7 @@ struct ConversionFlags {
   bool dry_run = false;
   bool force = false;
   std::string verify = "reread";
+  const char* not_strict = "--no-strict";  // as the verb spells it
 };
 
 struct ConvertFlags {
@@ -23,6 +25,7 @@ struct ConvertFlags {
   bool as_deepspeed = false;
   bool beyond_deepspeed = false;
   std::vector<std::string> banner;  // said when nothing is refused any more
+  std::function<void(const checkpoint::ShardedState&)> accept;  // throws where a verb wants more
   ConversionFlags common;
 };
 
@@ -47,9 +50,9 @@ checkpoint::ShardedState open_to_convert(Session* session, const std::string& so
                                          const ConversionFlags& flags);
 
 // A folder of ours that was not finished is INCOMPLETE, one that reading found doubts in SUSPECT:
-// refused, or with `force` told in the certificate.
-void refuse_doubtful(Session* session, const checkpoint::ShardedState& state, bool force,
-                     reshard::ConvertOptions* options);
+// refused, or with --force told in the certificate.
+void refuse_doubtful(Session* session, const checkpoint::ShardedState& state,
+                     const ConversionFlags& flags, reshard::ConvertOptions* options);
 
 // The certificate's source part.
 nlohmann::json source_certificate(const checkpoint::ShardedState& state, const std::string& source);

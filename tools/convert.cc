@@ -37,6 +37,7 @@ void run_convert(Session* session, const ConvertFlags& flags) {
   session->read.lost_experts = true;  // weights are saved where masters are gone; it says so
   refuse_overlap(session, flags.source, flags.target);
   ShardedState state = open_to_convert(session, flags.source, flags.common);
+  if (flags.accept) flags.accept(state);
   std::vector<std::string> left_out;
   if (!session->only.empty()) {
     refuse_partial(flags);
@@ -46,7 +47,7 @@ void run_convert(Session* session, const ConvertFlags& flags) {
   for (const std::string& name : left_out)
     certificate["skipped"].push_back(quote(name) + ": not asked for by --only");
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
-  refuse_doubtful(session, state, flags.common.force, &options);
+  refuse_doubtful(session, state, flags.common, &options);
   if (!session->only.empty()) certificate["source"]["only"] = session->only;
   if (flags.beyond_deepspeed && flags.to != "universal")
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,

@@ -219,7 +219,7 @@ void run_export(Session* session, const ExportFlags& flags) {
   const ModelFolder model = find_model(session, flags, state);
   nlohmann::json certificate = source_certificate(state, flags.source);
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
-  refuse_doubtful(session, state, flags.common.force, &options);
+  refuse_doubtful(session, state, flags.common, &options);
   tell_files(session, state, flags, &certificate);
   if (state.expert_layout == checkpoint::ExpertLayout::kAutoEp) {
     const std::vector<std::string> renamed =

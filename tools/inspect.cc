@@ -6,6 +6,7 @@
 #include "checkpoint/deepspeed/name_filter.h"
 #include "checkpoint/deepspeed/pipeline.h"
 #include "core/error.h"
+#include "tools/regular_load.h"
 #include "tools/session.h"
 #include "tools/target_config.h"
 
@@ -184,39 +185,71 @@ void print_text(Session* session, const ShardedState& state, const Totals& total
 struct Run {
   std::string config;
   int world = 0;
+  RunConfig read;
 };
 
-// Whether degrees and stage of a config's run are those of the checkpoint.
-void answer_for(Session* session, const ShardedState& state, const Run& run) {
-  TargetSpec spec = spec_from_config(session, run.config);
-  share_world(state, run.config, run.world, &spec);
-  nlohmann::json answer = regular_load(state, spec);
+void check_form(const ShardedState& state) {
   const bool universal = is_universal(state);
-  if (universal || state.flavour == Flavour::kWeights) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "A regular load takes ZeRO checkpoints alone.",
-                          .file = state.folder,
-                          .expected = "a ZeRO checkpoint",
-                          .found = name(state.flavour),
-                          .next = universal
-                                      ? "load it with checkpoint.load_universal, at any degrees"
-                                      : "leave --to-config out"});
-  }
-  if (!answer["fits"].get<bool>()) session->status = kAnswerIsNo;
+  if (!universal && state.flavour != Flavour::kWeights) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "A regular load takes ZeRO checkpoints alone.",
+                        .file = state.folder,
+                        .expected = "a ZeRO checkpoint",
+                        .found = name(state.flavour),
+                        .next = universal ? "load it with checkpoint.load_universal, at any degrees"
+                                          : "leave --to-config out"});
+}
+
+// Whether a regular load in a config's run finds what it looks for.
+void print_answer(Session* session, const Run& run, nlohmann::json answer) {
+  const bool fits = answer["fits"].get<bool>();
+  if (!fits) session->status = kAnswerIsNo;
   if (session->json) {
     answer["kind"] = "regular_load";
     return session->print_json(answer);
   }
-  session->say(std::string("loads in     ") + quote(run.config) + " on " +
-               std::to_string(run.world) + " ranks: " +
-               (answer["fits"].get<bool>() ? "degrees and form of the stage fit; optimizer, dtype, "
-                                             "round robin, sub-groups and AutoEP on or off are not "
-                                             "compared"
-                                           : "NO"));
+  const auto list = [&](const nlohmann::json& texts) {
+    std::string joined;
+    for (const nlohmann::json& text : texts)
+      joined += (joined.empty() ? "" : "; ") + text.get<std::string>();
+    return joined;
+  };
+  session->say("loads in     " + quote(run.config) + " on " + std::to_string(run.world) +
+               " ranks: " + (fits ? "nothing that was compared speaks against it" : "NO"));
   for (const nlohmann::json& text : answer["differs"])
     session->say("             " + text.get<std::string>());
-  if (!answer["fits"].get<bool>())
-    session->say("             " + answer["command"].get<std::string>());
+  session->say("             not compared: " + list(answer["not_compared"]));
+  for (const char* key : {"command", "next"}) {
+    if (!answer[key].get<std::string>().empty())
+      session->say("             " + answer[key].get<std::string>());
+  }
+}
+
+void run_inspect(Session* session, const std::string& source, bool list, Run run) {
+  if (run.config.empty() && run.world != 0) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "--world goes with --to-config.",
+                          .next = "leave --world out"});
+  }
+  if (!run.config.empty()) run.read = read_run_config(session, run.config);
+  session->read.places = !run.config.empty();  // a reshard is planned
+  session->read.lost_experts = true;           // what is missing is told
+  const ShardedState state = session->open(source, /*prove=*/false);
+  const checkpoint::NameFilter filter(session->only);
+  const bool matched = std::ranges::any_of(
+      state.parameters, [&](const ParameterState& p) { return filter.matches(p.name); });
+  if (!session->only.empty() && !matched) checkpoint::refuse_unmatched(session->only, state.folder);
+  nlohmann::json answer;
+  if (!run.config.empty()) {
+    check_form(state);
+    answer = regular_load(session, state, run.read, share_world(state, run.read, run.world));
+  }
+  const Totals totals = totals_of(state);
+  if (session->json)
+    print_json_form(session, state, totals);
+  else
+    print_text(session, state, totals, list || !session->only.empty());
+  if (!run.config.empty()) print_answer(session, run, answer);
 }
 
 }  // namespace
@@ -231,25 +264,11 @@ void add_inspect(CLI::App* app, Session* session) {
   verb->add_flag("--parameters", *list, "List every parameter");
   verb->add_option(
       "--to-config", run->config,
-      "A DeepSpeed config: do its degrees and stage allow a regular load? (status 1: no)");
+      "A DeepSpeed config: would a regular load in its run find what it looks for? (status 1: no)");
   verb->add_option("--world", run->world, "Number of ranks for --to-config");
   add_source_flags(verb, session);
   add_only_flag(verb, session);
-  verb->callback([session, source, list, run] {
-    session->read.places = false;
-    const ShardedState state = session->open(*source, /*prove=*/false);
-    const checkpoint::NameFilter filter(session->only);
-    const bool matched = std::ranges::any_of(
-        state.parameters, [&](const ParameterState& p) { return filter.matches(p.name); });
-    if (!session->only.empty() && !matched)
-      checkpoint::refuse_unmatched(session->only, state.folder);
-    const Totals totals = totals_of(state);
-    if (session->json)
-      print_json_form(session, state, totals);
-    else
-      print_text(session, state, totals, *list || !session->only.empty());
-    if (!run->config.empty()) answer_for(session, state, *run);
-  });
+  verb->callback([session, source, list, run] { run_inspect(session, *source, *list, *run); });
 }
 
 }  // namespace isoshard::tools

@@ -19,7 +19,7 @@ void run_migrate(Session* session, const MigrateFlags& flags) {
   checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
   nlohmann::json certificate = source_certificate(state, flags.source);
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
-  refuse_doubtful(session, state, flags.common.force, &options);
+  refuse_doubtful(session, state, flags.common, &options);
   const checkpoint::Migration migration = checkpoint::migrate_to_autoep(&state, &names);
   session->say("layers       " + std::to_string(migration.layers.size()) + " of " +
                std::to_string(migration.layers.at(0).experts) + " experts, " +

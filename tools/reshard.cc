@@ -27,48 +27,6 @@ struct ReshardFlags {
   ConversionFlags common;
 };
 
-// The number of key-value heads as AutoTP looks for it in a model's config.json.
-int64_t heads_of(Session* session, const std::string& file) {
-  const nlohmann::json config =
-      nlohmann::json::parse(read_small_file(session->storage, file, 16 << 20), nullptr, false);
-  const nlohmann::json& text =
-      config.is_object() && config.contains("text_config") ? config["text_config"] : config;
-  for (const char* key :
-       {"num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "kv_n_heads",
-        "num_attention_heads", "n_heads", "attention_heads"}) {
-    if (!text.is_object() || !text.contains(key) || text[key].is_null()) continue;
-    if (text[key].is_number_integer() && text[key] > 0) return text[key].get<int64_t>();
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "The model's config does not say its number of heads.",
-                          .file = file,
-                          .entry = key,
-                          .expected = "a number above 0",
-                          .found = text[key].dump()});
-  }
-  if (text.is_object()) return 0;
-  throw Error(ErrorInfo{
-      .code = ErrorCode::kUsage, .what = "The model's config is not a JSON object.", .file = file});
-}
-
-// --num-kv-heads, --model-config, or the config.json that a Trainer has left beside the tag.
-checkpoint::SplitOptions split_options(Session* session, const ReshardFlags& flags,
-                                       const checkpoint::ShardedState& state,
-                                       std::vector<std::string>* inferred) {
-  checkpoint::SplitOptions options = flags.splits;
-  if (options.kv_heads >= 0) return options;
-  std::string file = flags.model_config;
-  if (file.empty()) {
-    const std::string beside =
-        checkpoint::join(checkpoint::parent_folder(state.folder), "config.json");
-    if (session->storage.is_file(beside)) file = beside;
-  }
-  if (file.empty()) return options;
-  options.kv_heads = heads_of(session, file);
-  inferred->push_back("key-value heads: " + std::to_string(options.kv_heads) + ", as " +
-                      quote(checkpoint::base_name(file)) + " says");
-  return options;
-}
-
 // "embed=0,5" as CLI11 has split it at the commas: "embed=0", "5", "head=7".
 void read_tied_layers(const std::vector<std::string>& texts,
                       std::map<std::string, std::set<int>>* tied) {
@@ -159,6 +117,13 @@ void tell_target(Session* session, const std::vector<std::string>& inferred,
   }
 }
 
+void adopt_splits_of(Session* session, const std::string& like, checkpoint::ShardedState* state) {
+  const checkpoint::ShardedState other = session->open(like, /*prove=*/false);
+  checkpoint::adopt_splits(state, other);
+  for (const std::string& doubt : other.doubts)
+    state->doubts.push_back("of " + quote(like) + " (--split-like): " + doubt);
+}
+
 void run_reshard(Session* session, const ReshardFlags& flags) {
   if (flags.to.empty() == flags.to_config.empty()) {
     throw Error(ErrorInfo{
@@ -172,13 +137,13 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
                           .what = "--world goes with --to-config; --to says each degree.",
                           .next = "leave --world out"});
   }
-  TargetSpec spec =
-      flags.to.empty() ? spec_from_config(session, flags.to_config) : parse_target(flags.to);
+  RunConfig run;
+  if (flags.to.empty()) run = read_run_config(session, flags.to_config);
+  TargetSpec spec = flags.to.empty() ? run.spec : parse_target(flags.to);
   refuse_overlap(session, flags.source, flags.target);
   checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
-  if (!flags.split_like.empty())
-    checkpoint::adopt_splits(&state, session->open(flags.split_like, /*prove=*/false));
-  if (flags.to.empty()) share_world(state, flags.to_config, flags.world, &spec);
+  if (!flags.split_like.empty()) adopt_splits_of(session, flags.split_like, &state);
+  if (flags.to.empty()) spec = share_world(state, run, flags.world);
   const Topology topology = resolve(spec, state.topology);
   const int stage = spec.stage >= 0 ? spec.stage : state.stage;
   const std::string tag = usable_tag(flags, state);
@@ -187,8 +152,10 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   wanted.allow_dropped = {flags.allow_dropped.begin(), flags.allow_dropped.end()};
   if (state.pipeline.present())
     wanted.splits = flags.splits;
-  else if (topology.tensor > 1 && topology.tensor != state.topology.tensor)
-    wanted.splits = split_options(session, flags, state, &inferred);
+  else if (topology.tensor > 1 && topology.tensor != state.topology.tensor) {
+    wanted.splits = flags.splits;
+    infer_heads(session, state, flags.model_config, &wanted.splits, &inferred);
+  }
   check_vocabulary_flag(flags, state, topology);
   check_head_flags(flags, state);
   check_stage_flags(flags, state);
@@ -199,7 +166,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   inferred.insert(inferred.end(), files.inferred.begin(), files.inferred.end());
   reshard::ConvertOptions options =
       conversion_options(session, flags.common, checkpoint::join(flags.target, tag));
-  refuse_doubtful(session, state, flags.common.force, &options);
+  refuse_doubtful(session, state, flags.common, &options);
   if (!flags.common.no_latest) {
     options.latest_path = checkpoint::join(flags.target, "latest");
     options.latest_text = tag;

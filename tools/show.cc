@@ -343,6 +343,7 @@ void show_scalar(Session* session, const ShardedState& state, const Target& targ
 }
 
 void run_show(Session* session, const ShowFlags& flags) {
+  session->read.lost_experts = true;  // another tensor's missing state is told
   const ShardedState state = session->open(flags.source);
   const Target target = find_target(state, flags);
   if (!target.notice.empty()) session->notice("notice: " + target.notice);

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "checkpoint/deepspeed/source.h"
 #include "core/error.h"
 
 namespace isoshard::tools {
@@ -10,18 +11,15 @@ namespace {
 
 using nlohmann::json;
 
-[[noreturn]] void refuse_config(const std::string& file, const std::string& key, int least,
-                                int most, const json& found) {
-  throw Error(ErrorInfo{
-      .code = ErrorCode::kUsage,
-      .what = "The DeepSpeed config does not say what the target is to be.",
-      .file = file,
-      .entry = key,
-      .expected = key == "zero_optimization"
-                      ? "an object with stage"
-                      : "a number from " + std::to_string(least) + " to " + std::to_string(most),
-      .found = found.dump(),
-      .next = "write the number into a copy of the config, or say --to instead"});
+[[noreturn]] void refuse_config(const std::string& file, const std::string& key,
+                                const std::string& expected, const json& found) {
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "The DeepSpeed config does not say what the run is to be.",
+                        .file = file,
+                        .entry = key,
+                        .expected = expected,
+                        .found = found.dump(),
+                        .next = "write it into a copy of the config, or say --to instead"});
 }
 
 struct Number {
@@ -30,101 +28,128 @@ struct Number {
 };
 
 int number_in(const json& holder, const std::string& file, const Number& number) {
-  if (!holder.is_object() || !holder.contains(number.key)) return number.otherwise;
+  if (!holder.contains(number.key)) return number.otherwise;
   const json& value = holder[number.key];
   const bool fits = value.is_number_integer() && value >= number.least && value <= number.most;
-  if (!fits) refuse_config(file, number.key, number.least, number.most, value);
+  if (!fits)
+    refuse_config(
+        file, number.key,
+        "a number from " + std::to_string(number.least) + " to " + std::to_string(number.most),
+        value);
   return value.get<int>();
+}
+
+// A section of the config; an empty object if there is none.
+json part_of(const json& config, const std::string& file, const char* key) {
+  const json part = config.value(key, json::object());
+  if (!part.is_object()) refuse_config(file, key, "an object", part);
+  return part;
 }
 
 constexpr int kMostRanks = 1'000'000;
 
 }  // namespace
 
-TargetSpec spec_from_config(Session* session, const std::string& file) {
-  const json config =
-      json::parse(read_small_file(session->storage, file, 16 << 20), nullptr, false);
-  if (!config.is_object()) {
+RunConfig read_run_config(Session* session, const std::string& file) {
+  RunConfig run;
+  run.file = file;
+  run.keys = json::parse(read_small_file(session->storage, file, 16 << 20), nullptr, false);
+  if (!run.keys.is_object()) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "The DeepSpeed config is not a JSON object.",
                           .file = file});
   }
-  const auto part = [&](const char* key) { return config.value(key, json::object()); };
-  TargetSpec spec;
-  const json zero = part("zero_optimization");
-  if (!zero.is_object()) refuse_config(file, "zero_optimization", 0, 3, zero);
-  spec.stage = number_in(zero, file, {"stage", 0, 0, 3});
-  spec.topology.sequence = number_in(config, file, {"sequence_parallel_size", 1, 1, kMostRanks});
-  spec.topology.tensor =
-      std::max(1, number_in(part("tensor_parallel"), file, {"autotp_size", 1, 0, kMostRanks}));
-  const json pipeline = part("pipeline");
-  if (!pipeline.is_object() || !pipeline.contains("stages") || pipeline["stages"] != "auto")
+  TargetSpec& spec = run.spec;
+  spec.stage = number_in(part_of(run.keys, file, "zero_optimization"), file, {"stage", 0, 0, 3});
+  spec.topology.sequence = number_in(run.keys, file, {"sequence_parallel_size", 1, 1, kMostRanks});
+  // Left open (0) where there is no such section: a pipeline's caller makes these ranks.
+  if (run.keys.contains("tensor_parallel"))
+    spec.topology.tensor = std::max(1, number_in(part_of(run.keys, file, "tensor_parallel"), file,
+                                                 {"autotp_size", 1, 0, kMostRanks}));
+  const json pipeline = part_of(run.keys, file, "pipeline");
+  if (!pipeline.contains("stages") || pipeline["stages"] != "auto")
     spec.topology.pipeline = number_in(pipeline, file, {"stages", 0, 1, kMostRanks});
-  const json experts = part("expert_parallel");
-  if (experts.is_object() && experts.value("enabled", json(false)) == true)
+  const json experts = part_of(run.keys, file, "expert_parallel");
+  const json enabled = experts.value("enabled", json(false));
+  if (!enabled.is_boolean())
+    refuse_config(file, "expert_parallel.enabled", "true or false", enabled);
+  run.autoep = enabled.get<bool>();
+  if (run.autoep)
     spec.topology.expert = number_in(experts, file, {"autoep_size", 1, 1, kMostRanks});
-  return spec;
+  return run;
 }
 
-void share_world(const checkpoint::ShardedState& source, const std::string& file, int world,
-                 TargetSpec* spec) {
-  if (spec->topology.expert > 0 && source.expert_layout == checkpoint::ExpertLayout::kNative) {
+TargetSpec share_world(const checkpoint::ShardedState& source, const RunConfig& run, int world) {
+  if (run.autoep && source.expert_layout == checkpoint::ExpertLayout::kNative) {
     throw Error(
         ErrorInfo{.code = ErrorCode::kUsage,
                   .what = "The config enables AutoEP; the checkpoint has native MoE layers.",
-                  .file = file,
+                  .file = run.file,
                   .entry = "expert_parallel",
                   .next = "`isoshard migrate --to autoep` makes AutoEP's stacks of them"});
   }
-  const int64_t stages =
-      spec->topology.pipeline > 0 ? spec->topology.pipeline : int64_t{source.topology.pipeline};
-  const int64_t replica =
-      stages * spec->topology.sequence * int64_t{std::max(1, spec->topology.tensor)};
-  if (world < 1 || world % replica != 0) {
+  if (world < 1) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "--to-config goes with --world N, the number of ranks.",
+                          .next = "say --world"});
+  }
+  TargetSpec spec = run.spec;
+  Topology& to = spec.topology;
+  if (to.pipeline == 0) to.pipeline = source.topology.pipeline;
+  if (to.tensor == 0) to.tensor = source.pipeline.present() ? source.topology.tensor : 1;
+  const int64_t replica = int64_t{to.pipeline} * to.sequence * to.tensor;
+  if (world % replica != 0) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kUsage,
-        .what = "--to-config needs --world N, a multiple of the config's sequence_parallel_size "
-                "times autotp_size times the pipeline stages.",
-        .file = file,
+        .what = "--world is no multiple of the config's sequence_parallel_size times autotp_size "
+                "times the pipeline stages.",
+        .file = run.file,
         .expected = "a multiple of " + std::to_string(replica),
         .found = std::to_string(world)});
   }
-  spec->topology.data = static_cast<int>(world / replica);
+  to.data = static_cast<int>(world / replica);
+  return spec;
 }
 
-json regular_load(const checkpoint::ShardedState& source, const TargetSpec& spec) {
-  const Topology& from = source.topology;
-  const Topology to = resolve(spec, from);
-  const int stage = spec.stage >= 0 ? spec.stage : source.stage;
-  std::vector<std::string> differs;
-  const auto compare = [&](const std::string& what, int saved, int run, const std::string& why) {
-    if (saved == run) return;
-    differs.push_back(what + " " + std::to_string(saved) + " in the checkpoint, " +
-                      std::to_string(run) + " in the run: " + why);
-  };
-  const bool partitions =
-      source.stage > 0 || source.expert_layout != checkpoint::ExpertLayout::kNone;
-  const bool other_form =
-      source.stage != stage && (source.stage == 0 || source.stage == 3 || stage == 0 || stage == 3);
-  if (other_form) compare("ZeRO stage", source.stage, stage, "its files have another form");
-  if (partitions)
-    compare("dp*sp", from.zero_ranks(), to.zero_ranks(),
-            "the optimizer's partitions are of other ranks (DeepSpeed: ZeRORuntimeException)");
-  compare("tp", from.tensor, to.tensor, "the ranks' shards have other shapes");
-  compare("pp", from.pipeline, to.pipeline, "the stages hold other layers");
-  compare("ep (autoep_size)", from.expert, to.expert,
-          "a rank would take other experts' moments; DeepSpeed does not compare the sizes");
-  json result = {{"fits", differs.empty()}, {"differs", differs}, {"command", ""}};
-  if (!differs.empty()) {
-    std::string target = "dp=" + std::to_string(to.data);
-    for (const Axis axis : {Axis::kSequence, Axis::kTensor, Axis::kExpert, Axis::kPipeline}) {
-      if (to.degree(axis) != 1 || from.degree(axis) != 1)
-        target += "," + std::string(name(axis)) + "=" + std::to_string(to.degree(axis));
-    }
-    result["command"] = "isoshard reshard " + source.folder + " TARGET --to " + target +
-                        ",stage=" + std::to_string(stage);
+namespace {
+
+// The number of key-value heads as AutoTP looks for it in a model's config.json.
+int64_t heads_of(Session* session, const std::string& file) {
+  const json config =
+      json::parse(read_small_file(session->storage, file, 16 << 20), nullptr, false);
+  const json& text =
+      config.is_object() && config.contains("text_config") ? config["text_config"] : config;
+  for (const char* key :
+       {"num_key_value_heads", "num_kv_heads", "multi_query_group_num", "n_head_kv", "kv_n_heads",
+        "num_attention_heads", "n_heads", "attention_heads"}) {
+    if (!text.is_object() || !text.contains(key) || text[key].is_null()) continue;
+    if (text[key].is_number_integer() && text[key] > 0) return text[key].get<int64_t>();
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "The model's config does not say its number of heads.",
+                          .file = file,
+                          .entry = key,
+                          .expected = "a number above 0",
+                          .found = text[key].dump()});
   }
-  return result;
+  if (text.is_object()) return 0;
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUsage, .what = "The model's config is not a JSON object.", .file = file});
+}
+
+}  // namespace
+
+void infer_heads(Session* session, const checkpoint::ShardedState& source, std::string model_config,
+                 checkpoint::SplitOptions* options, std::vector<std::string>* inferred) {
+  if (options->kv_heads >= 0) return;
+  if (model_config.empty()) {
+    const std::string beside =
+        checkpoint::join(checkpoint::parent_folder(source.folder), "config.json");
+    if (session->storage.is_file(beside)) model_config = beside;
+  }
+  if (model_config.empty()) return;
+  options->kv_heads = heads_of(session, model_config);
+  inferred->push_back("key-value heads: " + std::to_string(options->kv_heads) + ", as " +
+                      quote(checkpoint::base_name(model_config)) + " says");
 }
 
 }  // namespace isoshard::tools

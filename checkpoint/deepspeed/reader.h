@@ -26,9 +26,9 @@ struct ReadOptions {
   // Stages 0 to 2: optimizer files stay closed; every parameter is its copy in the model's dtype,
   // and frozen. No meaning at stage 3, where the masters are the only weights, and in other forms.
   bool model_files_only = false;
-  // Go on where states are missing (convert does): at stage 0 an expert-parallel rank's optimizer
-  // file, whose experts have no masters and moments then, and weights in the model's dtype; in a
-  // universal folder a state that others of the group have.
+  // Go on where states are missing, and tell it (convert, inspect and show do): at stage 0 an
+  // expert-parallel rank's optimizer file, whose experts have no masters and moments then, and
+  // weights in the model's dtype; in a universal folder a state that others of the group have.
   bool lost_experts = false;
   bool places = true;  // where each element lies; inspect does without it at stage 3
 };

@@ -138,7 +138,7 @@ void TargetMaps::check(const ParameterState& parameter) const {
            "Of this parameter the mean over the ranks counts; that of so many equal values is not "
            "the value itself, bit for bit.",
            parameter.name, "tp=1, 2, 4, 8 and so on", "tp=" + std::to_string(ranks_),
-           "take such a tp");
+           "say tp=1, or another of these, even where the source has this tp itself");
   if (split.kind == SplitKind::kMapped && ranks_ != 1 && ranks_ != split.ranks())
     refuse(ErrorCode::kUnsupported,
            "Only a map says how this parameter is cut; there is no rule for other degrees.",

@@ -7,6 +7,7 @@
 #include "checkpoint/deepspeed/merge.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/deepspeed/universal_states.h"
 #include "checkpoint/deepspeed/zero_files.h"
 #include "core/error.h"
 #include "core/zero_rules.h"
@@ -61,7 +62,7 @@ class UniversalReader {
     for (auto& [name, files] : folders_) add_copy(name, files);
     if (parts || (stages && info.says_anything()))
       tell_unused_patterns(&state_, info, options_.strict);
-    check_states();
+    check_universal_states(&state_, storage_, options_);
   }
 
  private:
@@ -88,7 +89,6 @@ class UniversalReader {
   void attach_states(ParameterState* parameter);
   void check_experts(const Fields& fields, const ParameterState& parameter,
                      const std::string& file) const;
-  void check_states() const;
   TensorView tensor_of(const Fields& fields, const std::string& what) const;
   void read_groups(const ModelStates& model);
   void add_nested_scalars();
@@ -357,27 +357,6 @@ void UniversalReader::check_experts(const Fields& fields, const ParameterState& 
         "The number of experts in a file is not that of the model's layer (DeepSpeed: "
         "AssertionError).",
         file, expected, std::to_string(found));
-}
-
-// Every parameter of a group has the group's states. What isoshard left out, its certificate says,
-// and the manifest lists the files that there are.
-void UniversalReader::check_states() const {
-  if (options_.lost_experts || storage_.is_file(join(state_.folder, "certificate.json"))) return;
-  std::map<int, std::map<std::string, std::string>> states;  // by group: state, who has it
-  for (const ParameterState& parameter : state_.parameters) {
-    for (int leaf : parameter.states)
-      states[parameter.group].emplace(state_.leaf(leaf).state, parameter.name);
-  }
-  for (const ParameterState& parameter : state_.parameters) {
-    if (parameter.group < 0) continue;
-    for (const auto& [state, owner] : states[parameter.group]) {
-      if (state_.state_leaf(parameter, state) >= 0) continue;
-      missing(
-          "A parameter lacks a state that others of its group have, such as " + quote(owner) + ".",
-          "zero/" + parameter.name + "/" + state + ".pt",
-          "copy it from where the folder was written, or convert the source checkpoint again");
-    }
-  }
 }
 
 void UniversalReader::read_groups(const ModelStates& model) {

@@ -1,0 +1,79 @@
+// See universal_states.h.
+#include "checkpoint/deepspeed/universal_states.h"
+
+#include <map>
+#include <optional>
+#include <set>
+
+#include "checkpoint/manifest.h"
+#include "core/error.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+std::set<std::string> states_of(const ShardedState& state, const ParameterState& parameter) {
+  std::set<std::string> names;
+  for (int leaf : parameter.states) names.insert(state.leaf(leaf).state);
+  for (const Scalar& scalar : parameter.scalars) names.insert(scalar.name);
+  return names;
+}
+
+// The files that were missing from the start, of a folder that isoshard wrote.
+class LeftOut {
+ public:
+  LeftOut(Storage& storage, const std::string& folder)
+      : storage_(storage), path_(join(folder, kManifestName)) {}
+
+  bool holds(const std::string& file) {
+    if (!read_) read();
+    return listed_ && listed_->count(file) == 0;
+  }
+
+ private:
+  void read() {
+    read_ = true;
+    if (!storage_.is_file(path_)) return;
+    listed_.emplace();
+    const std::string text = read_small_file(storage_, path_, int64_t{1} << 28);
+    for (const ManifestFile& file : parse_manifest(text, path_).files) listed_->insert(file.path);
+  }
+
+  Storage& storage_;
+  std::string path_;
+  bool read_ = false;
+  std::optional<std::set<std::string>> listed_;  // none: there is no manifest
+};
+
+}  // namespace
+
+void check_universal_states(ShardedState* state, Storage& storage, const ReadOptions& options) {
+  std::map<int, std::map<std::string, std::string>> states;  // by group: state, who has it
+  for (const ParameterState& parameter : state->parameters) {
+    for (const std::string& name : states_of(*state, parameter))
+      states[parameter.group].emplace(name, parameter.name);
+  }
+  LeftOut left_out(storage, state->folder);
+  std::string first;
+  int lacking = 0;
+  for (const ParameterState& parameter : state->parameters) {
+    if (parameter.group < 0) continue;
+    const std::set<std::string> own = states_of(*state, parameter);
+    for (const auto& [name, owner] : states[parameter.group]) {
+      const std::string file = "zero/" + parameter.name + "/" + name + ".pt";
+      if (own.count(name) > 0 || left_out.holds(file)) continue;
+      if (!options.lost_experts)
+        state->refuse(ErrorCode::kIncomplete,
+                      "A parameter lacks a state that others of its group have.", file,
+                      "as " + quote(owner) + " has", "absent",
+                      "copy it from where the folder was written, or convert the source checkpoint "
+                      "again");
+      if (lacking++ == 0) first = file;
+    }
+  }
+  if (lacking == 0) return;
+  const std::string more = lacking > 1 ? " and " + std::to_string(lacking - 1) + " others" : "";
+  state->notices.push_back(quote(first) + more + (lacking > 1 ? " are" : " is") +
+                           " missing: states that other parameters of the group have");
+}
+
+}  // namespace isoshard::checkpoint
