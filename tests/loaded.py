@@ -18,6 +18,7 @@ import compare_torch  # noqa: E402
 
 PROGRAM, TRACES = sys.argv[1:3]
 TIED = ["--tied-layers", "embed=0,7"]
+MOST = ["--moe-max-group-size", "330"]
 # case → (--to, flags there, flags back)
 CASES = {
     "z1_dp2_to_z1_dp4": ("dp=4", [], []),
@@ -41,6 +42,7 @@ CASES = {
     "pipe_frozen_pp2_to_pp1_dp1": ("pp=1,dp=1", [], ["--pp-parts", "0,3,6"]),
     # Made from our own reshard, by a plain load: DeepSpeed cannot change the ep of native MoE.
     "moe2_ep2_to_ep1_dp2": ("ep=1,dp=2", [], []),
+    "moe2_groups_ep2_to_ep1_dp2": ("ep=1,dp=2", MOST, MOST),
 }
 # DeepSpeed keeps the source's name of the experts' group (docs/deepspeed_errata.md).
 STALE_NAME = r"\['param_groups'\]\[1\]\['name'\]"

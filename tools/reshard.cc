@@ -21,6 +21,7 @@ struct ReshardFlags {
   std::string source, target, to, to_config, tag_out, split_like, model_config;
   int world = 0;
   bool no_side_files = false, beyond_deepspeed = false;
+  int64_t moe_max_group_size = 0;
   std::vector<std::string> allow_dropped, tied_layers;
   checkpoint::SplitOptions splits;
   checkpoint::StageOptions stages;
@@ -161,6 +162,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   check_stage_flags(flags, state);
   wanted.stages = flags.stages;
   wanted.beyond_deepspeed = flags.beyond_deepspeed;
+  wanted.moe_max_group_size = flags.moe_max_group_size;
   read_tied_layers(flags.tied_layers, &wanted.stages.tied);
   checkpoint::TargetFiles files = checkpoint::reshard_blueprints(state, topology, stage, wanted);
   inferred.insert(inferred.end(), files.inferred.begin(), files.inferred.end());
@@ -219,6 +221,10 @@ void add_reshard(CLI::App* app, Session* session) {
   verb->add_flag("--beyond-deepspeed", flags->beyond_deepspeed,
                  "AutoEP: take an ep that does not divide the experts, which DeepSpeed will not "
                  "load");
+  verb->add_option("--moe-max-group-size", flags->moe_max_group_size,
+                   "max_group_size of split_params_into_different_moe_groups_for_optimizer in the "
+                   "run (default: DeepSpeed's, 178956971), where ep changes")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 50));
   verb->add_option("--split-like", flags->split_like,
                    "A checkpoint of the same model with several tensor-parallel ranks, for a "
                    "source of one, which does not say how its tensors are cut");

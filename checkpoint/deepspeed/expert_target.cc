@@ -103,7 +103,7 @@ void check_folded(const ReshardTarget& target) {
 
 }  // namespace
 
-void prepare_experts(ReshardTarget* target) {
+void prepare_experts(ReshardTarget* target, bool grouped) {
   const ShardedState& state = target->state;
   const bool native = state.expert_layout == ExpertLayout::kNative;
   if (target->stage == 3 && native) {
@@ -133,7 +133,7 @@ void prepare_experts(ReshardTarget* target) {
     if (held > 0 && held < static_cast<int64_t>(members.size())) refuse_mixed(*target, g);
   }
   const auto groups = std::ranges::count(target->expert_groups, true);
-  if (groups > 1 && target->topology.expert != state.topology.expert) {
+  if (!grouped && groups > 1 && target->topology.expert != state.topology.expert) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kUnsupported,
         .what = "The experts lie in several optimizer groups, whose borders depend on ep.",

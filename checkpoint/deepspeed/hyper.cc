@@ -262,6 +262,11 @@ bool is_engine_key(const std::string& key) {
 
 namespace {
 
+bool of_experts(const json& group) {
+  return group.is_object() && group.value("moe", json(false)) == json(true);
+}
+
+// The loss scaler, and each group with the names of its parameters.
 json optimizer_part(const ShardedState& state, Spent* spent) {
   json result = {{"loss_scaler", loss_scaler(state, spent)}};
   for (const GroupState& group : state.groups) {
@@ -269,7 +274,7 @@ json optimizer_part(const ShardedState& state, Spent* spent) {
     json entry = Renderer(holder, "param_groups", spent).render(group.hyper.node);
     entry.erase("params");
     // "ep_size_4": the degree is the topology's, and stale after a load elsewhere.
-    if (entry.is_object() && entry.value("moe", json(false)) == json(true)) entry.erase("name");
+    if (of_experts(entry)) entry.erase("name");
     std::vector<std::string> names;
     for (int number : group.parameters)
       names.push_back(state.parameters[static_cast<size_t>(number)].name);
@@ -278,6 +283,27 @@ json optimizer_part(const ShardedState& state, Spent* spent) {
     result["param_groups"].push_back(std::move(entry));
   }
   return result;
+}
+
+// Groups of experts that differ in nothing but their parameters, one behind the other, become one:
+// where it is split depends on the expert-parallel degree.
+void join_groups_of_experts(json* groups) {
+  json joined = json::array();
+  for (json& group : *groups) {
+    std::vector<std::string> names = group["names"];
+    json* last = joined.empty() ? nullptr : &joined.back();
+    json plain = group, other = last == nullptr ? json() : *last;
+    plain.erase("names");
+    if (other.is_object()) other.erase("names");
+    if (!of_experts(group) || plain != other) {
+      joined.push_back(std::move(group));
+      continue;
+    }
+    for (const json& name : (*last)["names"]) names.push_back(name.get<std::string>());
+    std::sort(names.begin(), names.end());
+    (*last)["names"] = names;
+  }
+  *groups = std::move(joined);
 }
 
 }  // namespace
@@ -311,6 +337,7 @@ json hyper_json(const ShardedState& state) {
     result[key] = value == kNoNode ? json(nullptr) : value_of(document, value, key);
   }
   result.update(optimizer_part(state, &spent));
+  if (result.contains("param_groups")) join_groups_of_experts(&result["param_groups"]);
   return result;
 }
 

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <optional>
 
 #include "checkpoint/cancel.h"
+#include "checkpoint/deepspeed/expert_groups.h"
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/model_states.h"
 #include "core/check.h"
@@ -311,7 +313,7 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
   const bool round_robin = stage >= 1 && stage <= 2 && !target.bf16_optimizer &&
                            zero_option(model, config, "round_robin_gradients", 0) != 0;
   const int64_t sub_group_size = zero_option(model, config, "sub_group_size", 1'000'000'000);
-  if (state.expert_layout != ExpertLayout::kNone) prepare_experts(&target);
+  if (state.expert_layout != ExpertLayout::kNone) prepare_experts(&target, options.experts_grouped);
   if (stage == 3) number_parameters(&target);
   for (size_t g = 0; g < state.groups.size(); ++g) {
     const int shards = target.expert_groups[g] ? topology.expert : mp_ranks;
@@ -434,9 +436,16 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
   return fill;
 }
 
-TargetFiles reshard_blueprints(const ShardedState& state, const Topology& topology, int stage,
-                               const ReshardOptions& options) {
+TargetFiles reshard_blueprints(const ShardedState& source, const Topology& topology, int stage,
+                               const ReshardOptions& wanted) {
+  std::vector<std::string> inferred;
+  const std::optional<ShardedState> regrouped =
+      regroup_experts(source, topology.expert, wanted.moe_max_group_size, &inferred);
+  const ShardedState& state = regrouped ? *regrouped : source;
+  ReshardOptions options = wanted;
+  options.experts_grouped = true;
   ReshardTarget target = make_target(state, topology, stage, options);
+  target.inferred.insert(target.inferred.end(), inferred.begin(), inferred.end());
   check_client_state(state, target, options.allow_dropped);
   check_loss_scaler(state, stage, options.allow_dropped);
   TargetFiles result;

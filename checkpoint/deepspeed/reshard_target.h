@@ -98,7 +98,9 @@ struct ReshardOptions {
   std::set<std::string> allow_dropped;  // "client_state" (that of ranks other than 0), …
   SplitOptions splits;
   StageOptions stages;
-  bool beyond_deepspeed = false;  // also what its files can say and it will not load
+  bool beyond_deepspeed = false;   // also what its files can say and it will not load
+  int64_t moe_max_group_size = 0;  // --moe-max-group-size; 0: as regroup_experts() finds it
+  bool experts_grouped = false;    // the groups of experts are those of the target's ep
 };
 
 // Throws Error(kUnsupported) for topologies that these files cannot have, and as target_maps() and
@@ -126,7 +128,8 @@ struct ExpertRank {
 ExpertRank expert_rank_of(const ReshardTarget& target, TargetRank rank);
 
 // Which groups hold experts, who holds which, and the partition groups (expert_target.cc).
-void prepare_experts(ReshardTarget* target);
+// `grouped` as ReshardOptions::experts_grouped.
+void prepare_experts(ReshardTarget* target, bool grouped);
 
 // Numbers the parameters in the order in which the model creates them; AutoEP's stacks follow the
 // router of their layer.

@@ -40,7 +40,7 @@ class UniversalWriter {
       Topology topology = state_.topology;  // param_shapes names all experts of native layers
       if (state_.expert_layout == ExpertLayout::kNative || shared_unevenly(state_))
         topology.expert = 1;
-      ReshardTarget target = make_target(state_, topology, 1, {});
+      ReshardTarget target = make_target(state_, topology, 1, {.experts_grouped = true});
       files_.push_back(global_state_blueprint(&target));
       add_model_files(&target);
       result.synthesised.assign(target.synthesised.begin(), target.synthesised.end());
@@ -435,7 +435,7 @@ TargetFiles universal_blueprints(const ShardedState& state, const UniversalOptio
   if (uneven) whole.expert = 1;
   whole.tensor = 1;
   whole.data = state.topology.data * state.topology.tensor;  // so that ep divides it
-  ReshardTarget target = make_target(state, whole, state.stage, {});
+  ReshardTarget target = make_target(state, whole, state.stage, {.experts_grouped = true});
   UniversalOptions of_one_rank = options;
   of_one_rank.model_file = model_blueprint(&target, {});
   return UniversalWriter(state, of_one_rank).run();

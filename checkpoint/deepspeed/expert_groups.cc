@@ -1,0 +1,259 @@
+// See expert_groups.h.
+#include "checkpoint/deepspeed/expert_groups.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <nlohmann/json.hpp>
+
+#include "checkpoint/deepspeed/experts.h"
+#include "checkpoint/deepspeed/hyper.h"
+#include "core/error.h"
+
+namespace isoshard::checkpoint {
+namespace {
+
+constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
+
+// Consecutive groups that were one before they were split.
+struct Family {
+  size_t first = 0, count = 0;
+  std::vector<int> members;  // in the order of a run with one expert-parallel rank
+};
+
+class Regrouping {
+ public:
+  Regrouping(const ShardedState& state, int ranks, int64_t most)
+      : state_(state),
+        experts_(state, read_model_states(state, state.model_files[0])),
+        ranks_(ranks),
+        most_(most) {
+    find_families();
+    find_degrees();
+  }
+
+  // Whether every layer's experts lie in equal numbers on the target's ranks; otherwise there is
+  // no rule, and prepare_experts() says what is wrong.
+  bool applies() const {
+    return std::ranges::all_of(families_, [&](const Family& family) {
+      return std::ranges::all_of(family.members, [&](int number) {
+        const int64_t experts = experts_of(number);
+        return experts % ranks_ == 0 && experts % degrees_.front() == 0;
+      });
+    });
+  }
+
+  std::optional<ShardedState> run(std::vector<std::string>* inferred) {
+    ShardedState result = state_;
+    std::vector<int> group_of(state_.parameters.size(), -1);
+    std::vector<GroupState> groups;
+    bool changed = false;
+    size_t next = 0;  // family
+    for (size_t g = 0; g < state_.groups.size();) {
+      if (next < families_.size() && families_[next].first == g) {
+        const Family& family = families_[next++];
+        const int64_t limit = limit_of(family);
+        const std::vector<size_t> parts = split(family, ranks_, limit);
+        changed = changed || parts != own_parts(family);
+        const size_t begin = groups.size();
+        for (size_t i = 0; i < parts.size(); ++i) {
+          while (groups.size() <= begin + parts[i])
+            groups.push_back({state_.groups[g].hyper, {}, {}});
+          groups[begin + parts[i]].parameters.push_back(family.members[i]);
+        }
+        tell(family, groups.size() - begin, limit, inferred);
+        g += family.count;
+      } else {
+        groups.push_back(state_.groups[g++]);
+      }
+    }
+    if (!changed) return std::nullopt;
+    if (groups.size() != state_.groups.size()) check_scheduler();
+    for (size_t g = 0; g < groups.size(); ++g) {
+      for (int number : groups[g].parameters)
+        group_of[static_cast<size_t>(number)] = static_cast<int>(g);
+    }
+    for (GroupState& group : groups) group.flat_order = group.parameters;
+    std::vector<ParameterState> parameters = state_.parameters;
+    for (size_t i = 0; i < parameters.size(); ++i) parameters[i].group = group_of[i];
+    result.set_parameters(std::move(parameters));
+    result.groups = std::move(groups);
+    return result;
+  }
+
+ private:
+  const ParameterState& parameter(int number) const {
+    return state_.parameters[static_cast<size_t>(number)];
+  }
+  bool holds_experts(const GroupState& group) const {
+    return !group.parameters.empty() && std::ranges::all_of(group.parameters, [&](int number) {
+      return experts_.is_expert(parameter(number).name);
+    });
+  }
+
+  void find_families() {
+    const nlohmann::json hyper = optimizer_json(state_)["param_groups"];
+    for (size_t g = 0; g < state_.groups.size(); ++g) {
+      if (!holds_experts(state_.groups[g])) continue;
+      const auto plain = [&](size_t group) {
+        nlohmann::json entry = hyper.at(group);
+        entry.erase("names");
+        return entry;
+      };
+      const bool goes_on = !families_.empty() &&
+                           families_.back().first + families_.back().count == g &&
+                           plain(families_.back().first) == plain(g);
+      if (!goes_on) families_.push_back({g, 0, {}});
+      Family& family = families_.back();
+      ++family.count;
+      const std::vector<int>& members = state_.groups[g].parameters;
+      family.members.insert(family.members.end(), members.begin(), members.end());
+    }
+    if (state_.expert_layout == ExpertLayout::kNative) {
+      for (Family& family : families_) sort_native(&family.members);
+    }
+  }
+
+  // The source's expert-parallel ranks. A universal form of native experts does not say them: any
+  // number that divides the experts.
+  void find_degrees() {
+    degrees_ = {state_.topology.expert};
+    if (counts_.empty() || state_.flavour != Flavour::kUniversal12) return;
+    int64_t least = counts_.begin()->second;
+    for (const auto& [layer, count] : counts_) least = std::min(least, count);
+    for (int64_t degree = 2; degree <= least; ++degree) {
+      const bool divides = std::ranges::all_of(
+          counts_, [&](const auto& layer) { return layer.second % degree == 0; });
+      if (divides) degrees_.push_back(static_cast<int>(degree));
+    }
+  }
+
+  // By layer, then by expert; an expert's tensors in their own order.
+  void sort_native(std::vector<int>* members) {
+    std::map<std::string, size_t> layers;
+    std::map<int, std::pair<size_t, int64_t>> places;
+    for (int number : *members) {
+      const auto expert = ExpertInfo::expert_number(parameter(number).name);
+      const size_t layer = layers.try_emplace(expert->first, layers.size()).first->second;
+      places[number] = {layer, expert->second};
+      int64_t& count = counts_[expert->first];
+      count = std::max(count, expert->second + 1);
+    }
+    std::ranges::stable_sort(*members, {}, [&](int number) { return places.at(number); });
+  }
+
+  // Experts of the parameter's layer, on all ranks.
+  int64_t experts_of(int number) const {
+    const auto expert = ExpertInfo::expert_number(parameter(number).name);
+    return expert ? counts_.at(expert->first) : parameter(number).shape.at(0);
+  }
+
+  // By member: its group within the family, as a run with `ranks` fills them. All ranks do so
+  // alike: an expert stands where that with its number stands on rank 0.
+  std::vector<size_t> split(const Family& family, int ranks, int64_t most) const {
+    std::vector<size_t> parts;
+    std::map<std::string, size_t> of_rank0;  // native: by name
+    size_t part = 0;
+    int64_t filled = 0;
+    for (int number : family.members) {
+      const std::string& name = parameter(number).name;
+      const int64_t local = experts_of(number) / ranks;
+      const auto expert = ExpertInfo::expert_number(name);
+      if (expert && expert->second >= local) {
+        const std::string twin = ExpertInfo::global_name(name, -(expert->second / local), local);
+        parts.push_back(of_rank0.at(twin));
+        continue;
+      }
+      const int64_t elements = numel(parameter(number).shape) / (expert ? 1 : ranks);
+      if (filled > 0 && elements > most - filled) {
+        ++part;
+        filled = 0;
+      }
+      filled += elements;
+      of_rank0[name] = part;
+      parts.push_back(part);
+    }
+    return parts;
+  }
+
+  std::vector<size_t> own_parts(const Family& family) const {
+    std::vector<size_t> parts;
+    for (int number : family.members)
+      parts.push_back(static_cast<size_t>(parameter(number).group) - family.first);
+    return parts;
+  }
+
+  int64_t limit_of(const Family& family) const {
+    const std::vector<size_t> own = own_parts(family);
+    const int64_t most = most_ > 0 ? most_ : kMoeMaxGroupSize;
+    const bool fits = std::ranges::any_of(
+        degrees_, [&](int degree) { return split(family, degree, most) == own; });
+    if (fits) return most;
+    if (most_ == 0 && family.count == 1) return kNoLimit;
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "The groups of experts are not those that max_group_size gives (deepspeed/moe/"
+                "utils.py), so that those at another ep are not known.",
+        .file = state_.folder,
+        .entry = "param_groups",
+        .expected = "groups filled up to " + std::to_string(most) + " elements of a rank",
+        .found = std::to_string(family.count) + " groups",
+        .next = "name the max_group_size of the run with --moe-max-group-size"});
+  }
+
+  // An lr_scheduler that keeps a number for each group cannot go on with another count.
+  void check_scheduler() const {
+    const Fields model(state_.document(state_.model_files[0]));
+    const Pickle& pickle = model.pickle();
+    const NodeId scheduler = model.maybe(model.root(), "lr_scheduler");
+    if (scheduler == kNoNode || !pickle.is_mapping(scheduler)) return;
+    const std::vector<NodeId>& entries = pickle.entries(scheduler);
+    for (size_t i = 1; i < entries.size(); i += 2) {
+      const Kind kind = pickle.kind(entries[i]);
+      if (kind != Kind::kList && kind != Kind::kTuple) continue;
+      if (pickle.items(entries[i]).size() != state_.groups.size()) continue;
+      throw Error(ErrorInfo{
+          .code = ErrorCode::kUnsupported,
+          .what = "At this ep the optimizer has another number of groups of experts, and the "
+                  "lr_scheduler keeps a value for each.",
+          .file = state_.folder,
+          .entry = "lr_scheduler",
+          .expected = "no list of " + std::to_string(state_.groups.size()),
+          .found = pickle.kind(entries[i - 1]) == Kind::kString ? quote(pickle.text(entries[i - 1]))
+                                                                : "one",
+          .next = "take ep=" + std::to_string(state_.topology.expert)});
+    }
+  }
+
+  void tell(const Family& family, size_t count, int64_t limit,
+            std::vector<std::string>* inferred) const {
+    if (family.count == 1 && count == 1) return;
+    inferred->push_back("groups of experts: " + std::to_string(count) +
+                        " at ep=" + std::to_string(ranks_) + ", by a max_group_size of " +
+                        std::to_string(limit) + ", which gives the source's " +
+                        std::to_string(family.count));
+  }
+
+  const ShardedState& state_;
+  const ExpertInfo experts_;
+  const int ranks_;
+  const int64_t most_;
+  std::vector<Family> families_;
+  std::vector<int> degrees_;
+  std::map<std::string, int64_t> counts_;  // native: experts of a layer, by path
+};
+
+}  // namespace
+
+std::optional<ShardedState> regroup_experts(const ShardedState& state, int ranks, int64_t most,
+                                            std::vector<std::string>* inferred) {
+  const bool experts = state.expert_layout != ExpertLayout::kNone;
+  const bool told = state.expert_layout == ExpertLayout::kAutoEp ||
+                    state.flavour != Flavour::kUniversal12;  // of which degree the groups are
+  if (!experts || (told && ranks == state.topology.expert)) return std::nullopt;
+  Regrouping regrouping(state, ranks, most);
+  if (!regrouping.applies()) return std::nullopt;
+  return regrouping.run(inferred);
+}
+
+}  // namespace isoshard::checkpoint
