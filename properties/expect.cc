@@ -124,7 +124,9 @@ class StateJudge {
   std::string scalars(const ParameterState& found) {
     std::map<std::string, std::string> expected, actual;
     for (const ScalarKind& scalar : model_.scalars) {
-      const std::string value = scalar_value_text(scalar, found.group);
+      // All groups of experts have one value: where they are split depends on the degree.
+      const int group = model_.experts.empty() ? found.group : std::min(found.group, 1);
+      const std::string value = scalar_value_text(scalar, group);
       if (value != "None") expected[scalar.name] = value;
     }
     for (const checkpoint::Scalar& scalar : found.scalars) {

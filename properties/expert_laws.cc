@@ -21,7 +21,7 @@ using checkpoint::TorchFile;
 class ExpertJudge {
  public:
   ExpertJudge(Storage& storage, const std::string& folder, const Model& model, const Job& job)
-      : storage_(storage), folder_(folder), model_(model), job_(job) {}
+      : storage_(storage), folder_(folder), model_(in_groups(model, job)), job_(job) {}
 
   std::string run() {
     if (job_.stage == 3) return "";  // no file an expert; the values are compared as loaded
@@ -77,23 +77,35 @@ class ExpertJudge {
     int64_t index = 0;
     for (const int trained : {-1, rank}) {
       const Model part = trained_by(model_, job_, trained);
-      const std::vector<int> numbers = optimizer_groups(part).at(0);
-      for (size_t i = 0; i < numbers.size(); ++i, ++index) {
-        const std::string& name = model_.parameters[static_cast<size_t>(numbers[i])].name;
+      for (const auto& [chunk, i, number] : slots_of(part)) {
+        const std::string& name = model_.parameters[static_cast<size_t>(number)].name;
         if (masters) {
-          const NodeId group =
-              f.list(f.need(optimizer, "fp32_groups"), "fp32_groups").at(trained < 0 ? 0 : 1);
+          const NodeId group = f.list(f.need(optimizer, "fp32_groups"), "fp32_groups")
+                                   .at(trained < 0 ? 0 : 1 + chunk);
           const TensorView view = f.tensor(f.list(group, "group").at(i), name);
-          same(file, view, pack(state_bits(part, numbers[i], -1), DType::kFloat32), name);
+          same(file, view, pack(state_bits(part, number, -1), DType::kFloat32), name);
         }
-        const NodeId entry = checkpoint::find_index(f.pickle(), f.need(plain, "state"), index);
+        const NodeId entry = checkpoint::find_index(f.pickle(), f.need(plain, "state"), index++);
         for (size_t s = 0; s < model_.states.size(); ++s) {
           const auto& [state, dtype] = model_.states[s];
           same(file, f.tensor(f.need(entry, state), state),
-               pack(state_bits(part, numbers[i], static_cast<int>(s)), dtype), name + " " + state);
+               pack(state_bits(part, number, static_cast<int>(s)), dtype), name + " " + state);
         }
       }
     }
+  }
+
+  struct Slot {
+    size_t group = 0, index = 0;
+    int number = 0;
+  };
+  static std::vector<Slot> slots_of(const Model& part) {
+    std::vector<Slot> slots;
+    const std::vector<std::vector<int>> groups = optimizer_groups(part);
+    for (size_t g = 0; g < groups.size(); ++g) {
+      for (size_t i = 0; i < groups[g].size(); ++i) slots.push_back({g, i, groups[g][i]});
+    }
+    return slots;
   }
 
   // param_shapes names what rank 0 trains, as its own module does.
@@ -102,15 +114,18 @@ class ExpertJudge {
     const TorchFile file(storage_, folder_ + "/" + place_);
     const Fields f(file);
     const std::vector<NodeId>& groups = f.list(f.need(f.root(), "param_shapes"), "param_shapes");
+    size_t group = 0;
     for (const int trained : {-1, 0}) {
-      std::string wanted, found;
-      const std::vector<int> members = optimizer_groups(trained_by(model_, job_, trained)).at(0);
-      for (int number : members)
-        wanted += local_name(model_, job_, static_cast<size_t>(number)) + " ";
-      for (const auto& [name, shape] : f.named(groups.at(trained < 0 ? 0 : 1), "param_shapes"))
-        found += name + " ";
-      if (wanted != found) fail("expected " + wanted + ", found " + found);
+      for (const std::vector<int>& members : optimizer_groups(trained_by(model_, job_, trained))) {
+        std::string wanted, found;
+        for (int number : members)
+          wanted += local_name(model_, job_, static_cast<size_t>(number)) + " ";
+        for (const auto& [name, shape] : f.named(groups.at(group++), "param_shapes"))
+          found += name + " ";
+        if (wanted != found) fail("expected " + wanted + ", found " + found);
+      }
     }
+    if (group != groups.size()) fail(std::to_string(groups.size()) + " groups");
   }
 
   // Stages 1 and 2: the flat partitions of the dense group (rank −1), which all ranks share, or of
@@ -133,26 +148,28 @@ class ExpertJudge {
         const Fields f(file);
         const NodeId root = f.need(f.root(), "optimizer_state_dict");
         const NodeId base = f.need(f.need(root, "base_optimizer_state"), "state");
-        const size_t group = dense ? 0 : 1;
-        const char* masters = "single_partition_of_fp32_groups";
-        NodeId node = checkpoint::kNoNode;
-        if (state < 0) {
-          node = f.list(f.need(root, masters), masters).at(group);
-        } else {
-          const NodeId entry =
-              checkpoint::find_index(f.pickle(), base, static_cast<int64_t>(group));
-          node = f.need(entry, model_.states[static_cast<size_t>(state)].name);
+        const std::vector<reference::Bits>& own = held.at(static_cast<size_t>(replica));
+        const size_t first = dense ? 0 : 1;
+        for (size_t group = first; group < first + own.size(); ++group) {
+          const char* masters = "single_partition_of_fp32_groups";
+          NodeId node = checkpoint::kNoNode;
+          if (state < 0) {
+            node = f.list(f.need(root, masters), masters).at(group);
+          } else {
+            const NodeId entry =
+                checkpoint::find_index(f.pickle(), base, static_cast<int64_t>(group));
+            node = f.need(entry, model_.states[static_cast<size_t>(state)].name);
+          }
+          same(file, f.tensor(node, "partition"), pack(own.at(group - first), dtype),
+               "group " + std::to_string(group) + " state " + std::to_string(state));
         }
-        same(file, f.tensor(node, "partition"),
-             pack(held.at(static_cast<size_t>(replica)).at(0), dtype),
-             "group " + std::to_string(group) + " state " + std::to_string(state));
       }
     }
   }
 
   Storage& storage_;
   const std::string folder_;
-  const Model& model_;
+  const Model model_;
   const Job& job_;
   std::string place_, reason_;
 };
@@ -165,21 +182,25 @@ std::string in(const std::string& place, const std::string& reason) {
 
 std::string experts_keep_what_is_theirs(const Case& value, Mutant mutant) {
   Workshop workshop(value.model, mutant);
+  const auto judged = [&](const char* place, const ShardedState& state, const Job& job) {
+    return in(place, state_difference(state, in_groups(value.model, job)));
+  };
+  const auto files = [&](const char* folder, const Job& job) {
+    return in(folder, ExpertJudge(workshop.storage(), folder, value.model, job).run());
+  };
   const ShardedState a = workshop.source(value.a, "/a");
-  std::string reason = in("A", state_difference(a, value.model));
+  std::string reason = judged("A", a, value.a);
   if (!reason.empty()) return reason;
   const ShardedState b = workshop.reshard(a, value.b, "/b");
-  reason = in("B", state_difference(b, value.model));
-  if (reason.empty())
-    reason = in("B", ExpertJudge(workshop.storage(), "/b", value.model, value.b).run());
+  reason = judged("B", b, value.b);
+  if (reason.empty()) reason = files("/b", value.b);
   if (!reason.empty()) return reason;
   const ShardedState universal = workshop.universal(b, "/u");
-  reason = in("universal", state_difference(universal, value.model));
+  reason = judged("universal", universal, value.b);
   if (!reason.empty()) return reason;
   const ShardedState c = workshop.reshard(value.choice % 2 == 0 ? b : universal, value.c, "/c");
-  reason = in("C", state_difference(c, value.model));
-  if (reason.empty())
-    reason = in("C", ExpertJudge(workshop.storage(), "/c", value.model, value.c).run());
+  reason = judged("C", c, value.c);
+  if (reason.empty()) reason = files("/c", value.c);
   if (!reason.empty()) return reason;
   const std::string root = workshop.digest(a).root;
   for (const ShardedState* other : {&b, &universal, &c}) {

@@ -135,36 +135,41 @@ class ExpertFileWriter : public HandFile {
     return builder_.dict(std::move(root));
   }
 
+  // One parameter's entry in the optimizer's state, if it has any.
+  void add_states(const Model& part, int number, int group, int64_t index,
+                  std::vector<NodeId>* states) {
+    Entries entry;
+    for (const ScalarKind& kind : model_.scalars)
+      entry.emplace_back(kind.name, scalar(kind, group));
+    for (size_t s = 0; s < model_.states.size(); ++s)
+      entry.emplace_back(model_.states[s].name, state_tensor(part, number, static_cast<int>(s)));
+    if (entry.empty()) return;
+    states->push_back(pickle().integer(index));
+    states->push_back(builder_.dict(std::move(entry)));
+  }
+
   NodeId optimizer(int rank) {
     std::vector<NodeId> states, groups, masters;
     int64_t index = 0;
     for (const int trained : {-1, rank}) {
       const int group = trained < 0 ? 0 : 1;
-      std::vector<NodeId> numbers, tensors;
       const Model part = trained_by(model_, job_, trained);
-      const std::vector<int> members = optimizer_groups(part).at(0);
-      for (int number : members) {
-        Entries entry;
-        for (const ScalarKind& kind : model_.scalars)
-          entry.emplace_back(kind.name, scalar(kind, group));
-        for (size_t s = 0; s < model_.states.size(); ++s)
-          entry.emplace_back(model_.states[s].name,
-                             state_tensor(part, number, static_cast<int>(s)));
-        if (!entry.empty()) {
-          states.push_back(pickle().integer(index));
-          states.push_back(builder_.dict(std::move(entry)));
+      for (const std::vector<int>& members : optimizer_groups(part)) {
+        std::vector<NodeId> numbers, tensors;
+        for (int number : members) {
+          add_states(part, number, group, index, &states);
+          numbers.push_back(pickle().integer(index++));
+          if (model_.dtype != DType::kFloat32) tensors.push_back(state_tensor(part, number, -1));
         }
-        numbers.push_back(pickle().integer(index++));
-        if (model_.dtype != DType::kFloat32) tensors.push_back(state_tensor(part, number, -1));
+        Entries hyper = {{"lr", pickle().real(0.001 * (group + 1))}};
+        if (group == 1) {
+          hyper.emplace_back("name", pickle().string("ep_size_" + std::to_string(job_.expert)));
+          hyper.emplace_back("moe", pickle().boolean(true));
+        }
+        hyper.emplace_back("params", pickle().list(std::move(numbers)));
+        groups.push_back(builder_.dict(std::move(hyper)));
+        masters.push_back(pickle().list(std::move(tensors)));
       }
-      Entries hyper = {{"lr", pickle().real(0.001 * (group + 1))}};
-      if (group == 1) {
-        hyper.emplace_back("name", pickle().string("ep_size_" + std::to_string(job_.expert)));
-        hyper.emplace_back("moe", pickle().boolean(true));
-      }
-      hyper.emplace_back("params", pickle().list(std::move(numbers)));
-      groups.push_back(builder_.dict(std::move(hyper)));
-      masters.push_back(pickle().list(std::move(tensors)));
     }
     const NodeId plain = builder_.dict({{"state", pickle().dict(std::move(states))},
                                         {"param_groups", pickle().list(std::move(groups))}});
@@ -257,6 +262,27 @@ Model trained_by(const Model& model, const Job& job, int rank) {
   return part;
 }
 
+Model in_groups(const Model& model, const Job& job) {
+  Model result = model;
+  if (model.most == 0) return result;
+  for (int rank = 0; rank < job.expert; ++rank) {
+    const Model part = trained_by(model, job, rank);
+    int group = 1;
+    int64_t filled = 0;
+    for (size_t i = 0; i < part.parameters.size(); ++i) {
+      if (part.parameters[i].group < 0) continue;
+      const int64_t elements = numel(part.parameters[i].shape);
+      if (filled > 0 && filled + elements > model.most) {
+        ++group;
+        filled = 0;
+      }
+      filled += elements;
+      result.parameters[i].group = group;
+    }
+  }
+  return result;
+}
+
 std::string local_name(const Model& model, const Job& job, size_t parameter) {
   const std::string& name = model.parameters[parameter].name;
   const ExpertPlace place = expert_place(name);
@@ -270,9 +296,10 @@ std::string local_name(const Model& model, const Job& job, size_t parameter) {
 
 void write_expert_source(Storage& storage, const std::string& folder, const Model& model,
                          const Job& job) {
-  std::vector<FileBlueprint> files = {ExpertFileWriter(model, job).model_file()};
+  const Model grouped = in_groups(model, job);
+  std::vector<FileBlueprint> files = {ExpertFileWriter(grouped, job).model_file()};
   for (int rank = 0; rank < job.expert; ++rank)
-    files.push_back(ExpertFileWriter(model, job).optim_file(rank));
+    files.push_back(ExpertFileWriter(grouped, job).optim_file(rank));
   for (size_t layer = 0; layer < model.experts.size(); ++layer) {
     for (int number = 0; number < model.experts[layer]; ++number)
       files.push_back(ExpertFileWriter(model, job).expert_file(static_cast<int>(layer), number));

@@ -32,6 +32,10 @@ std::string expert_bytes(const Model& model, ExpertPlace place, size_t parameter
 // with rank −1, the dense parameters alone (the experts are). Numbers and values stay the model's.
 Model trained_by(const Model& model, const Job& job, int rank);
 
+// With the experts in the groups that they have in that job: each rank fills one after the other,
+// up to `most` elements (deepspeed/moe/utils.py).
+Model in_groups(const Model& model, const Job& job);
+
 // The name that a rank's module gives an expert: numbers count from its first.
 std::string local_name(const Model& model, const Job& job, size_t parameter);
 

@@ -275,6 +275,7 @@ rc::Gen<Case> any_expert_case() {
       return made;
     };
     model.autoep = one_in(2);
+    if (one_in(3)) model.most = draw(1, 40);  // of equal shares alone
     const int last_stage = model.autoep ? 3 : 2;
     value.a = job(0);
     value.b = job(draw(0, last_stage));
@@ -289,7 +290,7 @@ rc::Gen<Case> any_expert_case() {
         dense.push_back({.name = "d" + std::to_string(layer), .shape = {draw(1, 7), draw(1, 3)}});
         // Like no other: DeepSpeed lists routers in either of two orders.
         dense.push_back({.name = mlp + "router.gate.weight", .shape = {draw(1, 5), 1, 1, 1}});
-        model.experts.push_back(draw(most, most + 5));
+        model.experts.push_back(model.most > 0 ? experts * draw(1, 2) : draw(most, most + 5));
         const Shape up = {model.experts.back(), draw(1, 4), draw(1, 5)};
         for (const char* stack : {"w1", "w2", "w3"})
           all.push_back({.name = mlp + "experts." + stack,

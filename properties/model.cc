@@ -61,9 +61,9 @@ std::ostream& operator<<(std::ostream& out, const Model& model) {
       << (model.bf16_optimizer ? ", BF16_Optimizer" : "")
       << (model.dynamic_scale ? ", dynamic scale" : "")
       << (model.client_state ? ", client state" : "") << (model.maps ? "" : ", no maps")
-      << (model.callers_splits ? ", caller's splits" : "") << ", heads " << model.heads
-      << ", grain " << model.grain << ", layers " << model.layers << ", sub_group_size "
-      << model.sub_group_size << "\n";
+      << (model.callers_splits ? ", caller's splits" : "") << ", most " << model.most << ", heads "
+      << model.heads << ", grain " << model.grain << ", layers " << model.layers
+      << ", sub_group_size " << model.sub_group_size << "\n";
   for (const ModelParameter& parameter : model.parameters) {
     out << "  " << quote(parameter.name) << " " << to_string(parameter.shape) << " group "
         << parameter.group << (parameter.zeros ? " zeros" : "") << " cut "

@@ -76,7 +76,8 @@ struct Model {
   int64_t grain = 1;
   bool maps = true;               // the files record affine maps; false: lists of patterns alone
   int layers = 0;                 // of a PipelineModule; 0: it is none
-  std::vector<int> experts = {};  // of each layer of experts, which are group 1
+  std::vector<int> experts = {};  // of each layer of experts, which are group 1 (and on)
+  int64_t most = 0;               // elements of a rank's group of experts; 0: one group of all
   bool autoep = false;            // a layer's experts are stacked in w1, w2, w3; else native MoE
   bool data_first = false;        // use_data_before_expert_parallelism
   bool callers_splits = false;    // a pipeline whose caller names them at every number of ranks

@@ -288,7 +288,8 @@ std::string name(Mutant mutant) {
                                     "StaleLayers",
                                     "SwappedExperts",
                                     "SwappedStacks",
-                                    "DoubledExpert"};
+                                    "DoubledExpert",
+                                    "KeptGroups"};
   return kNames[static_cast<size_t>(mutant)];
 }
 

@@ -46,6 +46,7 @@ enum class Mutant {
   kSwappedExperts,     // two experts exchange their moments
   kSwappedStacks,      // AutoEP's w1 and w3 exchange their moments
   kDoubledExpert,      // an expert's weights stand for another's too
+  kKeptGroups,         // groups of experts stay those of the source's degree
 };
 
 std::string name(Mutant mutant);

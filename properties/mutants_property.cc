@@ -34,6 +34,7 @@ const Duel kDuels[] = {
     {Mutant::kSwappedExperts, experts_keep_what_is_theirs, false, true},
     {Mutant::kSwappedStacks, experts_keep_what_is_theirs, false, true},
     {Mutant::kDoubledExpert, experts_keep_what_is_theirs, false, true},
+    {Mutant::kKeptGroups, experts_keep_what_is_theirs, false, true},
     {Mutant::kShiftedRun, files_are_the_reference},
     {Mutant::kAlphabeticalRanks, every_element_is_loaded, true},
     {Mutant::kKeptPadding, no_padding_leaves_its_file},

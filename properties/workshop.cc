@@ -115,7 +115,9 @@ std::vector<checkpoint::FileBlueprint> Workshop::blueprints(const ShardedState& 
       .allow_dropped = {},
       .splits = {.kv_heads = heads_told(model_), .grain = model_.grain},
       .stages = {},
-      .beyond_deepspeed = model_.autoep};
+      .beyond_deepspeed = model_.autoep,
+      .moe_max_group_size = model_.most,
+      .experts_grouped = mutant_ == Mutant::kKeptGroups};
   if (model_.layers > 0) options.stages.parts = parts_of(model_, job.pipeline);
   if (mutant_ == Mutant::kShiftedStage) shift_stage(&options.stages.parts);
   for (const ModelParameter& parameter : model_.parameters) {

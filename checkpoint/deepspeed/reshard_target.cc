@@ -439,8 +439,9 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
 TargetFiles reshard_blueprints(const ShardedState& source, const Topology& topology, int stage,
                                const ReshardOptions& wanted) {
   std::vector<std::string> inferred;
-  const std::optional<ShardedState> regrouped =
-      regroup_experts(source, topology.expert, wanted.moe_max_group_size, &inferred);
+  std::optional<ShardedState> regrouped;
+  if (!wanted.experts_grouped)
+    regrouped = regroup_experts(source, topology.expert, wanted.moe_max_group_size, &inferred);
   const ShardedState& state = regrouped ? *regrouped : source;
   ReshardOptions options = wanted;
   options.experts_grouped = true;

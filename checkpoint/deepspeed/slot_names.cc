@@ -33,6 +33,8 @@ SlotNames::SlotNames(const ShardedState& state, int file, std::vector<Slot>* slo
   for (const Slot& slot : slots_) {
     group_sizes_.resize(std::max(group_sizes_.size(), slot.group + 1));
     ++group_sizes_[slot.group];
+    family_sizes_.resize(std::max(family_sizes_.size(), slot.family + 1));
+    ++family_sizes_[slot.family];
     has_masters_ = has_masters_ || slot.master.has_value();
   }
 }
@@ -74,7 +76,7 @@ SlotNames::Search SlotNames::search(bool values, bool empty_ones) {
       if (empty_ones || numel(entries_[entry].leaf.shape) > 0) candidates.push_back(entry);
     }
     const OrderSearch found(
-        group_sizes_, candidates.size(), [&, values](size_t slot, size_t candidate) {
+        family_sizes_, candidates.size(), [&, values](size_t slot, size_t candidate) {
           const size_t entry = candidates[candidate];
           return fits(slots_[slot], entries_[entry]) && (!values || !difference(slot, entry));
         });

@@ -23,6 +23,7 @@ namespace isoshard::checkpoint {
 // One parameter as the optimizer knows it: a number, and tensors of the parameter's shape.
 struct Slot {
   size_t group = 0;
+  size_t family = 0;           // groups of experts that were one before they were split
   size_t index_local = 0;      // in the group
   std::optional<bool> expert;  // whether its group is one of experts; nothing: no group says so
   std::optional<Shape> shape;  // nothing: never stepped, and there is no master
@@ -49,7 +50,7 @@ std::string describe(const ModuleEntry& entry);
 class SlotNames {
  public:
   // Slots stand group by group in the optimizer's file, number `file` of the state. An order is a
-  // list of numbers of entries, in which a group's parameters may stand.
+  // list of numbers of entries, in which a group's parameters may stand; a family keeps to it too.
   SlotNames(const ShardedState& state, int file, std::vector<Slot>* slots,
             const std::vector<ModuleEntry>& entries, std::vector<std::vector<size_t>> orders);
 
@@ -85,7 +86,7 @@ class SlotNames {
   std::vector<Slot>& slots_;
   const std::vector<ModuleEntry>& entries_;
   const std::vector<std::vector<size_t>> orders_;
-  std::vector<size_t> group_sizes_;
+  std::vector<size_t> group_sizes_, family_sizes_;
   bool has_masters_ = false;
   std::map<std::pair<size_t, size_t>, std::optional<Difference>> differences_;  // slot, entry
 };

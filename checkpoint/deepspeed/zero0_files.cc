@@ -3,10 +3,12 @@
 
 #include <algorithm>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 #include <tuple>
 
+#include "checkpoint/deepspeed/hyper.h"
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
@@ -38,6 +40,7 @@ class Zero0Reader {
   void adopt_zero_dim_states();
   std::vector<std::vector<size_t>> orders() const;
   void name_slots();
+  void find_families();
   [[noreturn]] void refuse(const std::string& what, const std::string& entry,
                            const std::string& expected, const std::string& found) const;
 
@@ -244,11 +247,30 @@ void Zero0Reader::read_slots(const std::vector<NodeId>& hypers, const std::vecto
     }
     state_.groups.push_back({{file_, hypers[group]}, {}, {}});
   }
+  find_families();
   for (const auto& [index, node] : states) {
     if (used.count(index) != 0) continue;
     refuse("The optimizer keeps state that belongs to no parameter.",
            "state[" + std::to_string(index) + "]", "a number of param_groups", "another");
   }
+}
+
+// Groups of experts one behind the other whose settings are equal were split by their size
+// (deepspeed/moe/utils.py), in the order of the parameters.
+void Zero0Reader::find_families() {
+  ShardedState bare;
+  bare.flavour = Flavour::kZero0;
+  bare.files = state_.files;
+  bare.optim_files = {file_};
+  for (const GroupState& group : state_.groups) bare.groups.push_back({group.hyper, {}, {}});
+  const nlohmann::json hyper = optimizer_json(bare).value("param_groups", nlohmann::json::array());
+  std::vector<size_t> families;
+  for (size_t group = 0; group < bare.groups.size(); ++group) {
+    const bool goes_on = group > 0 && hyper[group] == hyper[group - 1] &&
+                         is_group_of_experts(fields_, bare.groups[group].hyper.node);
+    families.push_back(group == 0 ? 0 : families.back() + (goes_on ? 0 : 1));
+  }
+  for (Slot& slot : slots_) slot.family = families[slot.group];
 }
 
 void Zero0Reader::sort_state(Slot* slot) const {
