@@ -40,6 +40,8 @@ BF16 = {"dtype": "bf16", "tied": True, "functions": True, "groups": True, "metho
 TENSOR = {**PIPE, "dtype": "bf16", "world": 4}
 ZERO = {**PIPE, "dtype": "bf16", "tied": True, "groups": True}  # which it cannot load at stage 0
 KV = ["--num-kv-heads", "2"]
+# AutoEP with one group of experts at ep 2 and two at ep 1, whose universal form any run can load.
+FEW = {"most": 10000, "via": ["ep=1", "--moe-max-group-size", "10000"]}
 # At stage 0 DeepSpeed's norm of the gradients is that of one tensor-parallel rank's
 # (docs/deepspeed_errata.md), at stage 3 it is kept in fp64: steps of stages agree without clipping.
 UNCLIPPED = {"clip": 0.0}
@@ -109,6 +111,13 @@ CASES = [
     ("ep2 by way of ep3, universal", "autoep_z1_ep2_dp2", ["convert", "--to", "universal"],
      {**MIXTRAL, "autoep": 2, "universal": True, "via": ["ep=3,dp=3", "--beyond-deepspeed"]}, 2,
      "ep2 as it is"),
+    ("ep2 to ep1, in groups", "autoep_z1_ep2_dp2",
+     ["reshard", "--to", "ep=1", "--moe-max-group-size", "10000"],
+     {**MIXTRAL, "most": 10000, "autoep": 1}, 2, None),
+    ("ep1 in groups, universal", "autoep_z1_ep2_dp2", ["convert", "--to", "universal"],
+     {**MIXTRAL, **FEW, "autoep": 1, "universal": True}, 2, "ep2 to ep1, in groups"),
+    ("ep1 in groups, universal at ep2", "autoep_z1_ep2_dp2", ["convert", "--to", "universal"],
+     {**MIXTRAL, **FEW, "autoep": 2, "universal": True}, 2, "ep2 as it is"),
     ("moe migrated", "moe_gated_z1_ep2_dp2", ["migrate", "--names", NAMES],
      {**MIXTRAL, "autoep": 2, "universal": True}, 2, "autoep_migrated_ep2_dp2"),
     ("folded to tp1", FOLDED, ["reshard", "--to", "tp=1,dp=2"], {**MIXTRAL, "autoep": 2}, 2, None),
@@ -208,6 +217,9 @@ def rank_main(case, load, out):
         more["tensor_parallel"] = {"autotp_size": case["autotp"]}
     config = record_traces.deepspeed_config(
         {"stage": case.get("stage", 1), "load_universal": case.get("universal"), "ds": more}, False)
+    if "autoep" in case and "most" in case:  # AutoEP takes the default, which a large model passes
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as fill
+        fill.__defaults__ = (case["most"],)
     model = build_model(case)
     parameters = list(model.parameters())
     if case["model"] == "moe":

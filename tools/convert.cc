@@ -1,6 +1,7 @@
 // isoshard convert: ZeRO → universal or fp32, proven equal before it is published.
 #include "reshard/convert.h"
 
+#include "checkpoint/deepspeed/expert_groups.h"
 #include "checkpoint/deepspeed/name_filter.h"
 #include "checkpoint/deepspeed/source.h"
 #include "checkpoint/deepspeed/universal_blueprint.h"
@@ -31,6 +32,22 @@ void refuse_partial(const ConvertFlags& flags) {
                         .next = "leave --only out"});
 }
 
+// DeepSpeed loads a universal form group by group and stops at the shorter list, so that a run at a
+// smaller ep, which has more groups of experts, keeps those behind as they were made (erratum 59).
+void warn_of_groups(Session* session, const ShardedState& state, nlohmann::json* certificate) {
+  if (state.expert_layout != checkpoint::ExpertLayout::kAutoEp || state.topology.expert == 1)
+    return;
+  const auto whole = checkpoint::group_experts_anew(state, 1, checkpoint::kMoeMaxGroupSize);
+  if (!whole || whole->groups.size() <= state.groups.size()) return;
+  const std::string text =
+      "a run at a smaller ep may have up to " + std::to_string(whole->groups.size()) +
+      " optimizer groups, this form has " + std::to_string(state.groups.size()) +
+      ": DeepSpeed leaves the experts of the others as they were made, silently. For such a run "
+      "take the universal form of `reshard --to ep=1`, or reshard to its ep";
+  session->notice("notice: " + text);
+  (*certificate)["skipped"].push_back(text);
+}
+
 }  // namespace
 
 void run_convert(Session* session, const ConvertFlags& flags) {
@@ -55,6 +72,7 @@ void run_convert(Session* session, const ConvertFlags& flags) {
                           .next = "leave it out"});
   std::vector<checkpoint::FileBlueprint> files;
   if (flags.to == "universal") {
+    warn_of_groups(session, state, &certificate);
     if (flags.as_deepspeed && !state.round_robin)
       session->notice("notice: --as-deepspeed changes nothing: the source has no round robin");
     if (flags.as_deepspeed && state.round_robin) {

@@ -1,4 +1,5 @@
 // isoshard migrate: native MoE to AutoEP by a map of names, proven equal before it appears.
+#include "checkpoint/deepspeed/expert_groups.h"
 #include "checkpoint/deepspeed/migration.h"
 #include "checkpoint/deepspeed/source.h"
 #include "core/error.h"
@@ -10,6 +11,7 @@ namespace {
 
 struct MigrateFlags {
   std::string source, target, to = "autoep", names;
+  int64_t moe_max_group_size = checkpoint::kMoeMaxGroupSize;
   ConversionFlags common;
 };
 
@@ -20,7 +22,8 @@ void run_migrate(Session* session, const MigrateFlags& flags) {
   nlohmann::json certificate = source_certificate(state, flags.source);
   reshard::ConvertOptions options = conversion_options(session, flags.common, flags.target);
   refuse_doubtful(session, state, flags.common, &options);
-  const checkpoint::Migration migration = checkpoint::migrate_to_autoep(&state, &names);
+  const checkpoint::Migration migration =
+      checkpoint::migrate_to_autoep(&state, &names, flags.moe_max_group_size);
   session->say("layers       " + std::to_string(migration.layers.size()) + " of " +
                std::to_string(migration.layers.at(0).experts) + " experts, " +
                std::to_string(migration.renamed.size()) +
@@ -50,6 +53,10 @@ void add_migrate(CLI::App* app, Session* session) {
   verb->add_option("--names", flags->names,
                    "JSON file: which names become which (docs/formats/parallel.md)")
       ->required();
+  verb->add_option("--moe-max-group-size", flags->moe_max_group_size,
+                   "Elements of a rank by which the run splits its groups of experts")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 50))
+      ->capture_default_str();
   add_conversion_flags(verb, &flags->common);
   add_source_flags(verb, session);
   verb->callback([session, flags] { run_migrate(session, *flags); });

@@ -23,11 +23,9 @@ struct Family {
 
 class Regrouping {
  public:
-  Regrouping(const ShardedState& state, int ranks, int64_t most)
-      : state_(state),
-        experts_(state, read_model_states(state, state.model_files[0])),
-        ranks_(ranks),
-        most_(most) {
+  // `check`: the source's own groups must be those of its degree.
+  Regrouping(const ShardedState& state, int ranks, int64_t most, bool check)
+      : state_(state), ranks_(ranks), most_(most), check_(check) {
     find_families();
     find_degrees();
   }
@@ -85,10 +83,14 @@ class Regrouping {
   const ParameterState& parameter(int number) const {
     return state_.parameters[static_cast<size_t>(number)];
   }
+  bool is_expert(int number) const {
+    const ParameterState& found = parameter(number);
+    return ExpertInfo::expert_number(found.name).has_value() ||
+           (found.split >= 0 && state_.split_of(found).kind == SplitKind::kExperts);
+  }
   bool holds_experts(const GroupState& group) const {
-    return !group.parameters.empty() && std::ranges::all_of(group.parameters, [&](int number) {
-      return experts_.is_expert(parameter(number).name);
-    });
+    return !group.parameters.empty() &&
+           std::ranges::all_of(group.parameters, [&](int number) { return is_expert(number); });
   }
 
   void find_families() {
@@ -109,8 +111,9 @@ class Regrouping {
       const std::vector<int>& members = state_.groups[g].parameters;
       family.members.insert(family.members.end(), members.begin(), members.end());
     }
-    if (state_.expert_layout == ExpertLayout::kNative) {
-      for (Family& family : families_) sort_native(&family.members);
+    for (Family& family : families_) {
+      if (ExpertInfo::expert_number(parameter(family.members[0]).name))
+        sort_native(&family.members);
     }
   }
 
@@ -176,6 +179,7 @@ class Regrouping {
     return parts;
   }
 
+  // The groups that the members are in now.
   std::vector<size_t> own_parts(const Family& family) const {
     std::vector<size_t> parts;
     for (int number : family.members)
@@ -184,6 +188,7 @@ class Regrouping {
   }
 
   int64_t limit_of(const Family& family) const {
+    if (!check_) return most_ > 0 ? most_ : kNoLimit;
     const std::vector<size_t> own = own_parts(family);
     const int64_t most = most_ > 0 ? most_ : kMoeMaxGroupSize;
     const bool fits = std::ranges::any_of(
@@ -235,9 +240,9 @@ class Regrouping {
   }
 
   const ShardedState& state_;
-  const ExpertInfo experts_;
   const int ranks_;
   const int64_t most_;
+  const bool check_;
   std::vector<Family> families_;
   std::vector<int> degrees_;
   std::map<std::string, int64_t> counts_;  // native: experts of a layer, by path
@@ -251,9 +256,17 @@ std::optional<ShardedState> regroup_experts(const ShardedState& state, int ranks
   const bool told = state.expert_layout == ExpertLayout::kAutoEp ||
                     state.flavour != Flavour::kUniversal12;  // of which degree the groups are
   if (!experts || (told && ranks == state.topology.expert)) return std::nullopt;
-  Regrouping regrouping(state, ranks, most);
+  Regrouping regrouping(state, ranks, most, /*check=*/true);
   if (!regrouping.applies()) return std::nullopt;
   return regrouping.run(inferred);
+}
+
+std::optional<ShardedState> group_experts_anew(const ShardedState& state, int ranks, int64_t most) {
+  if (state.expert_layout == ExpertLayout::kNone) return std::nullopt;
+  Regrouping regrouping(state, ranks, most, /*check=*/false);
+  if (!regrouping.applies()) return std::nullopt;
+  std::vector<std::string> nothing;
+  return regrouping.run(&nothing);
 }
 
 }  // namespace isoshard::checkpoint

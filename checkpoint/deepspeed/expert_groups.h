@@ -25,4 +25,7 @@ inline constexpr int64_t kMoeMaxGroupSize =
 std::optional<ShardedState> regroup_experts(const ShardedState& state, int ranks, int64_t most,
                                             std::vector<std::string>* inferred);
 
+// The same, whatever the source's own groups are; `most` 0: all experts of equal settings in one.
+std::optional<ShardedState> group_experts_anew(const ShardedState& state, int ranks, int64_t most);
+
 }  // namespace isoshard::checkpoint

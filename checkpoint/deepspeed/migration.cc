@@ -5,6 +5,7 @@
 #include <map>
 #include <set>
 
+#include "checkpoint/deepspeed/expert_groups.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "core/error.h"
 
@@ -328,8 +329,13 @@ void Migrant::rebuild() {
 
 }  // namespace
 
-Migration migrate_to_autoep(ShardedState* state, NameMap* names) {
-  return Migrant(state, names).run();
+Migration migrate_to_autoep(ShardedState* state, NameMap* names, int64_t most) {
+  // A stack has experts of several groups, where there are several.
+  if (auto joined = group_experts_anew(*state, 1, 0)) *state = std::move(*joined);
+  Migration migration = Migrant(state, names).run();
+  // As many groups as any run has: DeepSpeed's load leaves out those that the file has too few of.
+  if (auto split = group_experts_anew(*state, 1, most)) *state = std::move(*split);
+  return migration;
 }
 
 }  // namespace isoshard::checkpoint

@@ -21,8 +21,9 @@ struct Migration {
 
 // Renames and stacks the state's parameters as the map says. Throws Error(kUnsupported, kMismatch)
 // where the source is no native MoE of stage 1 or 2, where names and map do not meet, or where the
-// experts do not make AutoEP's three matrices.
-Migration migrate_to_autoep(ShardedState* state, NameMap* names);
+// experts do not make AutoEP's three matrices. Groups of experts hold up to `most` elements, as
+// those of one expert-parallel rank (expert_groups.h).
+Migration migrate_to_autoep(ShardedState* state, NameMap* names, int64_t most);
 
 // The universal form of the migrated state.
 TargetFiles migration_blueprints(const ShardedState& state, const Migration& migration);

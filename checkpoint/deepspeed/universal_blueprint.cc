@@ -196,7 +196,7 @@ class UniversalWriter {
         continue;
       items.push_back(builder.pickle.string(key));
       if (key == "group_paddings") {
-        std::vector<NodeId> zeros(fields.list(entries[i + 1], key).size());
+        std::vector<NodeId> zeros(state_.groups.size());
         for (NodeId& zero : zeros) zero = builder.pickle.integer(0);
         items.push_back(builder.pickle.list(std::move(zeros)));
       } else if (key == "param_alignment_paddings" && options_.plain_alignment) {
@@ -208,7 +208,7 @@ class UniversalWriter {
       } else if (key == "partition_count") {
         // Also for experts, whose partition group is smaller.
         const auto dp = static_cast<int64_t>(state_.topology.zero_ranks());
-        std::vector<NodeId> counts(fields.list(entries[i + 1], key).size());
+        std::vector<NodeId> counts(state_.groups.size());
         for (NodeId& count : counts) count = builder.pickle.integer(dp);
         items.push_back(builder.pickle.list(std::move(counts)));
       } else {
@@ -218,8 +218,21 @@ class UniversalWriter {
     const NodeId groups =
         fields.need(fields.need(optimizer, "base_optimizer_state"), "param_groups");
     items.push_back(builder.pickle.string("param_groups"));
-    items.push_back(builder.copy(document, file, groups));
+    const bool own = fields.list(groups, "param_groups").size() == state_.groups.size();
+    items.push_back(own ? builder.copy(document, file, groups) : param_groups(&builder));
     return builder.finish("zero/optimizer_state.pt", builder.pickle.dict(std::move(items)));
+  }
+
+  // Where a migration has split groups anew.
+  NodeId param_groups(TorchBuilder* builder) const {
+    std::vector<NodeId> groups;
+    for (const GroupState& group : state_.groups) {
+      MappingCopy copy(builder, state_, group.hyper);
+      const auto number = static_cast<int64_t>(groups.size());
+      copy.set("params", builder->pickle.list({builder->pickle.integer(number)}));
+      groups.push_back(copy.finish());
+    }
+    return builder->pickle.list(std::move(groups));
   }
 
   // Rank 0's whole optimizer_state_dict, its partitions included, with param_groups beside it.
