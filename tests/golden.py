@@ -36,6 +36,7 @@ TRUE_SLICES = [r"\['param_slice_mappings'\]"] if ROUND_ROBIN else []
 # Tensor-parallel cases: key-value heads of the model (0: it names none), and ranks.
 KV_HEADS = {
     "autotp_fused_tp2_dp2": 0,
+    "autotp_tied_tp2_dp1": 2,
     "autotp_qwen2_bias_tp2_dp2_z2": 2,
     "autotp_tp2_to_tp4_dp1": 2,
     "autotp_uneven_tp3": 5,
@@ -45,6 +46,7 @@ KV_HEADS = {
 # Cases with experts: their number, and expert-parallel ranks.
 EXPERTS = {
     "autoep_ep2_to_ep1_dp2": (8, 1),
+    "autoep_shared_ep2_dp2": (8, 2),
     "autoep_z0_ep2_dp4": (8, 2),
     "autoep_ep2_to_ep4_dp4": (8, 4),
     "autoep_migrated_ep2_dp2": (8, 2),

@@ -140,6 +140,16 @@ int TensorParallelInfo::one_match(const PatternList& list, const char* key,
 
 TensorSplit TensorParallelInfo::split_of(const std::string& name,
                                          const std::vector<std::optional<Shape>>& shards) const {
+  if (const int found = unsupported_.first(name); found >= 0) {
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kUnsupported,
+                  .what = "The checkpoint says that this parameter's split is not described "
+                          "(DeepSpeed: ValueError): " +
+                          reasons_[static_cast<size_t>(found)],
+                  .file = fields_.document().path(),
+                  .entry = quote(name),
+                  .next = "save again with DeepSpeed 0.19.8 or newer, which records maps"});
+  }
   const int number = one_match(maps_, "affine_map", name);
   std::vector<Shape> shapes;
   TensorSplit split;
@@ -163,16 +173,6 @@ TensorSplit TensorParallelInfo::split_of(const std::string& name,
     split.shard_dims = dims_of(shards);
     strip_vocabulary(name, &split);
     return split;
-  }
-  if (const int found = unsupported_.first(name); found >= 0) {
-    throw Error(
-        ErrorInfo{.code = ErrorCode::kUnsupported,
-                  .what = "The checkpoint says that this parameter's split is not described "
-                          "(DeepSpeed: ValueError): " +
-                          reasons_[static_cast<size_t>(found)],
-                  .file = fields_.document().path(),
-                  .entry = quote(name),
-                  .next = "save again with DeepSpeed 0.19.8 or newer, which records maps"});
   }
   const auto first = std::find_if(shards.begin(), shards.end(), [](const auto& s) { return !!s; });
   if (first == shards.end())
