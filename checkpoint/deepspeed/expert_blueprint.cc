@@ -2,6 +2,7 @@
 // (deepspeed/runtime/engine.py, _save_moe_checkpoint).
 #include <algorithm>
 #include <map>
+#include <tuple>
 
 #include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/names.h"
@@ -90,14 +91,11 @@ class ExpertFile {
         path_("layer_" + std::to_string(layer) + "_expert_" + std::to_string(expert) +
               "_mp_rank_00_model_states.pt") {}
 
-  // Folded: the file stays that of the rank which wrote it, and says so.
-  void keep_place(const ParameterState& parameter, int64_t begin) {
+  // Folded: the file of the rank which wrote the source's, and says so.
+  void keep_place(int file) {
     if (!entries_.empty()) return;
-    for (const FileFragment& fragment : target_.state.leaf(parameter.model_copy).fragments) {
-      if (begin < fragment.begin || begin >= fragment.begin + fragment.count) continue;
-      path_ = target_.state.files[static_cast<size_t>(fragment.file)].relative;
-      folding_ = copy_folding(&builder_, target_.state, fragment.file);
-    }
+    path_ = target_.state.files[static_cast<size_t>(file)].relative;
+    folding_ = copy_folding(&builder_, target_.state, file);
   }
 
   // Elements [begin, begin + numel(shape)) of the parameter under that name.
@@ -134,6 +132,25 @@ int64_t layer_number(const ShardedState& state, const ParameterState& parameter,
     if (const auto number = layer_in_file_name(name)) return *number;
   }
   return static_cast<int64_t>(otherwise);
+}
+
+// The source's files of each expert, by "layer_<L>_expert_<E>".
+using ExpertFiles = std::map<std::string, std::vector<int>>;
+
+ExpertFiles expert_files(const ShardedState& state) {
+  ExpertFiles files;
+  for (size_t i = 0; i < state.files.size(); ++i) {
+    const std::string& name = state.files[i].relative;
+    if (parse_file_name(name).kind == FileName::Kind::kExpert)
+      files[expert_in_file_name(name)].push_back(static_cast<int>(i));
+  }
+  return files;
+}
+
+std::vector<int> files_of(const ExpertFiles& files, int64_t layer, int64_t expert) {
+  const auto found =
+      files.find("layer_" + std::to_string(layer) + "_expert_" + std::to_string(expert));
+  return found == files.end() ? std::vector<int>{} : found->second;
 }
 
 }  // namespace
@@ -202,10 +219,12 @@ void set_expert_entries(TorchBuilder* builder, const ReshardTarget& target, Targ
 std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target) {
   const ShardedState& state = target->state;
   const ExpertInfo& experts = *target->experts;
-  std::map<std::pair<int64_t, int64_t>, ExpertFile> files;  // by layer and expert
-  const auto file_of = [&](int64_t layer, int64_t expert) -> ExpertFile& {
-    return files.try_emplace({layer, expert}, target, layer, expert).first->second;
+  // By layer, expert and, folded, the source's file: every rank of one dp rank writes its own.
+  std::map<std::tuple<int64_t, int64_t, int>, ExpertFile> files;
+  const auto file_of = [&](int64_t layer, int64_t expert, int source = -1) -> ExpertFile& {
+    return files.try_emplace({layer, expert, source}, target, layer, expert).first->second;
   };
+  const auto sources = target->folded() ? expert_files(state) : ExpertFiles{};
   std::map<std::string, int64_t> layers;  // native: number by path
   for (size_t i = 0; i < state.parameters.size(); ++i) {
     const ParameterState& parameter = state.parameters[i];
@@ -219,9 +238,14 @@ std::vector<FileBlueprint> expert_blueprints(ReshardTarget* target) {
     const ExpertLayer& layer = *experts.layer_of(parameter.name);
     const Shape shape(parameter.shape.begin() + 1, parameter.shape.end());
     for (int64_t id = 0; id < layer.experts; ++id) {
-      ExpertFile& file = file_of(layer.layer_id, id);
-      if (target->folded()) file.keep_place(parameter, id * numel(shape));
-      file.add(parameter.name + "." + std::to_string(id), parameter, shape, id * numel(shape));
+      const std::string name = parameter.name + "." + std::to_string(id);
+      if (!target->folded())
+        file_of(layer.layer_id, id).add(name, parameter, shape, id * numel(shape));
+      for (int source : files_of(sources, layer.layer_id, id)) {
+        ExpertFile& file = file_of(layer.layer_id, id, source);
+        file.keep_place(source);
+        file.add(name, parameter, shape, id * numel(shape));
+      }
     }
   }
   std::vector<FileBlueprint> result;

@@ -204,15 +204,55 @@ void give_expert_dtype(ShardedState* state, const ModelStates& model, const Expe
   state->set_parameters(std::move(parameters));
 }
 
+namespace {
+
+using ExpertTensorsByName = std::map<std::string, std::pair<int, TensorView>>;
+
+// Folded, with fewer expert-parallel than tensor-parallel ranks, an expert has a file of each rank
+// that holds it; the others must equal the first.
+void add_expert_tensor(ShardedState* state, int file, const std::string& name,
+                       const TensorView& view, ExpertTensorsByName* tensors) {
+  const auto [found, fresh] = tensors->emplace(name, std::pair(file, view));
+  if (fresh) return;
+  const int first = found->second.first;
+  if (!is_folded(state->document(file)) || !is_folded(state->document(first)))
+    refuse_second_file(*state, first, file);
+  const Leaf one = file_leaf(state->document(first), first, found->second.second, name, "param");
+  Leaf other = file_leaf(state->document(file), file, view, name, "another mp rank");
+  if (one.shape != other.shape || one.dtype != other.dtype)
+    Fields(state->document(file))
+        .fail("Two files of one expert differ in shape or dtype.", quote(name),
+              to_string(one.shape), to_string(other.shape));
+  const int original = state->add_leaf(one);
+  state->replicas.emplace_back(original, state->add_leaf(std::move(other)));
+}
+
+}  // namespace
+
+bool is_folded(const TorchFile& document) {
+  const Fields fields(document);
+  return fields.maybe(fields.root(), "folding") != kNoNode;
+}
+
+void refuse_second_file(const ShardedState& state, int first, int second) {
+  const auto name = [&](int file) { return state.files[static_cast<size_t>(file)].relative; };
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kUnsupported,
+      .what = "Two mp ranks' files stand for one expert (DeepSpeed: NotImplementedError).",
+      .file = state.folder,
+      .expected = "one file an expert",
+      .found = name(first) + " and " + name(second),
+      .next = "experts cut over tensor-parallel ranks are not supported; if one file is left over "
+              "from another save, remove it after looking at both"});
+}
+
 void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
                        const std::vector<int>& files) {
-  std::map<std::string, std::pair<int, TensorView>> tensors;
+  ExpertTensorsByName tensors;
   for (int file : files) {
     const Fields f(state->document(file));
     for (const auto& [name, node] : f.named(f.root(), "expert file")) {
-      if (name == "folding") continue;
-      if (!tensors.emplace(name, std::pair(file, f.tensor(node, name))).second)
-        f.fail("Two files hold the same expert.", quote(name), "one", "two");
+      if (name != "folding") add_expert_tensor(state, file, name, f.tensor(node, name), &tensors);
     }
   }
   std::vector<ParameterState> parameters = state->parameters;

@@ -27,13 +27,13 @@ void ExpertTensors::read(std::vector<int> files) {
     return layer_in_file_name(name).value_or(0);
   };
   std::ranges::stable_sort(files, {}, layer_of);
-  std::set<std::string> names;
+  std::map<std::string, int> names;
   for (int file : files) {
     const Fields f(state_.document(file));
     for (const auto& [name, node] : f.named(f.root(), "expert file")) {
       const TensorView view = f.tensor(node, name);
-      if (!names.insert(name).second)
-        f.fail("Two files hold the same expert.", quote(name), "one", "two");
+      if (const auto [known, fresh] = names.emplace(name, file); !fresh)
+        refuse_second_file(state_, known->second, file);
       ModuleEntry entry{.leaf = file_leaf(f.document(), file, view, name, "param"),
                         .local_name = name,
                         .expert = true,

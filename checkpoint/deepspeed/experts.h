@@ -124,6 +124,12 @@ void give_expert_dtype(ShardedState* state, const ModelStates& model, const Expe
 [[noreturn]] void refuse_missing_expert(const ShardedState& state, const std::string& name,
                                         size_t files);
 
+// Whether the file says that AutoEP is folded with AutoTP.
+bool is_folded(const TorchFile& document);
+
+// Throws Error(kUnsupported): both files, by number, hold one expert.
+[[noreturn]] void refuse_second_file(const ShardedState& state, int first, int second);
+
 // The per-expert files (open, by number in the state's files): copies in the model's dtype.
 void add_expert_copies(ShardedState* state, const ExpertInfo& experts,
                        const std::vector<int>& files);

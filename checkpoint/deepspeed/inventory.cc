@@ -59,19 +59,6 @@ void check_forms(const Inventory& inventory, const std::string& folder) {
   }
 }
 
-void check_experts(const Inventory& inventory, const std::string& folder) {
-  std::map<std::string, std::string> files;
-  for (const std::string& name : inventory.experts) {
-    const auto [known, fresh] = files.emplace(expert_in_file_name(name), name);
-    if (fresh) continue;
-    refuse(ErrorCode::kUnsupported,
-           "Two mp ranks' files stand for one expert (DeepSpeed: NotImplementedError).", folder,
-           "one file an expert", known->second + " and " + name,
-           "experts cut over tensor-parallel ranks are not supported; if one file is left over "
-           "from another save, remove it after looking at both");
-  }
-}
-
 }  // namespace
 
 Inventory take_inventory(Storage& storage, const std::string& folder) {
@@ -99,7 +86,6 @@ Inventory take_inventory(Storage& storage, const std::string& folder) {
     }
   }
   check_forms(inventory, folder);
-  check_experts(inventory, folder);
   return inventory;
 }
 
