@@ -1,4 +1,4 @@
-// See laws.h. The law of experts: their files at stages 0 to 2, compared with what each rank holds
+// See laws.h. The law of experts: their files at every stage, compared with what each rank holds
 // by definition (deepspeed/utils/groups.py, expert and expert-data-parallel groups).
 #include <algorithm>
 
@@ -24,8 +24,8 @@ class ExpertJudge {
       : storage_(storage), folder_(folder), model_(in_groups(model, job)), job_(job) {}
 
   std::string run() {
-    if (job_.stage == 3) return "";  // no file an expert; the values are compared as loaded
-    for (size_t layer = 0; layer < model_.experts.size(); ++layer) {
+    const bool stage3 = job_.stage == 3;  // no file an expert, and names by rank
+    for (size_t layer = 0; !stage3 && layer < model_.experts.size(); ++layer) {
       for (int number = 0; number < model_.experts[layer]; ++number)
         expert_file(static_cast<int>(layer), number);
     }
@@ -33,7 +33,7 @@ class ExpertJudge {
       for (int rank = 0; rank < job_.expert; ++rank) slots(rank);
       return reason_;
     }
-    names();
+    if (!stage3) names();
     partitions(-1);
     for (int rank = 0; rank < job_.expert; ++rank) partitions(rank);
     return reason_;
@@ -128,8 +128,8 @@ class ExpertJudge {
     if (group != groups.size()) fail(std::to_string(groups.size()) + " groups");
   }
 
-  // Stages 1 and 2: the flat partitions of the dense group (rank −1), which all ranks share, or of
-  // one expert-parallel rank's experts.
+  // The flat partitions of the dense groups (rank −1), which all ranks share, or of one
+  // expert-parallel rank's experts; at stage 3 of their sub-groups.
   void partitions(int expert_rank) {
     const bool dense = expert_rank < 0;
     const Model part = trained_by(model_, job_, expert_rank);
@@ -147,11 +147,13 @@ class ExpertJudge {
         const TorchFile file(storage_, folder_ + "/" + place_);
         const Fields f(file);
         const NodeId root = f.need(f.root(), "optimizer_state_dict");
-        const NodeId base = f.need(f.need(root, "base_optimizer_state"), "state");
+        const bool stage3 = job_.stage == 3;
+        const char* holder = stage3 ? "optimizer_state_dict" : "base_optimizer_state";
+        const NodeId base = f.need(f.need(root, holder), "state");
         const std::vector<reference::Bits>& own = held.at(static_cast<size_t>(replica));
-        const size_t first = dense ? 0 : 1;
+        const size_t first = dense ? 0 : dense_buffers();
         for (size_t group = first; group < first + own.size(); ++group) {
-          const char* masters = "single_partition_of_fp32_groups";
+          const char* masters = stage3 ? "fp32_flat_groups" : "single_partition_of_fp32_groups";
           NodeId node = checkpoint::kNoNode;
           if (state < 0) {
             node = f.list(f.need(root, masters), masters).at(group);
@@ -165,6 +167,12 @@ class ExpertJudge {
         }
       }
     }
+  }
+
+  size_t dense_buffers() const {
+    const Model dense = trained_by(model_, job_, -1);
+    const reference::Form form = form_of(dense, {.data = job_.ranks(), .stage = job_.stage});
+    return reference::buffers_of(group_sizes(dense), form).size();
   }
 
   Storage& storage_;

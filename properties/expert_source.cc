@@ -127,6 +127,7 @@ class ExpertFileWriter : public HandFile {
     Entries root = {{"train_batch_size", pickle().integer(64)},
                     {"zero_optimization",
                      builder_.dict({{"stage", pickle().integer(0)},
+                                    {"sub_group_size", pickle().integer(model_.sub_group_size)},
                                     {"parameter_alignment", pickle().boolean(model_.aligned)}})},
                     {"use_data_before_expert_parallelism", pickle().boolean(model_.data_first)}};
     const char* section = model_.dtype == DType::kBFloat16 ? "bf16" : "fp16";

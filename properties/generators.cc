@@ -290,6 +290,8 @@ rc::Gen<Case> any_expert_case() {
         dense.push_back({.name = "d" + std::to_string(layer), .shape = {draw(1, 7), draw(1, 3)}});
         // Like no other: DeepSpeed lists routers in either of two orders.
         dense.push_back({.name = mlp + "router.gate.weight", .shape = {draw(1, 5), 1, 1, 1}});
+        // Where they do not divide, sub-groups must not end amid them: refused.
+        if (model.most == 0) model.sub_group_size = 1'000'000'000;
         model.experts.push_back(model.most > 0 ? experts * draw(1, 2) : draw(most, most + 5));
         const Shape up = {model.experts.back(), draw(1, 4), draw(1, 5)};
         for (const char* stack : {"w1", "w2", "w3"})
@@ -313,7 +315,7 @@ rc::Gen<Case> any_expert_case() {
     model.parameters = dense;
     model.parameters.insert(model.parameters.end(), all.begin(), all.end());
     draw_optimizer(&model);
-    if (model.autoep && model.states.empty())
+    if ((model.autoep || model.most > 0) && model.states.empty())
       model.states.push_back({"sum", DType::kFloat32});  // or nothing tells a slot's shape
     value.choice = static_cast<uint64_t>(draw(0, 1'000));
     return value;

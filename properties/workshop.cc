@@ -148,8 +148,10 @@ ShardedState Workshop::weights(const ShardedState& state, const std::string& fol
 }
 
 ShardedState Workshop::read(const std::string& folder, uint64_t shuffle) {
-  const checkpoint::ReadOptions options{
-      .tag = "", .param_order = model_.experts.empty() ? kOrderPath : "", .workers = 1};
+  const checkpoint::ReadOptions options{.tag = "",
+                                        .param_order = model_.experts.empty() ? kOrderPath : "",
+                                        .workers = 1,
+                                        .moe_max_group_size = model_.most};
   if (shuffle == 0) return checkpoint::read_checkpoint(storage_, folder, options);
   ListingStorage listing(storage_, shuffle);
   if (mutant_ == Mutant::kListedRanks) {

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """tests/folded.py PROGRAM TRACES: AutoEP folded with AutoTP, which DeepSpeed cannot convert.
 
-autoep_folded_tp2_ep2_dp2 is read, verified, written again at its own topology (the very files), and
-brought to tp=1 at every ep and stage, and to the
-universal form under --beyond-deepspeed, with one digest. What each expert and each tensor-parallel
-shard is, the test works out by itself, from the expert files and the ranks' modules.
+Every autoep_folded_* (more, as many and fewer expert- than tensor-parallel ranks; stages 1 and 2)
+is read, verified, written again at its own topology (the very files), and brought to tp=1 at every
+ep and stage, and to the universal form under --beyond-deepspeed, with one digest. What each expert
+and each tensor-parallel shard is, the test works out by itself, from the expert files and the
+ranks' modules.
 """
 
+import json
 import sys
 
 import hostile as h
@@ -16,37 +18,55 @@ sys.path.insert(0, str(h.Path(__file__).resolve().parent.parent / "scripts"))
 import compare_torch  # noqa: E402
 
 SOURCE = "autoep_folded_tp2_ep2_dp2"
+# recording → what inspect says, layers, tensor-parallel ranks, copies of an expert
+SOURCES = {
+    SOURCE: ("dp2.tp2.ep2", 2, 2, 1),
+    "autoep_folded_tp2_ep4_dp2": ("dp2.tp2.ep4", 1, 2, 1),
+    "autoep_folded_tp4_ep2_dp1": ("dp1.tp4.ep2", 1, 4, 2),
+    "autoep_folded_z2_tp2_ep2_dp1": ("dp1.tp2.ep2", 1, 2, 1),
+}
 OPTIM = "bf16_zero_pp_rank_{}_mp_rank_0{}_optim_states.pt"
+STAGE2 = [r"\['zero_stage'\]", r"\['stage'\]", r"\['frozen_param_(shapes|fragments)'\]"]
 
 
 class Folded(ProgramCase):
     def digest(self, path):
         return self.run_program(0, "digest", path).stdout.splitlines()[0].split()[0]
 
-    def universal(self):
-        target = self.place / "out" / "universal"
-        self.run_program(0, "convert", self.recorded(SOURCE), target, "--to", "universal",
+    def universal(self, case=SOURCE):
+        target = self.place / "out" / case
+        self.run_program(0, "convert", self.recorded(case), target, "--to", "universal",
                          "--beyond-deepspeed")
         return target
 
     def test_it_is_read_whole(self):
-        text = self.run_program(0, "inspect", self.recorded(SOURCE)).stdout
-        self.assertIn("dp2.tp2.ep2", text)
-        text = self.run_program(0, "verify", self.recorded(SOURCE)).stdout
-        self.assertIn("23 masters, 2 tied names, 38 replicas", text)
-        self.assertIn("all agree", text)
+        for case, (topology, *_) in SOURCES.items():
+            with self.subTest(case):
+                text = self.run_program(0, "inspect", self.recorded(case)).stdout
+                self.assertIn(f"topology     {topology} ", text)
+                text = self.run_program(0, "verify", self.recorded(case)).stdout
+                self.assertIn("all agree", text)
+        self.assertIn("23 masters, 2 tied names, 38 replicas",
+                      self.run_program(0, "verify", self.recorded(SOURCE)).stdout)
 
     def test_the_universal_form_is_beyond_deepspeed(self):
         text = self.run_program(2, "convert", self.recorded(SOURCE), self.place / "u", "--to",
                                 "universal").stderr
         self.assertIn("NotImplementedError", text)
-        target = self.universal()
-        self.assertEqual(self.digest(target), self.digest(self.recorded(SOURCE)))
-        self.assertTrue(self.certificate(target)["beyond_deepspeed"])
+        for case in SOURCES:
+            target = self.universal(case)
+            self.assertEqual(self.digest(target), self.digest(self.recorded(case)))
+            self.assertTrue(json.loads((target / "certificate.json").read_text())
+                            ["beyond_deepspeed"])
 
     def test_every_expert_and_shard_is_its_own(self):
-        zero = self.universal() / "zero"
-        tag = self.recorded(SOURCE) / "global_step3"
+        for case, (_, layers, ranks, copies) in SOURCES.items():
+            with self.subTest(case):
+                self.check_values(case, layers, ranks, copies)
+
+    def check_values(self, case, layers, ranks, copies):
+        zero = self.universal(case) / "zero"
+        [tag] = self.recorded(case).glob("global_step*")
         masters = {}
 
         def master(name):
@@ -66,34 +86,45 @@ class Folded(ProgramCase):
                 self.assertEqual(bytes(tensor.bits()),
                                  bits[int(number) * size:(int(number) + 1) * size], key)
                 compared += 1
-        self.assertEqual(compared, 2 * 8 * 3)
+        self.assertEqual(compared, layers * 8 * 3 * copies)
         modules = [compare_torch.load(str(tag / f"mp_rank_0{rank}_model_states.pt"))["module"]
-                   for rank in range(2)]
+                   for rank in range(ranks)]
+        compared = 0
         for name in modules[0]:
             if name.endswith("gate.gate.weight"):
                 continue
             bits, shape = master(name)
             parts = [bytes(module[name].bits()) for module in modules]
-            if name.endswith("o_proj.weight"):  # columns: half of every row on each rank
-                row = 2 * shape[1] // 2
+            if name.endswith("o_proj.weight"):  # columns: a share of every row on each rank
+                row = 2 * shape[1] // ranks
                 parts = [b"".join(part[at:at + row] for part in parts)
                          for at in range(0, len(parts[0]), row)]
             elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
-                self.assertEqual(2 * modules[0][name].shape[0], shape[0])
+                self.assertEqual(ranks * modules[0][name].shape[0], shape[0])
             else:
-                self.assertEqual(parts[0], parts[1], name)
+                self.assertEqual(len(set(parts)), 1, name)
                 parts = parts[:1]
             self.assertEqual(b"".join(parts), bits, name)
             compared += 1
-        self.assertEqual(compared, 48 + 17)
+        self.assertEqual(compared, 3 + 7 * layers)
 
     def test_one_tensor_parallel_rank_at_every_ep_and_stage(self):
-        digest = self.digest(self.recorded(SOURCE))
-        universal = self.universal()
+        for case in SOURCES:
+            self.check_targets(case)
+        model = compare_torch.load(str(self.place / SOURCE / "210" / "t"
+                                       / "mp_rank_00_model_states.pt"))
+        self.assertNotIn("folding", model)
+        self.assertEqual(set(model["universal_checkpoint_info"]),
+                         {"universal_checkpoint_version", "expert_parameter_patterns",
+                          "ds_autoep_layers"})
+
+    def check_targets(self, case):
+        digest = self.digest(self.recorded(case))
+        universal = self.universal(case)
         for expert, stage in ((1, 1), (2, 1), (4, 2), (8, 3), (2, 3)):
             found = []
-            for number, source in enumerate((self.recorded(SOURCE), universal)):
-                target = self.place / f"{expert}{stage}{number}"
+            for number, source in enumerate((self.recorded(case), universal)):
+                target = self.place / case / f"{expert}{stage}{number}"
                 spec = f"tp=1,ep={expert},dp={2 * expert},stage={stage}"
                 self.run_program(0, "reshard", source, target, "--to", spec, "--tag-out", "t")
                 self.assertEqual(self.digest(target), digest)
@@ -102,22 +133,30 @@ class Folded(ProgramCase):
             wrong = compare_torch.compare_paths(*found, [], []).differences
             wrong = [each for each in wrong if "json" not in str(each)]
             self.assertEqual(wrong, [])
-        model = compare_torch.load(str(self.place / "210" / "t" / "mp_rank_00_model_states.pt"))
-        self.assertNotIn("folding", model)
-        self.assertEqual(set(model["universal_checkpoint_info"]),
-                         {"universal_checkpoint_version", "expert_parameter_patterns",
-                          "ds_autoep_layers"})
 
     def test_its_own_topology_gives_its_own_files(self):
-        for to, ignored in (("dp=2", []), ("stage=2", [r"\['zero_stage'\]", r"\['stage'\]",
-                                                r"\['frozen_param_(shapes|fragments)'\]"])):
-            target = self.place / to
-            self.run_program(0, "reshard", self.recorded(SOURCE), target, "--to", to)
-            self.assertTrue(self.run_program(0, "verify", target).stdout.startswith("VERIFIED"))
-            self.assertEqual(self.digest(target), self.digest(self.recorded(SOURCE)))
-            wrong = compare_torch.compare_paths(str(self.recorded(SOURCE)), str(target),
-                                                ignored, []).differences
-            self.assertEqual([each for each in wrong if "json" not in str(each)], [])
+        for case in SOURCES:
+            other = "stage=1" if "_z2_" in case else "stage=2"
+            for to, ignored in ((self.own(case), []), (other, STAGE2)):
+                target = self.place / case / to
+                self.run_program(0, "reshard", self.recorded(case), target, "--to", to)
+                self.assertTrue(self.run_program(0, "verify", target).stdout.startswith("VERIFIED"))
+                self.assertEqual(self.digest(target), self.digest(self.recorded(case)))
+                wrong = compare_torch.compare_paths(str(self.recorded(case)), str(target),
+                                                    ignored, []).differences
+                self.assertEqual([each for each in wrong if "json" not in str(each)], [])
+
+    def own(self, case):
+        text = self.run_program(0, "inspect", self.recorded(case), "--json").stdout
+        return json.loads(text.splitlines()[0])["to"]
+
+    def test_a_replica_that_differs_is_told(self):
+        folder = h.ZeroFolder(self.recorded("autoep_folded_tp4_ep2_dp1"))
+        _, records = folder.files["global_step2/layer_0_expert_5_mp_rank_03_model_states.pt"]
+        records["data/0"] = bytes([records["data/0"][0] ^ 1]) + records["data/0"][1:]
+        source = folder.write(self.place / "source")
+        self.assertIn("SUSPECT", self.run_program(1, "verify", source).stdout)
+        self.run_program(2, "reshard", source, self.place / "out", "--to", "tp=1")
 
     def test_another_folded_target_is_refused(self):
         text = self.run_program(2, "reshard", self.recorded(SOURCE), self.place / "t", "--to",

@@ -268,7 +268,7 @@ class Run(ProgramCase):
         for case, world, words, keys in (
             ("autoep_z2_ep4_dp4", 4, "AutoEP in the checkpoint, not enabled", {}),
             ("z2_bf16_dp4", 4, "AutoEP enabled in the run", self.experts(1)),
-            ("z2_bf16_dp4", 4, "bf16 on in the checkpoint, off", {"bf16": {"enabled": False}}),
+            ("z2_bf16_dp4", 4, "bfloat16 in the checkpoint, float32", {"bf16": {"enabled": False}}),
             ("z2_bf16_dp4", 4, "BF16_Optimizer",
              {**zero, "data_types": {"grad_accum_dtype": "fp32"}}),
             ("z2_bf16_dp4", 4, "round_robin_gradients 0 in the checkpoint, 1",
@@ -281,6 +281,40 @@ class Run(ProgramCase):
             answer = self.differs(words, self.recorded(case), world, **keys)
             self.assertEqual(answer["command"], "")
             self.assertIn("change the config", answer["next"])
+
+    def test_spellings_of_a_config(self):
+        one, two = self.recorded("z1_bf16opt_dp2"), self.recorded("z1_bf16_dp2")
+        for summed in ("fp32", "float32", "float", "torch.float32"):
+            for device in (None, {"device": "none"}, {"device": "nvme"}, {"device": "cpu"}):
+                keys = {"zero_optimization": {"stage": 1, "offload_optimizer": device},
+                        "data_types": {"grad_accum_dtype": summed}}
+                on = not device or device["device"] != "cpu"
+                self.assertEqual(self.answer(one, 2, **keys)["fits"], on, keys)
+                self.assertEqual(self.answer(two, 2, **keys)["fits"], not on, keys)
+        self.differs("float32 in the checkpoint, float16", self.recorded("z0_fp32_dp2"), 2,
+                     zero_optimization={"stage": 0}, bf16={}, fp16={"enabled": True})
+        for odd in ("auto", {"enabled": "auto"}):
+            self.assertIn("bf16 and fp16", " ".join(self.answer(two, 2, bf16=odd)["not_compared"]))
+        answer = self.answer(self.recorded("z3_bf16_dp3"), 3,
+                             zero_optimization={"stage": 3, "sub_group_size": 1e300})
+        self.assertIn("sub_group_size", answer["not_compared"])
+
+    def test_configs_and_worlds_beyond_measure(self):
+        source = self.recorded("z2_bf16_dp4")
+        deep = self.place / "deep.json"
+        deep.write_text('{"zero_optimization":' + "[" * 200_000 + "]" * 200_000 + "}")
+        told = self.run_program(2, "inspect", source, "--to-config", deep, "--world", 4)
+        self.assertIn("nested too deeply", told.stderr)
+        self.run_program(2, "inspect", source, "--to-config", self.config(), "--world", 2**31 - 1)
+        answer = self.answer(source, 1_000_000)
+        self.assertIn("not planned here", answer["next"])
+
+    def test_a_missing_file_of_experts_does_not_fit(self):
+        source = self.place / "lost"
+        shutil.copytree(self.recorded("moe_z0_ep2_dp4"), source)
+        next(source.rglob("expp_rank_1_*")).unlink()
+        self.run_program(2, "inspect", source, "--world", 4, "--to-config",
+                         self.config(zero_optimization={"stage": 0}))
 
     def test_tensor_parallel_ranks_of_a_pipeline_stay(self):
         source, zero = self.recorded("pipe_tp2_pp2_dp2"), {"zero_optimization": {"stage": 1}}

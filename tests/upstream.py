@@ -87,7 +87,8 @@ class Upstream(ProgramCase):
             with self.subTest(key):
                 folder = h.ZeroFolder(self.recorded("autoep_folded_tp2_ep2_dp2"))
                 wrong = h.text(key[:-1] + b"z")
-                records = folder.files["global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"]
+                name = "global_step3/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"
+                records = folder.files[name]
                 data = records[1]["data.pkl"]
                 at = data.index(h.text(key), data.index(h.text("folding")))
                 records[1]["data.pkl"] = data[:at] + wrong + data[at + len(wrong) :]

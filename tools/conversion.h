@@ -24,6 +24,7 @@ struct ConvertFlags {
   bool exclude_frozen = false;
   bool as_deepspeed = false;
   bool beyond_deepspeed = false;
+  int64_t moe_max_group_size = 178'956'971;
   std::vector<std::string> banner;  // said when nothing is refused any more
   std::function<void(const checkpoint::ShardedState&)> accept;  // throws where a verb wants more
   ConversionFlags common;

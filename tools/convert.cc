@@ -34,10 +34,11 @@ void refuse_partial(const ConvertFlags& flags) {
 
 // DeepSpeed loads a universal form group by group and stops at the shorter list, so that a run at a
 // smaller ep, which has more groups of experts, keeps those behind as they were made (erratum 59).
-void warn_of_groups(Session* session, const ShardedState& state, nlohmann::json* certificate) {
+void warn_of_groups(Session* session, const ShardedState& state, int64_t most,
+                    nlohmann::json* certificate) {
   if (state.expert_layout != checkpoint::ExpertLayout::kAutoEp || state.topology.expert == 1)
     return;
-  const auto whole = checkpoint::group_experts_anew(state, 1, checkpoint::kMoeMaxGroupSize);
+  const auto whole = checkpoint::group_experts_anew(state, 1, most);
   if (!whole || whole->groups.size() <= state.groups.size()) return;
   const std::string text =
       "a run at a smaller ep may have up to " + std::to_string(whole->groups.size()) +
@@ -72,7 +73,7 @@ void run_convert(Session* session, const ConvertFlags& flags) {
                           .next = "leave it out"});
   std::vector<checkpoint::FileBlueprint> files;
   if (flags.to == "universal") {
-    warn_of_groups(session, state, &certificate);
+    warn_of_groups(session, state, flags.moe_max_group_size, &certificate);
     if (flags.as_deepspeed && !state.round_robin)
       session->notice("notice: --as-deepspeed changes nothing: the source has no round robin");
     if (flags.as_deepspeed && state.round_robin) {
@@ -143,6 +144,10 @@ void add_convert(CLI::App* app, Session* session) {
                  "Round robin: swap parameters as DeepSpeed's converter does");
   verb->add_flag("--beyond-deepspeed", flags->beyond_deepspeed,
                  "universal: also where DeepSpeed's converter has no code (AutoEP with AutoTP)");
+  verb->add_option("--moe-max-group-size", flags->moe_max_group_size,
+                   "universal: AutoEP's, to say where a run would have more groups of experts")
+      ->check(CLI::Range(int64_t{1}, int64_t{1} << 50))
+      ->capture_default_str();
   add_conversion_flags(verb, &flags->common);
   add_source_flags(verb, session);
   add_only_flag(verb, session);

@@ -232,8 +232,8 @@ void run_inspect(Session* session, const std::string& source, bool list, Run run
                           .next = "leave --world out"});
   }
   if (!run.config.empty()) run.read = read_run_config(session, run.config);
-  session->read.places = !run.config.empty();  // a reshard is planned
-  session->read.lost_experts = true;           // what is missing is told
+  session->read.places = !run.config.empty();       // a reshard is planned
+  session->read.lost_experts = run.config.empty();  // what is missing is told, or refused
   const ShardedState state = session->open(source, /*prove=*/false);
   const checkpoint::NameFilter filter(session->only);
   const bool matched = std::ranges::any_of(

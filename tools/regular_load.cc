@@ -2,6 +2,7 @@
 #include "tools/regular_load.h"
 
 #include <algorithm>
+#include <cmath>
 #include <optional>
 
 #include "checkpoint/deepspeed/fields.h"
@@ -100,43 +101,53 @@ class Comparison {
              Mend::kConfig);
   }
 
-  // Whether the run trains in bf16; none: "auto".
-  std::optional<bool> bf16() const {
-    for (const char* section : {"bf16", "bfloat16"}) {
-      const json part = run_.keys.value(section, json::object());
-      if (!part.is_object() || !part.contains("enabled")) continue;
-      if (!part["enabled"].is_boolean()) return std::nullopt;
-      return part["enabled"].get<bool>();
+  // Whether the config turns a dtype on; none: "auto", or of another type.
+  std::optional<bool> enabled(std::initializer_list<const char*> sections) const {
+    for (const char* section : sections) {
+      const json part = run_.keys.value(section, json());
+      if (part.is_null()) continue;
+      const json value = part.is_object() ? part.value("enabled", json(false)) : json("auto");
+      if (!value.is_boolean()) return std::nullopt;
+      if (value.get<bool>()) return true;
     }
     return false;
   }
+  std::optional<bool> bf16() const { return enabled({"bf16", "bfloat16"}); }
 
   void compare_dtype() {
-    const bool saved = std::ranges::any_of(source_.parameters, [](const auto& parameter) {
-      return parameter.group >= 0 && parameter.model_dtype == DType::kBFloat16;
-    });
-    const std::optional<bool> runs = bf16();
-    if (!runs) return not_compared_.push_back("bf16, which the config leaves to be found out");
-    if (saved != *runs)
-      differ(std::string("bf16 ") + (saved ? "on" : "off") + " in the checkpoint, " +
-                 (*runs ? "on" : "off") + " in the run: its files have other names and copies",
+    DType saved = DType::kFloat32;
+    for (const checkpoint::ParameterState& parameter : source_.parameters) {
+      if (parameter.group >= 0 && parameter.model_dtype != DType::kFloat32)
+        saved = parameter.model_dtype;
+    }
+    const std::optional<bool> in_bf16 = bf16(), in_fp16 = enabled({"fp16"});
+    if (!in_bf16 || !in_fp16)
+      return not_compared_.push_back("bf16 and fp16, which the config leaves to be found out");
+    const DType runs = *in_bf16 ? DType::kBFloat16 : *in_fp16 ? DType::kFloat16 : DType::kFloat32;
+    if (saved != runs)
+      differ(std::string(name(saved)) + " in the checkpoint, " + name(runs) +
+                 " in the run: its files have other names, copies or a loss scaler",
              Mend::kUniversal);
-    if (in_partitions(source_.stage) && in_partitions(stage_)) compare_optimizer_form(*runs);
+    if (in_partitions(source_.stage) && in_partitions(stage_)) compare_optimizer_form(*in_bf16);
   }
 
   // engine.py, _do_optimizer_sanity_check: BF16_Optimizer takes the place of ZeRO's at stage 1
-  // where gradients are summed in fp32.
+  // where gradients are summed in fp32 and the optimizer is not on the CPU.
   void compare_optimizer_form(bool bf16_runs) {
-    const json types = run_.keys.value("data_types", json::object());
-    const json summed = types.is_object() ? types.value("grad_accum_dtype", json()) : json();
-    const bool runs = bf16_runs && stage_ == 1 && (summed == "fp32" || summed == "float32") &&
-                      !zero_.contains("offload_optimizer");
+    const std::string summed = text_of(run_.keys.value("data_types", json()), "grad_accum_dtype");
+    const std::string device = text_of(zero_.value("offload_optimizer", json()), "device");
+    const bool runs = bf16_runs && stage_ == 1 && checkpoint::means_fp32(summed) && device != "cpu";
     const bool saved = source_.flavour == Flavour::kBf16Optimizer;
     if (saved != runs)
       differ(std::string("BF16_Optimizer (data_types.grad_accum_dtype) ") + (saved ? "on" : "off") +
                  " in the checkpoint, " + (runs ? "on" : "off") +
                  " in the run: its files have another form",
              Mend::kUniversal);
+  }
+  static std::string text_of(const json& part, const char* key) {
+    if (!part.is_object()) return "";
+    const json value = part.value(key, json());
+    return value.is_string() ? value.get<std::string>() : "";
   }
 
   void compare_pipeline() {
@@ -150,19 +161,24 @@ class Comparison {
              Mend::kConfig);
   }
 
-  int64_t option(const char* key, int64_t otherwise) const {
+  // Nothing where the config has no number there.
+  std::optional<int64_t> option(const char* key, int64_t otherwise) {
     if (!zero_.contains(key)) return otherwise;
     const json& value = zero_[key];
     if (value.is_boolean()) return value.get<bool>() ? 1 : 0;
-    return value.is_number() ? static_cast<int64_t>(value.get<double>()) : otherwise;
+    if (value.is_number() && std::abs(value.get<double>()) < 1e18)
+      return static_cast<int64_t>(value.get<double>());
+    not_compared_.push_back(key);
+    return std::nullopt;
   }
 
   void compare_options() {
     if (in_partitions(source_.stage) && in_partitions(stage_) &&
-        source_.flavour != Flavour::kBf16Optimizer)
-      compare("round_robin_gradients", source_.round_robin ? 1 : 0,
-              option("round_robin_gradients", 0), "parameters lie in another order",
-              Mend::kUniversal);
+        source_.flavour != Flavour::kBf16Optimizer) {
+      if (const auto runs = option("round_robin_gradients", 0))
+        compare("round_robin_gradients", source_.round_robin ? 1 : 0, *runs,
+                "parameters lie in another order", Mend::kUniversal);
+    }
     if (source_.stage == 3 && stage_ == 3) compare_sub_groups();
     not_compared_.push_back("optimizer and its parameter groups");
   }
@@ -172,13 +188,13 @@ class Comparison {
     const int64_t standard = 1'000'000'000;
     const int64_t saved = checkpoint::zero_option(model, model.maybe(model.root(), "ds_config"),
                                                   "sub_group_size", standard);
-    const int64_t runs = option("sub_group_size", standard);
+    const std::optional<int64_t> runs = option("sub_group_size", standard);
     for (const checkpoint::GroupState& group : source_.groups) {
       int64_t elements = 0;
       for (int number : group.parameters)
         elements += numel(source_.parameters[static_cast<size_t>(number)].shape);
-      if (elements > std::min(saved, runs))
-        return compare("sub_group_size", saved, runs, "sub-groups may hold other parameters",
+      if (runs && elements > std::min(saved, *runs))
+        return compare("sub_group_size", saved, *runs, "sub-groups may hold other parameters",
                        Mend::kUniversal);
     }
   }
@@ -243,9 +259,13 @@ json regular_load(Session* session, const ShardedState& source, const RunConfig&
                            "checkpoint.load_universal), whose files have one form";
     return answer;
   }
-  const std::string why = obstacle(session, source, comparison);
+  constexpr int kMostPlanned = 4096;
+  const bool planned = comparison.topology().world() <= kMostPlanned;
+  const std::string why = planned ? obstacle(session, source, comparison) : "";
   const std::string command = reshard_command(*session, source, comparison);
-  if (why.empty())
+  if (!planned)
+    answer["next"] = "`" + command + "`, which was not planned here, for so many ranks";
+  else if (why.empty())
     answer["command"] = command;
   else
     answer["next"] = "`" + command + "` is refused as it stands: " + why;

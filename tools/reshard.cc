@@ -142,6 +142,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   if (flags.to.empty()) run = read_run_config(session, flags.to_config);
   TargetSpec spec = flags.to.empty() ? run.spec : parse_target(flags.to);
   refuse_overlap(session, flags.source, flags.target);
+  session->read.moe_max_group_size = flags.moe_max_group_size;
   checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
   if (!flags.split_like.empty()) adopt_splits_of(session, flags.split_like, &state);
   if (flags.to.empty()) spec = share_world(state, run, flags.world);

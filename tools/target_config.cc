@@ -53,10 +53,18 @@ constexpr int kMostRanks = 1'000'000;
 RunConfig read_run_config(Session* session, const std::string& file) {
   RunConfig run;
   run.file = file;
-  run.keys = json::parse(read_small_file(session->storage, file, 16 << 20), nullptr, false);
-  if (!run.keys.is_object()) {
+  // Deeper ones would take all of the stack where they are copied.
+  constexpr int kMostDepth = 64;
+  bool deep = false;
+  const auto shallow = [&](int depth, json::parse_event_t, json&) {
+    deep = deep || depth > kMostDepth;
+    return depth <= kMostDepth;
+  };
+  run.keys = json::parse(read_small_file(session->storage, file, 16 << 20), shallow, false);
+  if (deep || !run.keys.is_object()) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "The DeepSpeed config is not a JSON object.",
+                          .what = deep ? "The DeepSpeed config is nested too deeply."
+                                       : "The DeepSpeed config is not a JSON object.",
                           .file = file});
   }
   TargetSpec& spec = run.spec;
@@ -88,9 +96,11 @@ TargetSpec share_world(const checkpoint::ShardedState& source, const RunConfig& 
                   .entry = "expert_parallel",
                   .next = "`isoshard migrate --to autoep` makes AutoEP's stacks of them"});
   }
-  if (world < 1) {
+  if (world < 1 || world > kMostRanks) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "--to-config goes with --world N, the number of ranks.",
+                          .expected = "a number from 1 to " + std::to_string(kMostRanks),
+                          .found = std::to_string(world),
                           .next = "say --world"});
   }
   TargetSpec spec = run.spec;

@@ -18,6 +18,7 @@ constexpr int64_t kNoLimit = std::numeric_limits<int64_t>::max();
 // Consecutive groups that were one before they were split.
 struct Family {
   size_t first = 0, count = 0;
+  bool marked = false;       // moe: True, so that a digest takes its groups for one
   std::vector<int> members;  // in the order of a run with one expert-parallel rank
 };
 
@@ -30,14 +31,11 @@ class Regrouping {
     find_degrees();
   }
 
-  // Whether every layer's experts lie in equal numbers on the target's ranks; otherwise there is
-  // no rule, and prepare_experts() says what is wrong.
-  bool applies() const {
+  // Whether every layer's experts lie in equal numbers on so many ranks.
+  bool shared_evenly(int ranks) const {
     return std::ranges::all_of(families_, [&](const Family& family) {
-      return std::ranges::all_of(family.members, [&](int number) {
-        const int64_t experts = experts_of(number);
-        return experts % ranks_ == 0 && experts % degrees_.front() == 0;
-      });
+      return std::ranges::all_of(family.members,
+                                 [&](int number) { return experts_of(number) % ranks == 0; });
     });
   }
 
@@ -50,23 +48,24 @@ class Regrouping {
     for (size_t g = 0; g < state_.groups.size();) {
       if (next < families_.size() && families_[next].first == g) {
         const Family& family = families_[next++];
-        const int64_t limit = limit_of(family);
-        const std::vector<size_t> parts = split(family, ranks_, limit);
-        changed = changed || parts != own_parts(family);
+        const std::optional<int64_t> limit = limit_of(family);
+        const std::vector<size_t> own = own_parts(family);
+        const std::vector<size_t> parts = limit ? split(family, ranks_, *limit) : own;
+        changed = changed || parts != own;
         const size_t begin = groups.size();
         for (size_t i = 0; i < parts.size(); ++i) {
           while (groups.size() <= begin + parts[i])
             groups.push_back({state_.groups[g].hyper, {}, {}});
           groups[begin + parts[i]].parameters.push_back(family.members[i]);
         }
-        tell(family, groups.size() - begin, limit, inferred);
+        if (limit) tell(family, groups.size() - begin, *limit, inferred);
         g += family.count;
       } else {
         groups.push_back(state_.groups[g++]);
       }
     }
     if (!changed) return std::nullopt;
-    if (groups.size() != state_.groups.size()) check_scheduler();
+    if (check_) check_scheduler(state_, groups.size());
     for (size_t g = 0; g < groups.size(); ++g) {
       for (int number : groups[g].parameters)
         group_of[static_cast<size_t>(number)] = static_cast<int>(g);
@@ -102,10 +101,11 @@ class Regrouping {
         entry.erase("names");
         return entry;
       };
-      const bool goes_on = !families_.empty() &&
+      const bool marked = hyper.at(g).value("moe", nlohmann::json(false)) == nlohmann::json(true);
+      const bool goes_on = marked && !families_.empty() &&
                            families_.back().first + families_.back().count == g &&
                            plain(families_.back().first) == plain(g);
-      if (!goes_on) families_.push_back({g, 0, {}});
+      if (!goes_on) families_.push_back({g, 0, marked, {}});
       Family& family = families_.back();
       ++family.count;
       const std::vector<int>& members = state_.groups[g].parameters;
@@ -117,14 +117,14 @@ class Regrouping {
     }
   }
 
-  // The source's expert-parallel ranks. A universal form of native experts does not say them: any
-  // number that divides the experts.
+  // The degrees that the source's groups may be of. A universal form of native experts does not say
+  // it (any number that divides the experts), that of AutoEP may have the groups of a run at ep 1.
   void find_degrees() {
     degrees_ = {state_.topology.expert};
-    if (counts_.empty() || state_.flavour != Flavour::kUniversal12) return;
-    int64_t least = counts_.begin()->second;
-    for (const auto& [layer, count] : counts_) least = std::min(least, count);
-    for (int64_t degree = 2; degree <= least; ++degree) {
+    if (state_.flavour != Flavour::kUniversal12) return;
+    int64_t least = 1;
+    for (const auto& [layer, count] : counts_) least = std::max(least, count);
+    for (int64_t degree = 1; degree <= least && degree <= 100'000; ++degree) {
       const bool divides = std::ranges::all_of(
           counts_, [&](const auto& layer) { return layer.second % degree == 0; });
       if (divides) degrees_.push_back(static_cast<int>(degree));
@@ -164,7 +164,9 @@ class Regrouping {
       const auto expert = ExpertInfo::expert_number(name);
       if (expert && expert->second >= local) {
         const std::string twin = ExpertInfo::global_name(name, -(expert->second / local), local);
-        parts.push_back(of_rank0.at(twin));
+        const auto found = of_rank0.find(twin);
+        if (found == of_rank0.end()) refuse_settings(name, twin);
+        parts.push_back(found->second);
         continue;
       }
       const int64_t elements = numel(parameter(number).shape) / (expert ? 1 : ranks);
@@ -187,56 +189,50 @@ class Regrouping {
     return parts;
   }
 
-  int64_t limit_of(const Family& family) const {
+  [[noreturn]] void refuse_settings(const std::string& name, const std::string& twin) const {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "Experts of one layer lie in optimizer groups of different settings, so that ranks "
+                "would form different groups at another ep.",
+        .file = state_.folder,
+        .entry = quote(name),
+        .expected = "a group with the settings of " + quote(twin),
+        .found = "another",
+        .next = "take ep=" + std::to_string(state_.topology.expert)});
+  }
+
+  // The number of elements up to which the family's groups are filled; nothing: they stay.
+  std::optional<int64_t> limit_of(const Family& family) const {
     if (!check_) return most_ > 0 ? most_ : kNoLimit;
     const std::vector<size_t> own = own_parts(family);
     const int64_t most = most_ > 0 ? most_ : kMoeMaxGroupSize;
-    const bool fits = std::ranges::any_of(
-        degrees_, [&](int degree) { return split(family, degree, most) == own; });
-    if (fits) return most;
-    if (most_ == 0 && family.count == 1) return kNoLimit;
+    const bool uneven = !shared_evenly(state_.topology.expert);
+    const bool fits = std::ranges::any_of(degrees_, [&](int degree) {
+      return shared_evenly(degree) && split(family, degree, most) == own;
+    });
+    if (family.marked && (fits || (uneven && family.count == 1))) return most;
+    if (family.count == 1 && (most_ == 0 || !family.marked)) return std::nullopt;
+    if (ranks_ == state_.topology.expert) return std::nullopt;
     throw Error(ErrorInfo{
         .code = ErrorCode::kUnsupported,
         .what = "The groups of experts are not those that max_group_size gives (deepspeed/moe/"
                 "utils.py), so that those at another ep are not known.",
         .file = state_.folder,
         .entry = "param_groups",
-        .expected = "groups filled up to " + std::to_string(most) + " elements of a rank",
+        .expected =
+            "groups (moe: True) filled up to " + std::to_string(most) + " elements of a rank",
         .found = std::to_string(family.count) + " groups",
         .next = "name the max_group_size of the run with --moe-max-group-size"});
-  }
-
-  // An lr_scheduler that keeps a number for each group cannot go on with another count.
-  void check_scheduler() const {
-    const Fields model(state_.document(state_.model_files[0]));
-    const Pickle& pickle = model.pickle();
-    const NodeId scheduler = model.maybe(model.root(), "lr_scheduler");
-    if (scheduler == kNoNode || !pickle.is_mapping(scheduler)) return;
-    const std::vector<NodeId>& entries = pickle.entries(scheduler);
-    for (size_t i = 1; i < entries.size(); i += 2) {
-      const Kind kind = pickle.kind(entries[i]);
-      if (kind != Kind::kList && kind != Kind::kTuple) continue;
-      if (pickle.items(entries[i]).size() != state_.groups.size()) continue;
-      throw Error(ErrorInfo{
-          .code = ErrorCode::kUnsupported,
-          .what = "At this ep the optimizer has another number of groups of experts, and the "
-                  "lr_scheduler keeps a value for each.",
-          .file = state_.folder,
-          .entry = "lr_scheduler",
-          .expected = "no list of " + std::to_string(state_.groups.size()),
-          .found = pickle.kind(entries[i - 1]) == Kind::kString ? quote(pickle.text(entries[i - 1]))
-                                                                : "one",
-          .next = "take ep=" + std::to_string(state_.topology.expert)});
-    }
   }
 
   void tell(const Family& family, size_t count, int64_t limit,
             std::vector<std::string>* inferred) const {
     if (family.count == 1 && count == 1) return;
-    inferred->push_back("groups of experts: " + std::to_string(count) +
-                        " at ep=" + std::to_string(ranks_) + ", by a max_group_size of " +
-                        std::to_string(limit) + ", which gives the source's " +
-                        std::to_string(family.count));
+    const std::string text =
+        ("groups of experts: " + std::to_string(count) + " at ep=" + std::to_string(ranks_) +
+         ", by a max_group_size of " + std::to_string(limit) + ", which gives the source's " +
+         std::to_string(family.count));
+    if (std::ranges::find(*inferred, text) == inferred->end()) inferred->push_back(text);
   }
 
   const ShardedState& state_;
@@ -250,21 +246,44 @@ class Regrouping {
 
 }  // namespace
 
-std::optional<ShardedState> regroup_experts(const ShardedState& state, int ranks, int64_t most,
-                                            std::vector<std::string>* inferred) {
+void check_scheduler(const ShardedState& state, size_t groups) {
+  if (groups == state.groups.size()) return;
+  const Fields model(state.document(state.model_files[0]));
+  const Pickle& pickle = model.pickle();
+  const NodeId scheduler = model.maybe(model.root(), "lr_scheduler");
+  if (scheduler == kNoNode || !pickle.is_mapping(scheduler)) return;
+  const std::vector<NodeId>& entries = pickle.entries(scheduler);
+  for (size_t i = 1; i < entries.size(); i += 2) {
+    const Kind kind = pickle.kind(entries[i]);
+    if (kind != Kind::kList && kind != Kind::kTuple) continue;
+    if (pickle.items(entries[i]).size() != state.groups.size()) continue;
+    const bool named = pickle.kind(entries[i - 1]) == Kind::kString;
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "The target has another number of groups of experts, and the lr_scheduler keeps a "
+                "value for each.",
+        .file = state.folder,
+        .entry = "lr_scheduler" + (named ? " " + quote(pickle.text(entries[i - 1])) : ""),
+        .expected = std::to_string(state.groups.size()) + " groups, as in the source",
+        .found = std::to_string(groups),
+        .next = "take ep=" + std::to_string(state.topology.expert)});
+  }
+}
+
+Regrouped regroup_experts(const ShardedState& state, int ranks, int64_t most,
+                          std::vector<std::string>* inferred) {
   const bool experts = state.expert_layout != ExpertLayout::kNone;
-  const bool told = state.expert_layout == ExpertLayout::kAutoEp ||
-                    state.flavour != Flavour::kUniversal12;  // of which degree the groups are
-  if (!experts || (told && ranks == state.topology.expert)) return std::nullopt;
+  const bool own = ranks == state.topology.expert && state.flavour != Flavour::kUniversal12;
+  if (!experts || own) return {};
   Regrouping regrouping(state, ranks, most, /*check=*/true);
-  if (!regrouping.applies()) return std::nullopt;
-  return regrouping.run(inferred);
+  if (!regrouping.shared_evenly(ranks)) return {.state = {}, .known = false};
+  return {.state = regrouping.run(inferred), .known = true};
 }
 
 std::optional<ShardedState> group_experts_anew(const ShardedState& state, int ranks, int64_t most) {
   if (state.expert_layout == ExpertLayout::kNone) return std::nullopt;
   Regrouping regrouping(state, ranks, most, /*check=*/false);
-  if (!regrouping.applies()) return std::nullopt;
+  if (!regrouping.shared_evenly(ranks)) return std::nullopt;
   std::vector<std::string> nothing;
   return regrouping.run(&nothing);
 }

@@ -17,15 +17,25 @@ namespace isoshard::checkpoint {
 inline constexpr int64_t kMoeMaxGroupSize =
     178'956'971;  // max_group_size, if the caller names none
 
-// The state with the groups that a run with that many expert-parallel ranks forms; nothing where
-// they are the same. `most` is the run's max_group_size; 0: DeepSpeed's, or none where the source
-// has one group beyond it. Groups with equal hyper-parameters, one behind the other, are taken for
-// one that was split; Error(kUnsupported) where the rule does not give the source's own groups, or
-// an lr_scheduler counts groups whose number changes.
-std::optional<ShardedState> regroup_experts(const ShardedState& state, int ranks, int64_t most,
-                                            std::vector<std::string>* inferred);
+struct Regrouped {
+  std::optional<ShardedState> state;  // nothing: the source's groups are the target's
+  bool known = true;                  // false: there is no rule for such shares of experts
+};
+
+// The groups that a run with that many expert-parallel ranks forms. `most` is the run's
+// max_group_size; 0: DeepSpeed's, or none where the source has one group beyond it. Groups of
+// experts (moe: True) with equal settings, one behind the other, are taken for one that was split;
+// Error(kUnsupported) where the rule does not give the source's own groups, where settings differ
+// between the experts of one layer, or where an lr_scheduler counts groups whose number changes.
+Regrouped regroup_experts(const ShardedState& state, int ranks, int64_t most,
+                          std::vector<std::string>* inferred);
 
 // The same, whatever the source's own groups are; `most` 0: all experts of equal settings in one.
+// Schedulers are not looked at.
 std::optional<ShardedState> group_experts_anew(const ShardedState& state, int ranks, int64_t most);
+
+// Error(kUnsupported) where an lr_scheduler keeps a list by group, and `groups` is another number
+// than the state's.
+void check_scheduler(const ShardedState& state, size_t groups);
 
 }  // namespace isoshard::checkpoint

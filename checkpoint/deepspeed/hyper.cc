@@ -289,19 +289,19 @@ json optimizer_part(const ShardedState& state, Spent* spent) {
 // where it is split depends on the expert-parallel degree.
 void join_groups_of_experts(json* groups) {
   json joined = json::array();
+  std::vector<std::vector<std::string>> names;
   for (json& group : *groups) {
-    std::vector<std::string> names = group["names"];
-    json* last = joined.empty() ? nullptr : &joined.back();
-    json plain = group, other = last == nullptr ? json() : *last;
-    plain.erase("names");
-    if (other.is_object()) other.erase("names");
-    if (!of_experts(group) || plain != other) {
+    const std::vector<std::string> own = group["names"];
+    group.erase("names");
+    if (joined.empty() || !of_experts(group) || joined.back() != group) {
       joined.push_back(std::move(group));
-      continue;
+      names.emplace_back();
     }
-    for (const json& name : (*last)["names"]) names.push_back(name.get<std::string>());
-    std::sort(names.begin(), names.end());
-    (*last)["names"] = names;
+    names.back().insert(names.back().end(), own.begin(), own.end());
+  }
+  for (size_t i = 0; i < names.size(); ++i) {
+    std::sort(names[i].begin(), names[i].end());
+    joined[i]["names"] = std::move(names[i]);
   }
   *groups = std::move(joined);
 }

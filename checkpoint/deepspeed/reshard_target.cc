@@ -33,6 +33,14 @@ bool is_bf16(const Fields& model, NodeId config) {
          config_text(model, config, "bfloat16", "enabled") == "True";
 }
 
+// engine.py, zero_cpu_offload.
+bool offloads_to_cpu(const Fields& model, NodeId config) {
+  if (config == kNoNode) return false;
+  const NodeId zero = model.maybe(config, "zero_optimization");
+  if (zero == kNoNode || !model.pickle().is_mapping(zero)) return false;
+  return config_text(model, zero, "offload_optimizer", "device") == "cpu";
+}
+
 void refuse_topology(const ShardedState& state, const Topology& topology, int stage) {
   const auto no = [&](const std::string& what, const std::string& next) {
     throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
@@ -242,8 +250,7 @@ void choose_form(ReshardTarget* whole, const Fields& model, NodeId config) {
   const bool bf16 = is_bf16(model, config);
   target.prefix = bf16 ? "bf16_" : "";
   const std::string gradients = config_text(model, config, "data_types", "grad_accum_dtype");
-  const bool by_config = bf16 && (gradients == "fp32" || gradients == "float32") &&
-                         zero_option(model, config, "offload_optimizer", 0) == 0;
+  const bool by_config = bf16 && means_fp32(gradients) && !offloads_to_cpu(model, config);
   const bool of_stage1 = state.flavour == Flavour::kBf16Optimizer && state.stage == 1;
   target.bf16_optimizer =
       (stage == 1 && (of_stage1 || by_config)) || (stage == 0 && bf16 && state.pipeline.present());
@@ -261,6 +268,25 @@ void choose_form(ReshardTarget* whole, const Fields& model, NodeId config) {
       std::ranges::all_of(state.parameters, [](const ParameterState& p) { return p.group >= 0; });
 }
 
+// A rank with more experts than another may fill a sub-group earlier; all must name the same.
+void check_sub_groups(const ReshardTarget& target) {
+  for (const std::vector<TargetBuffer>& buffers : target.expert_buffers) {
+    const bool same = std::ranges::equal(
+        buffers, target.expert_buffers[0], [](const TargetBuffer& a, const TargetBuffer& b) {
+          return a.group == b.group && a.parameters == b.parameters;
+        });
+    if (same) continue;
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kUnsupported,
+                  .what = "Ranks with unequal shares of experts would fill sub-groups differently.",
+                  .file = target.state.folder,
+                  .entry = "zero_optimization.sub_group_size",
+                  .expected = "the same parameters in every rank's sub-groups",
+                  .found = "others",
+                  .next = "take an ep that divides the experts, or stage=1 or 2"});
+  }
+}
+
 void note_padding(ReshardTarget* whole) {
   ReshardTarget& target = *whole;
   const ShardedState& state = target.state;
@@ -274,6 +300,10 @@ void note_padding(ReshardTarget* whole) {
 }
 
 }  // namespace
+
+bool means_fp32(const std::string& dtype) {
+  return dtype == "fp32" || dtype == "float32" || dtype == "float" || dtype == "torch.float32";
+}
 
 ReshardTarget make_target(const ShardedState& state, const Topology& topology, int stage,
                           const ReshardOptions& options) {
@@ -325,6 +355,7 @@ ReshardTarget make_target(const ShardedState& state, const Topology& topology, i
         add_flat_buffer(&target, members);
     }
   }
+  if (stage == 3) check_sub_groups(target);
   return target;
 }
 
@@ -439,12 +470,12 @@ StorageFill rank_fill(const ReshardTarget& target, const TargetBuffer& buffer, i
 TargetFiles reshard_blueprints(const ShardedState& source, const Topology& topology, int stage,
                                const ReshardOptions& wanted) {
   std::vector<std::string> inferred;
-  std::optional<ShardedState> regrouped;
+  Regrouped regrouped;
   if (!wanted.experts_grouped)
     regrouped = regroup_experts(source, topology.expert, wanted.moe_max_group_size, &inferred);
-  const ShardedState& state = regrouped ? *regrouped : source;
+  const ShardedState& state = regrouped.state ? *regrouped.state : source;
   ReshardOptions options = wanted;
-  options.experts_grouped = true;
+  options.experts_grouped = regrouped.known;
   ReshardTarget target = make_target(state, topology, stage, options);
   target.inferred.insert(target.inferred.end(), inferred.begin(), inferred.end());
   check_client_state(state, target, options.allow_dropped);

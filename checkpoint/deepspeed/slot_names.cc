@@ -68,18 +68,18 @@ const std::optional<Difference>& SlotNames::difference(size_t slot, size_t entry
   return found->second;
 }
 
-SlotNames::Search SlotNames::search(bool values, bool empty_ones) {
+SlotNames::Search SlotNames::search(const std::vector<size_t>& sizes, bool values,
+                                    bool empty_ones) {
   Search result;
   for (const std::vector<size_t>& order : orders_) {
     std::vector<size_t> candidates;
     for (size_t entry : order) {
       if (empty_ones || numel(entries_[entry].leaf.shape) > 0) candidates.push_back(entry);
     }
-    const OrderSearch found(
-        family_sizes_, candidates.size(), [&, values](size_t slot, size_t candidate) {
-          const size_t entry = candidates[candidate];
-          return fits(slots_[slot], entries_[entry]) && (!values || !difference(slot, entry));
-        });
+    const OrderSearch found(sizes, candidates.size(), [&, values](size_t slot, size_t candidate) {
+      const size_t entry = candidates[candidate];
+      return fits(slots_[slot], entries_[entry]) && (!values || !difference(slot, entry));
+    });
     result.too_many = result.too_many || found.too_many;
     if (&order == &orders_.front()) result.stuck = found.stuck;
     for (OrderSearch::Order way : found.orders) {
@@ -92,18 +92,30 @@ SlotNames::Search SlotNames::search(bool values, bool empty_ones) {
   return result;
 }
 
-std::string SlotNames::infer() {
-  bool values = false, with_empty = false;
+SlotNames::Search SlotNames::find_ways(const std::vector<size_t>& sizes, bool* values) {
   Search result;
+  bool with_empty = false;
+  *values = false;
   // Entries without elements are owned by a plain torch optimizer, and in older DeepSpeed.
   for (const bool empty_ones : {false, true}) {
     with_empty = empty_ones;
-    result = search(values, empty_ones);
+    result = search(sizes, /*values=*/false, empty_ones);
     if (result.too_many || !result.ways.empty()) break;
   }
   if (has_masters_ && (result.too_many || result.ways.size() > 1)) {
-    values = true;
-    result = search(values, with_empty);
+    *values = true;
+    result = search(sizes, /*values=*/true, with_empty);
+  }
+  return result;
+}
+
+// Values decide only where shapes do not: reading them takes time.
+std::string SlotNames::infer() {
+  bool values = false, families = false;
+  Search result = find_ways(group_sizes_, &values);
+  if (family_sizes_ != group_sizes_ && (result.too_many || result.ways.size() > 1)) {
+    families = true;
+    result = find_ways(family_sizes_, &values);
   }
   if (result.too_many || result.ways.size() != 1) explain(result, values);
   size_t unknown = 0;
@@ -115,6 +127,7 @@ std::string SlotNames::infer() {
       result.order == 0 ? "registration order" : "registration order, what AutoEP replaced last";
   evidence += values ? ", and the only assignment that fits the masters' values"
                      : ", and the only assignment that fits the shapes";
+  if (families) evidence += "; groups of experts split by max_group_size are one sequence";
   if (unknown > 0 && !values)
     evidence += " (" + std::to_string(unknown) + " slots have none: never stepped)";
   return evidence;

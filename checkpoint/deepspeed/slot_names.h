@@ -50,7 +50,8 @@ std::string describe(const ModuleEntry& entry);
 class SlotNames {
  public:
   // Slots stand group by group in the optimizer's file, number `file` of the state. An order is a
-  // list of numbers of entries, in which a group's parameters may stand; a family keeps to it too.
+  // list of numbers of entries, in which a group's parameters may stand. Where that leaves several
+  // ways a family, whose groups were one before they were split, keeps to the order as a whole.
   SlotNames(const ShardedState& state, int file, std::vector<Slot>* slots,
             const std::vector<ModuleEntry>& entries, std::vector<std::vector<size_t>> orders);
 
@@ -73,7 +74,9 @@ class SlotNames {
     std::optional<size_t> stuck;
   };
 
-  Search search(bool values, bool empty_ones);
+  Search search(const std::vector<size_t>& sizes, bool values, bool empty_ones);
+  // By the order within each group, or else within each family.
+  Search find_ways(const std::vector<size_t>& sizes, bool* values);
   [[noreturn]] void explain(const Search& result, bool values) const;
   bool fits(const Slot& slot, const ModuleEntry& entry) const {
     return (!slot.expert || *slot.expert == entry.expert) &&

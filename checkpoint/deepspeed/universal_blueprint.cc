@@ -218,7 +218,10 @@ class UniversalWriter {
     const NodeId groups =
         fields.need(fields.need(optimizer, "base_optimizer_state"), "param_groups");
     items.push_back(builder.pickle.string("param_groups"));
-    const bool own = fields.list(groups, "param_groups").size() == state_.groups.size();
+    const std::vector<NodeId>& listed = fields.list(groups, "param_groups");
+    const bool own = std::ranges::equal(listed, state_.groups, [&](NodeId node, const auto& group) {
+      return group.hyper.file == file && group.hyper.node == node;
+    });
     items.push_back(own ? builder.copy(document, file, groups) : param_groups(&builder));
     return builder.finish("zero/optimizer_state.pt", builder.pickle.dict(std::move(items)));
   }

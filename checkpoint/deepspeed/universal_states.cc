@@ -2,9 +2,11 @@
 #include "checkpoint/deepspeed/universal_states.h"
 
 #include <map>
+#include <nlohmann/json.hpp>
 #include <optional>
 #include <set>
 
+#include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/manifest.h"
 #include "core/error.h"
 
@@ -16,6 +18,19 @@ std::set<std::string> states_of(const ShardedState& state, const ParameterState&
   for (int leaf : parameter.states) names.insert(state.leaf(leaf).state);
   for (const Scalar& scalar : parameter.scalars) names.insert(scalar.name);
   return names;
+}
+
+// By group: the first one with the same settings, whose optimizer keeps the same states.
+std::vector<size_t> families_of(const ShardedState& state) {
+  const nlohmann::json hyper = optimizer_json(state).value("param_groups", nlohmann::json::array());
+  std::map<std::string, size_t> known;
+  std::vector<size_t> families;
+  for (size_t group = 0; group < state.groups.size(); ++group) {
+    nlohmann::json entry = hyper.at(group);
+    entry.erase("names");
+    families.push_back(known.emplace(entry.dump(), group).first->second);
+  }
+  return families;
 }
 
 // The files that were missing from the start, of a folder that isoshard wrote.
@@ -47,10 +62,15 @@ class LeftOut {
 }  // namespace
 
 void check_universal_states(ShardedState* state, Storage& storage, const ReadOptions& options) {
-  std::map<int, std::map<std::string, std::string>> states;  // by group: state, who has it
+  const std::vector<size_t> families = families_of(*state);
+  const auto family_of = [&](const ParameterState& parameter) {
+    return families.at(static_cast<size_t>(parameter.group));
+  };
+  std::map<size_t, std::map<std::string, std::string>> states;  // by family: state, who has it
   for (const ParameterState& parameter : state->parameters) {
+    if (parameter.group < 0) continue;
     for (const std::string& name : states_of(*state, parameter))
-      states[parameter.group].emplace(name, parameter.name);
+      states[family_of(parameter)].emplace(name, parameter.name);
   }
   LeftOut left_out(storage, state->folder);
   std::string first;
@@ -58,12 +78,12 @@ void check_universal_states(ShardedState* state, Storage& storage, const ReadOpt
   for (const ParameterState& parameter : state->parameters) {
     if (parameter.group < 0) continue;
     const std::set<std::string> own = states_of(*state, parameter);
-    for (const auto& [name, owner] : states[parameter.group]) {
+    for (const auto& [name, owner] : states[family_of(parameter)]) {
       const std::string file = "zero/" + parameter.name + "/" + name + ".pt";
       if (own.count(name) > 0 || left_out.holds(file)) continue;
       if (!options.lost_experts)
         state->refuse(ErrorCode::kIncomplete,
-                      "A parameter lacks a state that others of its group have.", file,
+                      "A parameter lacks a state that others with its settings have.", file,
                       "as " + quote(owner) + " has", "absent",
                       "copy it from where the folder was written, or convert the source checkpoint "
                       "again");
@@ -73,7 +93,7 @@ void check_universal_states(ShardedState* state, Storage& storage, const ReadOpt
   if (lacking == 0) return;
   const std::string more = lacking > 1 ? " and " + std::to_string(lacking - 1) + " others" : "";
   state->notices.push_back(quote(first) + more + (lacking > 1 ? " are" : " is") +
-                           " missing: states that other parameters of the group have");
+                           " missing: states that others with the same settings have");
 }
 
 }  // namespace isoshard::checkpoint

@@ -8,6 +8,7 @@
 #include <set>
 #include <tuple>
 
+#include "checkpoint/deepspeed/expert_groups.h"
 #include "checkpoint/deepspeed/hyper.h"
 #include "core/error.h"
 
@@ -209,6 +210,7 @@ void Zero0Reader::read_optimizer() {
   for (Slot& slot : slots_) {
     if (slot.state != kNoNode) sort_state(&slot);
   }
+  find_families();
   adopt_zero_dim_states();
 }
 
@@ -247,7 +249,6 @@ void Zero0Reader::read_slots(const std::vector<NodeId>& hypers, const std::vecto
     }
     state_.groups.push_back({{file_, hypers[group]}, {}, {}});
   }
-  find_families();
   for (const auto& [index, node] : states) {
     if (used.count(index) != 0) continue;
     refuse("The optimizer keeps state that belongs to no parameter.",
@@ -255,8 +256,8 @@ void Zero0Reader::read_slots(const std::vector<NodeId>& hypers, const std::vecto
   }
 }
 
-// Groups of experts one behind the other whose settings are equal were split by their size
-// (deepspeed/moe/utils.py), in the order of the parameters.
+// Groups of experts one behind the other with equal settings were split by their size
+// (expert_groups.h) where each is filled as far as that rule fills it.
 void Zero0Reader::find_families() {
   ShardedState bare;
   bare.flavour = Flavour::kZero0;
@@ -264,10 +265,19 @@ void Zero0Reader::find_families() {
   bare.optim_files = {file_};
   for (const GroupState& group : state_.groups) bare.groups.push_back({group.hyper, {}, {}});
   const nlohmann::json hyper = optimizer_json(bare).value("param_groups", nlohmann::json::array());
+  const int64_t most =
+      options_.moe_max_group_size > 0 ? options_.moe_max_group_size : kMoeMaxGroupSize;
+  std::vector<int64_t> sizes(bare.groups.size(), 0), first(bare.groups.size(), 0);
+  for (const Slot& slot : slots_) {
+    const int64_t elements = slot.shape ? numel(*slot.shape) : 0;  // unknown: no split is proven
+    if (slot.index_local == 0) first[slot.group] = elements;
+    sizes[slot.group] += elements;
+  }
   std::vector<size_t> families;
   for (size_t group = 0; group < bare.groups.size(); ++group) {
     const bool goes_on = group > 0 && hyper[group] == hyper[group - 1] &&
-                         is_group_of_experts(fields_, bare.groups[group].hyper.node);
+                         is_group_of_experts(fields_, bare.groups[group].hyper.node) &&
+                         first[group] > most - sizes[group - 1];
     families.push_back(group == 0 ? 0 : families.back() + (goes_on ? 0 : 1));
   }
   for (Slot& slot : slots_) slot.family = families[slot.group];
