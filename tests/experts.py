@@ -110,6 +110,24 @@ class Experts(ProgramCase):
                 told = self.run_program(2, "digest", folder.write(self.place / new.decode()))
                 self.assertIn(new.decode(), told.stderr)
 
+    def test_another_format_of_stage_3_beyond_deepspeed(self):
+        """All but the format's name says who holds what: the same bits as under its own name."""
+        folder = h.ZeroFolder(self.recorded(Z3))
+        folder.replace(b"zero3_partitioned", b"zero3_partitionez", "pp_rank_", 4)
+        source = folder.write(self.place / "source")
+        for name, path in (("theirs", self.recorded(Z3)), ("ours", source)):
+            self.run_program(0, "reshard", path, self.place / name, "--to", "ep=4",
+                             "--beyond-deepspeed")
+            self.run_program(0, "convert", path, self.place / (name + " universal") / "step",
+                             "--to", "universal", "--beyond-deepspeed")
+        for kind in ("", " universal"):
+            theirs, ours = (sorted((self.place / (name + kind)).rglob("*.pt"))
+                            for name in ("theirs", "ours"))
+            self.assertGreater(len(theirs), 7)
+            for one, other in zip(theirs, ours, strict=True):
+                if kind == "" or "model_states" not in one.name:  # those are copies of the source's
+                    self.assertEqual(one.read_bytes(), other.read_bytes(), other)
+
     def test_a_list_that_is_none(self):
         folder = h.ZeroFolder(self.recorded(Z1))
         folder.replace(b"ds_autoep_layers", b"ds_autoep_layerz", "mp_rank_00_model_states", 1)

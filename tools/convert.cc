@@ -53,6 +53,7 @@ void warn_of_groups(Session* session, const ShardedState& state, int64_t most,
 
 void run_convert(Session* session, const ConvertFlags& flags) {
   session->read.lost_experts = true;  // weights are saved where masters are gone; it says so
+  session->read.any_expert_format = flags.beyond_deepspeed;
   refuse_overlap(session, flags.source, flags.target);
   ShardedState state = open_to_convert(session, flags.source, flags.common);
   if (flags.accept) flags.accept(state);
@@ -142,8 +143,10 @@ void add_convert(CLI::App* app, Session* session) {
       ->capture_default_str();
   verb->add_flag("--as-deepspeed", flags->as_deepspeed,
                  "Round robin: swap parameters as DeepSpeed's converter does");
-  verb->add_flag("--beyond-deepspeed", flags->beyond_deepspeed,
-                 "universal: also where DeepSpeed's converter has no code (AutoEP with AutoTP)");
+  verb->add_flag(
+      "--beyond-deepspeed", flags->beyond_deepspeed,
+      "universal: also where DeepSpeed's converter has no code (AutoEP with AutoTP, or of another "
+      "checkpoint_format at stage 3)");
   verb->add_option("--moe-max-group-size", flags->moe_max_group_size,
                    "universal: AutoEP's, to say where a run would have more groups of experts")
       ->check(CLI::Range(int64_t{1}, int64_t{1} << 50))

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <optional>
 
+#include "checkpoint/deepspeed/config_text.h"
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/model_states.h"
 #include "checkpoint/deepspeed/reshard_target.h"

@@ -143,6 +143,7 @@ void run_reshard(Session* session, const ReshardFlags& flags) {
   TargetSpec spec = flags.to.empty() ? run.spec : parse_target(flags.to);
   refuse_overlap(session, flags.source, flags.target);
   session->read.moe_max_group_size = flags.moe_max_group_size;
+  session->read.any_expert_format = flags.beyond_deepspeed;
   checkpoint::ShardedState state = open_to_convert(session, flags.source, flags.common);
   if (!flags.split_like.empty()) adopt_splits_of(session, flags.split_like, &state);
   if (flags.to.empty()) spec = share_world(state, run, flags.world);
@@ -221,7 +222,7 @@ void add_reshard(CLI::App* app, Session* session) {
       ->check(CLI::Range(1, 2'000'000'000));
   verb->add_flag("--beyond-deepspeed", flags->beyond_deepspeed,
                  "AutoEP: take an ep that does not divide the experts, which DeepSpeed will not "
-                 "load");
+                 "load; read stage 3 of another checkpoint_format, which it will not convert");
   verb->add_option("--moe-max-group-size", flags->moe_max_group_size,
                    "max_group_size of split_params_into_different_moe_groups_for_optimizer in the "
                    "run (default: DeepSpeed's, 178956971), where ep changes")

@@ -60,9 +60,14 @@ void refuse_round_robin(const ShardedState& state, const ModelStates& model) {
                         .next = "save again with round_robin_gradients off"});
 }
 
+bool is_partitioned(const Fields& f, NodeId layer) {
+  return f.text(f.need(layer, "checkpoint_format"), "checkpoint_format") == "zero3_partitioned" &&
+         f.integer(f.need(layer, "checkpoint_format_version"), "checkpoint_format_version") == 1;
+}
+
 // At stage 3 every rank's model file says which expert-parallel rank it is, and which replica.
 void check_expert_ranks(const ShardedState& state, const ExpertInfo& first, int expert_rank,
-                        const std::vector<int>& members) {
+                        const std::vector<int>& members, bool any_format) {
   for (size_t replica = 0; replica < members.size(); ++replica) {
     const int file = state.model_files[static_cast<size_t>(members[replica])];
     const Fields f(state.document(file));
@@ -85,12 +90,14 @@ void check_expert_ranks(const ShardedState& state, const ExpertInfo& first, int 
       check("ep_rank", expert_rank);
       check("expert_data_parallel_rank", static_cast<int64_t>(replica));
       check("expert_data_parallel_world_size", static_cast<int64_t>(members.size()));
-      if (f.text(f.need(layer, "checkpoint_format"), "checkpoint_format") != "zero3_partitioned" ||
-          f.integer(f.need(layer, "checkpoint_format_version"), "checkpoint_format_version") != 1)
+      if (!any_format && !is_partitioned(f, layer))
         f.fail(
             "AutoEP at stage 3 in another format than the partition-native one (DeepSpeed: "
             "NotImplementedError).",
-            "checkpoint_format", "zero3_partitioned, version 1", "another");
+            "checkpoint_format",
+            "zero3_partitioned, version 1; or convert, reshard with "
+            "--beyond-deepspeed",
+            "another");
     }
   }
 }
@@ -113,7 +120,7 @@ ExpertGroups groups_of_experts(const ShardedState& state, const ModelStates& mod
 }
 
 void read_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,
-                  bool stage3) {
+                  bool stage3, bool any_format) {
   state->expert_layout = experts.autoep() ? ExpertLayout::kAutoEp : ExpertLayout::kNative;
   const auto [dense, expert] = groups_of_experts(*state, model, experts);
   size_t last = 0;
@@ -132,7 +139,7 @@ void read_experts(ShardedState* state, const ModelStates& model, const ExpertInf
   std::vector<MpPart> parts;
   for (int rank = 0; rank < ranks; ++rank) {
     const std::vector<int> members = experts.partition_ranks(rank, ranks, dp);
-    if (stage3) check_expert_ranks(*state, experts, rank, members);
+    if (stage3) check_expert_ranks(*state, experts, rank, members, any_format);
     MpPart part = lend_files(state, experts.of_rank(model, rank));
     part.state.model_files = state->model_files;
     for (int member : members)

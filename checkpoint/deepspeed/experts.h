@@ -114,8 +114,9 @@ ExpertGroups groups_of_experts(const ShardedState& state, const ModelStates& mod
 
 // Experts of stages 1 to 3: the groups of the optimizer that hold them (sub-groups at stage 3) are
 // read rank by rank and joined; the others are read by read_zero12, read_zero3 into `state`.
+// `any_format` as ReadOptions::any_expert_format.
 void read_experts(ShardedState* state, const ModelStates& model, const ExpertInfo& experts,
-                  bool stage3);
+                  bool stage3, bool any_format);
 
 // Where no file holds experts in the model's dtype it is that of the other parameters.
 void give_expert_dtype(ShardedState* state, const ModelStates& model, const ExpertInfo& experts);

@@ -30,6 +30,8 @@ struct ReadOptions {
   // expert-parallel rank's optimizer file, whose experts have no masters and moments then, and
   // weights in the model's dtype; in a universal folder a state that others of the group have.
   bool lost_experts = false;
+  // AutoEP at stage 3 whatever its checkpoint_format says, where all else says who holds what.
+  bool any_expert_format = false;
   int64_t moe_max_group_size = 0;  // of the run that saved; 0: DeepSpeed's own (expert_groups.h)
   bool places = true;              // where each element lies; inspect does without it at stage 3
 };

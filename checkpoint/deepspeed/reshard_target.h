@@ -21,9 +21,6 @@ namespace isoshard::checkpoint {
 
 class ExpertInfo;
 
-// A dtype as a DeepSpeed config may spell float32 (runtime/config.py, DtypeEnum).
-bool means_fp32(const std::string& dtype);
-
 // One flat buffer of the target: an optimizer group (stages 1, 2) or a sub-group (stage 3) of one
 // mp rank, or of one expert-parallel rank where it holds experts.
 struct TargetBuffer {

@@ -226,12 +226,12 @@ void ZeroReader::read_rank(ShardedState* part, const ModelStates& model) {
     if (!inventory_.experts.empty())
       part->notices.push_back("files of single experts are not read at stage 3, as DeepSpeed does");
     if (experts.present())
-      read_experts(part, model, experts, /*stage3=*/true);
+      read_experts(part, model, experts, /*stage3=*/true, options_.any_expert_format);
     else
       read_zero3(part, model);
     compare_ranks(part, model);
   } else if (experts.present()) {
-    read_experts(part, model, experts, /*stage3=*/false);
+    read_experts(part, model, experts, /*stage3=*/false, /*any_format=*/false);
     add_expert_copies(part, experts, open_files(part, storage_, inventory_.experts, options_));
   } else {
     read_zero12(part, model);
