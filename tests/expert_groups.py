@@ -48,6 +48,20 @@ class Groups(ProgramCase):
             self.assertIn(SIZE, told.stderr)
         self.assertFalse((self.place / "out").exists())
 
+    def test_a_universal_form_of_native_experts_does_not_say_its_degree(self):
+        universal = self.place / "universal" / "step"
+        self.run_program(0, "convert", self.recorded(NATIVE), universal, "--to", "universal")
+        for to in ("ep=1", "dp=2"):
+            told = self.run_program(2, "reshard", universal, self.place / "out", "--to", to)
+            self.assertIn(SIZE, told.stderr)
+        one = self.reshard(universal, "ep=1", SIZE, "330")
+        self.assertEqual(self.sizes(one)[:2], [6, 6])
+
+    def test_an_ep_that_no_experts_divide_is_named_first(self):
+        told = self.run_program(2, "reshard", self.recorded(NATIVE), self.place / "out", "--to",
+                                "ep=3,dp=3")
+        self.assertIn("cannot be shared evenly", told.stderr)
+
     def test_every_degree_has_its_own(self):
         source = self.recorded(NATIVE)
         one = self.reshard(source, "ep=1", SIZE, "330")

@@ -100,6 +100,14 @@ class Comparison {
                  ? "AutoEP in the checkpoint, not enabled in the run: its experts have other names"
                  : "AutoEP enabled in the run, no AutoEP layers in the checkpoint",
              Mend::kConfig);
+    const bool divides = std::ranges::all_of(source_.splits, [&](const auto& split) {
+      return split.kind != checkpoint::SplitKind::kExperts ||
+             split.map.logical_shape.at(0) % to_.expert == 0;
+    });
+    if (!divides)
+      differ("ep (autoep_size) " + std::to_string(to_.expert) +
+                 " does not divide the experts: DeepSpeed refuses it (ValueError)",
+             Mend::kConfig);
   }
 
   // Whether the config turns a dtype on; none: "auto", or of another type.

@@ -212,7 +212,9 @@ class Regrouping {
     });
     if (family.marked && (fits || (uneven && family.count == 1))) return most;
     if (family.count == 1 && (most_ == 0 || !family.marked)) return std::nullopt;
-    if (ranks_ == state_.topology.expert) return std::nullopt;
+    // A universal form of native experts does not say of which degree its groups are.
+    const bool told = counts_.empty() || state_.flavour != Flavour::kUniversal12;
+    if (told && ranks_ == state_.topology.expert) return std::nullopt;
     throw Error(ErrorInfo{
         .code = ErrorCode::kUnsupported,
         .what = "The groups of experts are not those that max_group_size gives (deepspeed/moe/"

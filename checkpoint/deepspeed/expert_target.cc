@@ -132,6 +132,7 @@ void prepare_experts(ReshardTarget* target, bool grouped) {
     target->expert_groups[g] = held > 0;
     if (held > 0 && held < static_cast<int64_t>(members.size())) refuse_mixed(*target, g);
   }
+  share_experts(target);
   const auto groups = std::ranges::count(target->expert_groups, true);
   if (!grouped && groups > 1 && target->topology.expert != state.topology.expert) {
     throw Error(ErrorInfo{
@@ -141,9 +142,8 @@ void prepare_experts(ReshardTarget* target, bool grouped) {
         .entry = "param_groups",
         .expected = "one group of experts, or ep=" + std::to_string(state.topology.expert),
         .found = std::to_string(groups) + " groups, ep=" + std::to_string(target->topology.expert),
-        .next = "convert to universal and let DeepSpeed load it at the new ep"});
+        .next = "take an ep that divides the experts"});
   }
-  share_experts(target);
   if (target->folded()) check_folded(*target);
   const int ranks = target->topology.expert;
   target->expert_buffers.resize(static_cast<size_t>(ranks));
