@@ -40,8 +40,6 @@ class Regrouping {
   }
 
   std::optional<ShardedState> run(std::vector<std::string>* inferred) {
-    ShardedState result = state_;
-    std::vector<int> group_of(state_.parameters.size(), -1);
     std::vector<GroupState> groups;
     bool changed = false;
     size_t next = 0;  // family
@@ -65,7 +63,8 @@ class Regrouping {
       }
     }
     if (!changed) return std::nullopt;
-    if (check_) check_scheduler(state_, groups.size());
+    if (check_) check_scheduler(state_, state_.groups.size(), groups.size());
+    std::vector<int> group_of(state_.parameters.size(), -1);
     for (size_t g = 0; g < groups.size(); ++g) {
       for (int number : groups[g].parameters)
         group_of[static_cast<size_t>(number)] = static_cast<int>(g);
@@ -73,6 +72,7 @@ class Regrouping {
     for (GroupState& group : groups) group.flat_order = group.parameters;
     std::vector<ParameterState> parameters = state_.parameters;
     for (size_t i = 0; i < parameters.size(); ++i) parameters[i].group = group_of[i];
+    ShardedState result = state_;
     result.set_parameters(std::move(parameters));
     result.groups = std::move(groups);
     return result;
@@ -230,10 +230,10 @@ class Regrouping {
   void tell(const Family& family, size_t count, int64_t limit,
             std::vector<std::string>* inferred) const {
     if (family.count == 1 && count == 1) return;
-    const std::string text =
-        ("groups of experts: " + std::to_string(count) + " at ep=" + std::to_string(ranks_) +
-         ", by a max_group_size of " + std::to_string(limit) + ", which gives the source's " +
-         std::to_string(family.count));
+    const std::string text = "groups of experts: " + std::to_string(count) +
+                             " at ep=" + std::to_string(ranks_) + ", by a max_group_size of " +
+                             std::to_string(limit) + ", which gives the source's " +
+                             std::to_string(family.count);
     if (std::ranges::find(*inferred, text) == inferred->end()) inferred->push_back(text);
   }
 
@@ -248,8 +248,8 @@ class Regrouping {
 
 }  // namespace
 
-void check_scheduler(const ShardedState& state, size_t groups) {
-  if (groups == state.groups.size()) return;
+void check_scheduler(const ShardedState& state, size_t before, size_t after) {
+  if (after == before) return;
   const Fields model(state.document(state.model_files[0]));
   const Pickle& pickle = model.pickle();
   const NodeId scheduler = model.maybe(model.root(), "lr_scheduler");
@@ -258,7 +258,7 @@ void check_scheduler(const ShardedState& state, size_t groups) {
   for (size_t i = 1; i < entries.size(); i += 2) {
     const Kind kind = pickle.kind(entries[i]);
     if (kind != Kind::kList && kind != Kind::kTuple) continue;
-    if (pickle.items(entries[i]).size() != state.groups.size()) continue;
+    if (pickle.items(entries[i]).size() != before) continue;
     const bool named = pickle.kind(entries[i - 1]) == Kind::kString;
     throw Error(ErrorInfo{
         .code = ErrorCode::kUnsupported,
@@ -266,8 +266,8 @@ void check_scheduler(const ShardedState& state, size_t groups) {
                 "value for each.",
         .file = state.folder,
         .entry = "lr_scheduler" + (named ? " " + quote(pickle.text(entries[i - 1])) : ""),
-        .expected = std::to_string(state.groups.size()) + " groups, as in the source",
-        .found = std::to_string(groups),
+        .expected = std::to_string(before) + " groups, as in the source",
+        .found = std::to_string(after),
         .next = "take ep=" + std::to_string(state.topology.expert)});
   }
 }

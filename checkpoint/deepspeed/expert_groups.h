@@ -34,8 +34,8 @@ Regrouped regroup_experts(const ShardedState& state, int ranks, int64_t most,
 // Schedulers are not looked at.
 std::optional<ShardedState> group_experts_anew(const ShardedState& state, int ranks, int64_t most);
 
-// Error(kUnsupported) where an lr_scheduler keeps a list by group, and `groups` is another number
-// than the state's.
-void check_scheduler(const ShardedState& state, size_t groups);
+// Error(kUnsupported) where the lr_scheduler of the state's files keeps a list by group, and their
+// number changes.
+void check_scheduler(const ShardedState& state, size_t before, size_t after);
 
 }  // namespace isoshard::checkpoint

@@ -331,12 +331,12 @@ void Migrant::rebuild() {
 
 Migration migrate_to_autoep(ShardedState* state, NameMap* names, int64_t most) {
   // A stack has experts of several groups, where there are several.
-  const ShardedState source = *state;
+  const size_t groups = state->groups.size();
   if (auto joined = group_experts_anew(*state, 1, 0)) *state = std::move(*joined);
   Migration migration = Migrant(state, names).run();
   // As many groups as any run has: DeepSpeed's load leaves out those that the file has too few of.
   if (auto split = group_experts_anew(*state, 1, most)) *state = std::move(*split);
-  check_scheduler(source, state->groups.size());
+  check_scheduler(*state, groups, state->groups.size());
   return migration;
 }
 
