@@ -1,0 +1,127 @@
+// See canonical_sum.h. The tree is never built: two neighbours on the stack are added as soon as
+// the node above them cannot receive another leaf.
+#include "core/canonical_sum.h"
+
+#include <algorithm>
+#include <bit>
+
+#include "core/check.h"
+
+namespace isoshard {
+namespace {
+
+// Level of the lowest node that covers both.
+int common_level(LeafIndex a, LeafIndex b) { return std::bit_width(a ^ b); }
+
+}  // namespace
+
+std::vector<TreeNode> frontier(const std::vector<LeafRange>& owned) {
+  std::vector<LeafRange> ranges;
+  for (const LeafRange& range : owned) {
+    CHECK(range.begin <= range.end, "a range ends before it begins");
+    if (range.begin == range.end) continue;
+    CHECK(ranges.empty() || ranges.back().end <= range.begin, "ranges overlap or are not sorted");
+    if (!ranges.empty() && ranges.back().end == range.begin)
+      ranges.back().end = range.end;
+    else
+      ranges.push_back(range);
+  }
+  std::vector<TreeNode> nodes;
+  for (const LeafRange& range : ranges) {
+    for (LeafIndex at = range.begin; at < range.end;) {
+      const int fits = std::bit_width(range.end - at) - 1;
+      const int level = at == 0 ? fits : std::min(fits, std::countr_zero(at));
+      nodes.push_back({level, at >> level});
+      at += LeafIndex{1} << level;
+    }
+  }
+  return nodes;
+}
+
+void TreeSum::merge_top() {
+  Entry& left = stack_[depth_ - 2];
+  const Entry& right = stack_[depth_ - 1];
+  float* sum = left.values.data();
+  const float* term = right.values.data();
+  for (size_t i = 0; i < width_; ++i) sum[i] += term[i];
+  left.last = right.last;
+  --depth_;
+}
+
+float* TreeSum::push(TreeNode node) {
+  const LeafIndex first = node.first_leaf();
+  if (depth_ > 0) {
+    CHECK(stack_[depth_ - 1].last < first, "leaves come in ascending order, each once");
+    while (depth_ > 1 && common_level(stack_[depth_ - 2].first, stack_[depth_ - 1].first) <
+                             common_level(stack_[depth_ - 1].first, first)) {
+      merge_top();
+    }
+  }
+  if (depth_ == stack_.size()) stack_.push_back({0, 0, std::vector<float>(width_)});
+  Entry& entry = stack_[depth_++];
+  entry.first = first;
+  entry.last = node.last_leaf();
+  return entry.values.data();
+}
+
+bool TreeSum::finish(std::span<float> root) {
+  CHECK(root.size() == width_, "the root has another width");
+  if (depth_ == 0) {
+    std::fill(root.begin(), root.end(), 0.0f);
+    return false;
+  }
+  while (depth_ > 1) merge_top();
+  depth_ = 0;
+  std::copy_n(stack_[0].values.begin(), width_, root.begin());
+  return true;
+}
+
+PartialSum::PartialSum(const std::vector<LeafRange>& owned, size_t width)
+    : width_(width), sum_(width) {
+  partial_.nodes = frontier(owned);
+  partial_.present.assign(partial_.nodes.size(), 0);
+  partial_.values.assign(partial_.nodes.size() * width, 0.0f);
+}
+
+void PartialSum::flush() {
+  if (sum_.empty()) return;
+  const std::span<float> values(partial_.values);
+  partial_.present[node_] = 1;
+  sum_.finish(values.subspan(node_ * width_, width_));
+}
+
+float* PartialSum::push_leaf(LeafIndex leaf) {
+  while (node_ < partial_.nodes.size() && partial_.nodes[node_].last_leaf() < leaf) {
+    flush();
+    ++node_;
+  }
+  CHECK(node_ < partial_.nodes.size() && partial_.nodes[node_].first_leaf() <= leaf,
+        "the leaf is not owned, or comes late");
+  return sum_.push_leaf(leaf);
+}
+
+Partial PartialSum::finish() {
+  if (node_ < partial_.nodes.size()) flush();
+  node_ = 0;
+  Partial result = partial_;
+  std::fill(partial_.present.begin(), partial_.present.end(), uint8_t{0});
+  std::fill(partial_.values.begin(), partial_.values.end(), 0.0f);
+  return result;
+}
+
+void PartialCombiner::add(const Partial& partial) {
+  for (size_t k = 0; k < partial.nodes.size(); ++k) {
+    if (partial.present[k] != 0) add(partial.nodes[k], partial.values.data() + k * width_);
+  }
+}
+
+bool PartialCombiner::finish(std::span<float> root) {
+  std::sort(terms_.begin(), terms_.end(),
+            [](const Term& a, const Term& b) { return a.node.first_leaf() < b.node.first_leaf(); });
+  TreeSum sum(width_);
+  for (const Term& term : terms_) std::copy_n(term.values, width_, sum.push(term.node));
+  terms_.clear();
+  return sum.finish(root);
+}
+
+}  // namespace isoshard

@@ -1,0 +1,139 @@
+// See cluster.h.
+#include "sim/cluster.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+#include "core/error.h"
+#include "sim/simulated_communicator.h"
+
+namespace isoshard::sim {
+
+struct Cluster::State {
+  State(const ClusterOptions& options, int ranks)
+      : network(options.seed, options.stack_bytes, ranks) {}
+  Interconnect network;
+  std::vector<std::shared_ptr<GroupBoard>> boards;
+};
+
+namespace {
+
+std::string listed(const std::vector<int>& ranks, size_t most) {
+  std::string text;
+  for (size_t i = 0; i < ranks.size() && i < most; ++i) {
+    text += (i == 0 ? "" : ",") + std::to_string(ranks[i]);
+  }
+  if (ranks.size() > most) text += ",… (" + std::to_string(ranks.size()) + " ranks)";
+  return text;
+}
+
+}  // namespace
+
+const Topology& Rank::topology() const { return cluster_->topology(); }
+
+Communicator& Rank::group(GroupKind kind) {
+  const std::string key = isoshard::name(kind);
+  for (const auto& [known, group] : groups_) {
+    if (known == key) return *group;
+  }
+  const std::vector<int> ranks = group_of(topology(), kind, number_);
+  groups_.emplace_back(
+      key, std::make_unique<SimulatedCommunicator>(cluster_->board(key, ranks), number_));
+  return *groups_.back().second;
+}
+
+Communicator& Rank::group(const std::string& name, const std::vector<int>& ranks) {
+  const std::string key = name + " " + listed(ranks, ranks.size());
+  for (const auto& [known, group] : groups_) {
+    if (known == key) return *group;
+  }
+  groups_.emplace_back(
+      key, std::make_unique<SimulatedCommunicator>(cluster_->board(name, ranks), number_));
+  return *groups_.back().second;
+}
+
+Cluster::Cluster(const Topology& topology, ClusterOptions options)
+    : topology_(topology), options_(std::move(options)) {
+  check_topology(topology_);
+}
+
+Cluster::~Cluster() = default;
+
+std::shared_ptr<GroupBoard> Cluster::board(const std::string& name, const std::vector<int>& ranks) {
+  const std::string printed = name + " " + listed(ranks, 16);
+  for (const std::shared_ptr<GroupBoard>& board : state_->boards) {
+    if (board->ranks() == ranks && board->name() == printed) return board;
+  }
+  state_->boards.push_back(std::make_shared<GroupBoard>(&state_->network, printed, ranks));
+  return state_->boards.back();
+}
+
+void Cluster::report_stuck() {
+  const Interconnect& network = state_->network;
+  std::string who;
+  int shown = 0, waiting = 0;
+  for (size_t rank = 0; rank < network.waits.size(); ++rank) {
+    const Interconnect::Wait& wait = network.waits[rank];
+    if (wait.board == nullptr) continue;
+    ++waiting;
+    if (++shown > 8) continue;
+    const std::vector<int> missing = wait.board->missing(*wait.call, wait.sequence);
+    who += (who.empty() ? "" : "; ") + ("rank " + std::to_string(rank)) + " waits for rank" +
+           (missing.size() > 1 ? "s " : " ") + listed(missing, 8) + " in " +
+           wait.board->describe(*wait.call, wait.sequence);
+  }
+  if (waiting > shown) who += "; and " + std::to_string(waiting - shown) + " more";
+  std::string others;
+  for (size_t rank = 0; rank < network.waits.size(); ++rank) {
+    if (network.waits[rank].board != nullptr || network.is_dead(static_cast<int>(rank))) continue;
+    others += (others.empty() ? "" : ",") + std::to_string(rank);
+  }
+  const bool died = !network.dead.empty();
+  throw Error(ErrorInfo{
+      .code = died ? ErrorCode::kInterrupted : ErrorCode::kMismatch,
+      .what = died ? "A rank died, and others wait for it." : "Deadlock: no rank can go on.",
+      .entry = died ? "rank " + listed(network.dead, 8) + " died" : "",
+      .expected = "every rank of a group calls the same collectives",
+      .found = who + (others.empty() ? "" : "; ended: rank " + others),
+      .next = died ? "resume from the last checkpoint that is whole"
+                   : "look for a collective behind a condition that not all ranks share"});
+}
+
+void Cluster::run(const std::function<void(Rank&)>& body) {
+  state_ = std::make_unique<State>(options_, topology_.world());
+  Interconnect& network = state_->network;
+  network.faults = options_.faults;
+  network.trace = &trace_;
+  dead_.clear();
+  std::vector<std::unique_ptr<Rank>> ranks;
+  for (int number = 0; number < topology_.world(); ++number) {
+    ranks.emplace_back(new Rank(this, number));
+    Rank* const rank = ranks.back().get();
+    network.scheduler.spawn([&body, rank] {
+      try {
+        body(*rank);
+      } catch (const RankDied&) {
+      }
+    });
+  }
+  const bool ended = network.scheduler.run();
+  dead_ = network.dead;
+  std::sort(dead_.begin(), dead_.end());
+  struct Stop {
+    Scheduler& scheduler;
+    ~Stop() { scheduler.stop(); }
+  } stop{network.scheduler};
+  if (!network.scheduler.failed().empty()) {
+    const int first = network.scheduler.failed().front();
+    try {
+      std::rethrow_exception(network.scheduler.failure(first));
+    } catch (const Error& error) {
+      ErrorInfo info = error.info();
+      info.what = "On rank " + std::to_string(first) + ": " + info.what;
+      throw Error(info);
+    }
+  }
+  if (!ended) report_stuck();
+}
+
+}  // namespace isoshard::sim
