@@ -76,36 +76,29 @@ bool TreeSum::finish(std::span<float> root) {
   return true;
 }
 
-PartialSum::PartialSum(const std::vector<LeafRange>& owned, size_t width)
-    : width_(width), sum_(width) {
-  partial_.nodes = frontier(owned);
-  partial_.present.assign(partial_.nodes.size(), 0);
-  partial_.values.assign(partial_.nodes.size() * width, 0.0f);
-}
-
-void PartialSum::flush() {
-  if (sum_.empty()) return;
-  const std::span<float> values(partial_.values);
-  partial_.present[node_] = 1;
-  sum_.finish(values.subspan(node_ * width_, width_));
+PartialSum::PartialSum(std::vector<TreeNode> nodes, size_t width)
+    : width_(width), nodes_(std::move(nodes)), sums_(nodes_.size(), TreeSum(width)) {
+  for (size_t k = 1; k < nodes_.size(); ++k) {
+    CHECK(nodes_[k - 1].last_leaf() < nodes_[k].first_leaf(), "nodes overlap or are not sorted");
+  }
 }
 
 float* PartialSum::push_leaf(LeafIndex leaf) {
-  while (node_ < partial_.nodes.size() && partial_.nodes[node_].last_leaf() < leaf) {
-    flush();
-    ++node_;
-  }
-  CHECK(node_ < partial_.nodes.size() && partial_.nodes[node_].first_leaf() <= leaf,
-        "the leaf is not owned, or comes late");
-  return sum_.push_leaf(leaf);
+  const auto next =
+      std::upper_bound(nodes_.begin(), nodes_.end(), leaf,
+                       [](LeafIndex l, const TreeNode& node) { return l < node.first_leaf(); });
+  CHECK(next != nodes_.begin() && leaf <= std::prev(next)->last_leaf(), "the leaf is not owned");
+  return sums_[static_cast<size_t>(std::prev(next) - nodes_.begin())].push_leaf(leaf);
 }
 
 Partial PartialSum::finish() {
-  if (node_ < partial_.nodes.size()) flush();
-  node_ = 0;
-  Partial result = partial_;
-  std::fill(partial_.present.begin(), partial_.present.end(), uint8_t{0});
-  std::fill(partial_.values.begin(), partial_.values.end(), 0.0f);
+  Partial result{.nodes = nodes_,
+                 .present = std::vector<uint8_t>(nodes_.size()),
+                 .values = std::vector<float>(nodes_.size() * width_)};
+  const std::span<float> values(result.values);
+  for (size_t k = 0; k < nodes_.size(); ++k) {
+    result.present[k] = sums_[k].finish(values.subspan(k * width_, width_)) ? 1 : 0;
+  }
   return result;
 }
 

@@ -82,22 +82,21 @@ struct Partial {
   std::vector<float> values;     // nodes.size() × width
 };
 
-// Adds an owner's leaves, which come in ascending order, into its frontier.
+// Adds an owner's leaves into the nodes of its frontier. The leaves of one node come in ascending
+// order; those of different nodes may come in turns.
 class PartialSum {
  public:
-  PartialSum(const std::vector<LeafRange>& owned, size_t width);
-  // Room for a leaf's values; the leaf is owned (CheckFailure).
+  // `nodes` are disjoint and ascending.
+  PartialSum(std::vector<TreeNode> nodes, size_t width);
+  // Room for a leaf's values; a node of the owner covers it (CheckFailure).
   float* push_leaf(LeafIndex leaf);
   // The sum is empty afterwards.
   Partial finish();
 
  private:
-  void flush();
-
   size_t width_;
-  size_t node_ = 0;  // the one that receives leaves
-  TreeSum sum_;
-  Partial partial_;
+  std::vector<TreeNode> nodes_;
+  std::vector<TreeSum> sums_;
 };
 
 // The root over all owners. Columns [first, first + root.size()) of each partial's `width`.

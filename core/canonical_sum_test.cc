@@ -73,7 +73,7 @@ TEST(CanonicalSum, LeavesOutOfOrderAreOurMistake) {
   sum.push_leaf(3);
   EXPECT_THROW(sum.push_leaf(3), CheckFailure);
   EXPECT_THROW(sum.push({2, 0}), CheckFailure);
-  PartialSum partial({{0, 4}}, 1);
+  PartialSum partial({{2, 0}}, 1);
   EXPECT_THROW(partial.push_leaf(4), CheckFailure);
 }
 

@@ -1,0 +1,64 @@
+// What one rank of a training run holds: its parts of the parameters, of the fp32 masters and of
+// the optimizer's states, and the counters. Training changes it, a save writes it, a load fills it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "core/dtype.h"
+
+namespace isoshard {
+
+// Elements [begin, begin + count) of a parameter stand at `at` of a buffer.
+struct BufferPiece {
+  int parameter = 0;  // number in TrainingState::parameters
+  int64_t begin = 0;
+  int64_t count = 0;
+  int64_t at = 0;
+  bool operator==(const BufferPiece&) const = default;
+};
+
+struct TrainedParameter {
+  std::string name;
+  Shape shape;              // of this rank's tensor- or expert-parallel shard
+  Shape whole;              // of all ranks together
+  int split_axis = -1;      // −1: the shard is the whole
+  int64_t split_begin = 0;  // where it begins on that axis
+  bool expert = false;
+  int group = 0;  // number in TrainingState::groups
+  // Values as they are used, rounded to dtype; empty at stage 3, where they are gathered on use.
+  std::vector<float> values;
+};
+
+// One parameter group of the optimizer, and this rank's buffer of it.
+struct TrainedGroup {
+  std::string name;
+  double weight_decay = 0.0;
+  bool expert = false;
+  std::vector<int> parameters;      // in the optimizer's order
+  std::vector<BufferPiece> pieces;  // what this rank's buffer holds
+  int64_t buffer_size = 0;          // elements, padding included
+  std::vector<float> master;
+  std::vector<std::pair<std::string, std::vector<float>>> states;
+};
+
+struct TrainingCounters {
+  int64_t steps = 0;  // global_steps, skipped ones included
+  int64_t skipped_steps = 0;
+  int64_t optimizer_steps = 0;
+  int64_t samples = 0;  // consumed so far: the position in the data
+  int64_t schedule_iteration = 0;
+  bool operator==(const TrainingCounters&) const = default;
+};
+
+struct TrainingState {
+  DType dtype = DType::kFloat32;
+  int stage = 0;
+  std::vector<TrainedParameter> parameters;
+  std::vector<TrainedGroup> groups;
+  TrainingCounters counters;
+};
+
+}  // namespace isoshard

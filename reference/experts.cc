@@ -1,0 +1,239 @@
+// See experts.h.
+#include "reference/experts.h"
+
+#include <algorithm>
+#include <numeric>
+
+#include "core/check.h"
+#include "core/exact_math.h"
+
+namespace isoshard::reference {
+namespace {
+
+float silu(float x) { return static_cast<float>(x * exact::sigmoid(x)); }
+
+float silu_gradient(float x) {
+  const double s = exact::sigmoid(x);
+  return static_cast<float>(s * (1.0 + x * (1.0 - s)));
+}
+
+// x [n, in] · w [out, in]ᵀ.
+Values linear(const Values& x, int64_t n, const float* w, int64_t out, int64_t in) {
+  return contract({transposed({x.data(), n, in}).data(), in, n},
+                  {transposed({w, out, in}).data(), in, out});
+}
+
+// dx = dy [n, out] · w [out, in].
+Values linear_backward(const Values& dy, int64_t n, const float* w, int64_t out, int64_t in) {
+  return contract({transposed({dy.data(), n, out}).data(), out, n}, {w, out, in});
+}
+
+void outer(const float* a, int64_t rows, const float* b, int64_t columns, float* out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < columns; ++j) out[i * columns + j] = a[i] * b[j];
+  }
+}
+
+}  // namespace
+
+Routing route(const Values& logits, int64_t tokens, int64_t experts, int64_t top_k) {
+  Routing routing;
+  std::vector<int64_t> order(static_cast<size_t>(experts));
+  for (int64_t t = 0; t < tokens; ++t) {
+    const float* row = logits.data() + t * experts;
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return row[a] > row[b]; });
+    const float most = row[order[0]];
+    std::vector<int64_t> chosen(order.begin(), order.begin() + top_k);
+    std::sort(chosen.begin(), chosen.end());
+    Values exponentials;
+    for (const int64_t e : chosen) {
+      exponentials.push_back(static_cast<float>(exact::exp(static_cast<double>(row[e] - most))));
+    }
+    const float total = tree_total(exponentials);
+    for (size_t k = 0; k < chosen.size(); ++k) {
+      routing.expert.push_back(chosen[k]);
+      routing.weight.push_back(exponentials[k] / total);
+    }
+  }
+  return routing;
+}
+
+Values route_backward(const Routing& routing, const Values& weight_gradient, int64_t tokens,
+                      int64_t experts, int64_t top_k) {
+  Values out(static_cast<size_t>(tokens * experts), 0.0f);
+  for (int64_t t = 0; t < tokens; ++t) {
+    const size_t at = static_cast<size_t>(t * top_k), k = static_cast<size_t>(top_k);
+    const std::span<const float> r = std::span(routing.weight).subspan(at, k);
+    const std::span<const float> dr = std::span(weight_gradient).subspan(at, k);
+    const float mean = tree_dot(r, dr);
+    for (size_t i = 0; i < k; ++i) {
+      out[static_cast<size_t>(t * experts + routing.expert[at + i])] = r[i] * (dr[i] - mean);
+    }
+  }
+  return out;
+}
+
+Span lane_tokens(int64_t tokens, int lanes, int lane) {
+  return {tokens * lane / lanes, tokens * (lane + 1) / lanes};
+}
+
+// own: [own lane's tokens, k, hidden] → [tokens, k, hidden].
+Values Experts::gather_lanes(const Values& own, int64_t tokens) const {
+  if (tensor_.size() == 1) return own;
+  const int64_t width = shape_.top_k * shape_.hidden;
+  Values all(static_cast<size_t>(tokens * width));
+  std::vector<Buffer> targets;
+  for (int lane = 0; lane < tensor_.size(); ++lane) {
+    const Span span = lane_tokens(tokens, tensor_.size(), lane);
+    targets.push_back(buffer(std::span(all).subspan(static_cast<size_t>(span.begin * width),
+                                                    static_cast<size_t>(span.size() * width))));
+  }
+  tensor_.all_gather(const_buffer(std::span<const float>(own)), targets);
+  return all;
+}
+
+Values Experts::forward(const Values& x, const std::vector<LeafIndex>& leaves,
+                        const Routing& routing, const ExpertWeights& weights) {
+  const int64_t h = shape_.hidden, f = shape_.intermediate, k = shape_.top_k;
+  const size_t members = static_cast<size_t>(expert_.size());
+  const int64_t each = shape_.experts / expert_.size();
+  tokens_ = static_cast<int64_t>(leaves.size());
+  routing_ = routing;
+  sent_.assign(members, {});
+  std::vector<std::vector<int64_t>> labels(members);  // expert on that rank, leaf
+  std::vector<std::vector<float>> rows(members);
+  const Span lane = lane_tokens(tokens_, tensor_.size(), tensor_.rank());
+  for (int64_t slot = lane.begin * k; slot < lane.end * k; ++slot) {
+    const int64_t expert = routing.expert[static_cast<size_t>(slot)], t = slot / k;
+    const size_t to = static_cast<size_t>(expert / each);
+    sent_[to].push_back(slot);
+    labels[to].push_back(expert % each);
+    labels[to].push_back(static_cast<int64_t>(leaves[static_cast<size_t>(t)]));
+    rows[to].insert(rows[to].end(), x.begin() + t * h, x.begin() + (t + 1) * h);
+  }
+  received_.assign(members, 0);
+  if (members == 1) {
+    received_[0] = static_cast<int64_t>(sent_[0].size());
+  } else {
+    std::vector<std::vector<int64_t>> counts;
+    for (const auto& list : sent_) counts.push_back({static_cast<int64_t>(list.size())});
+    const auto theirs = exchange(expert_, counts, std::vector<int64_t>(members, 1));
+    std::vector<int64_t> label_counts, row_counts;
+    for (size_t p = 0; p < members; ++p) {
+      received_[p] = theirs[p][0];
+      label_counts.push_back(2 * received_[p]);
+      row_counts.push_back(h * received_[p]);
+    }
+    labels = exchange(expert_, labels, label_counts);
+    rows = exchange(expert_, rows, row_counts);
+  }
+  work_.assign(static_cast<size_t>(each), {});
+  for (size_t p = 0; p < members; ++p) {
+    for (int64_t i = 0; i < received_[p]; ++i) {
+      const size_t at = static_cast<size_t>(2 * i);
+      work_[static_cast<size_t>(labels[p][at])].items.push_back(
+          {static_cast<int>(p), i, static_cast<LeafIndex>(labels[p][at + 1])});
+    }
+  }
+  std::vector<std::vector<float>> answers(members);
+  for (size_t p = 0; p < members; ++p) answers[p].resize(static_cast<size_t>(received_[p] * h));
+  for (int64_t e = 0; e < each; ++e) {
+    Work& work = work_[static_cast<size_t>(e)];
+    std::sort(work.items.begin(), work.items.end(),
+              [](const auto& a, const auto& b) { return a.leaf < b.leaf; });
+    const int64_t n = static_cast<int64_t>(work.items.size());
+    for (const Work::Item& item : work.items) {
+      const float* row = rows[static_cast<size_t>(item.source)].data() + item.place * h;
+      work.x.insert(work.x.end(), row, row + h);
+    }
+    work.h1 = linear(work.x, n, weights.w1 + e * f * h, f, h);
+    work.h3 = linear(work.x, n, weights.w3 + e * f * h, f, h);
+    for (size_t i = 0; i < work.h1.size(); ++i) {
+      work.active.push_back(silu(work.h1[i]) * work.h3[i]);
+    }
+    const Values y = linear(work.active, n, weights.w2 + e * h * f, h, f);
+    for (int64_t i = 0; i < n; ++i) {
+      const Work::Item& item = work.items[static_cast<size_t>(i)];
+      std::copy_n(y.begin() + i * h, h,
+                  answers[static_cast<size_t>(item.source)].begin() + item.place * h);
+    }
+  }
+  std::vector<int64_t> counts;
+  for (const auto& list : sent_) counts.push_back(static_cast<int64_t>(list.size()) * h);
+  if (members > 1) answers = exchange(expert_, answers, counts);
+  Values own(static_cast<size_t>(lane.size() * k * h));
+  for (size_t p = 0; p < members; ++p) {
+    for (size_t i = 0; i < sent_[p].size(); ++i) {
+      std::copy_n(answers[p].begin() + static_cast<int64_t>(i) * h, h,
+                  own.begin() + (sent_[p][i] - lane.begin * k) * h);
+    }
+  }
+  return gather_lanes(own, tokens_);
+}
+
+Values Experts::backward(const Values& gradient, const ExpertWeights& weights,
+                         const ExpertSink& sink) {
+  const int64_t h = shape_.hidden, f = shape_.intermediate, k = shape_.top_k;
+  const size_t members = static_cast<size_t>(expert_.size());
+  std::vector<std::vector<float>> rows(members);
+  for (size_t p = 0; p < members; ++p) {
+    for (const int64_t slot : sent_[p]) {
+      rows[p].insert(rows[p].end(), gradient.begin() + slot * h, gradient.begin() + (slot + 1) * h);
+    }
+  }
+  std::vector<int64_t> counts, answer_counts;
+  for (size_t p = 0; p < members; ++p) {
+    counts.push_back(received_[p] * h);
+    answer_counts.push_back(static_cast<int64_t>(sent_[p].size()) * h);
+  }
+  if (members > 1) rows = exchange(expert_, rows, counts);
+  std::vector<std::vector<float>> answers(members);
+  for (size_t p = 0; p < members; ++p) answers[p].resize(static_cast<size_t>(received_[p] * h));
+  for (size_t e = 0; e < work_.size(); ++e) {
+    const Work& work = work_[e];
+    const int64_t n = static_cast<int64_t>(work.items.size());
+    const int64_t expert = static_cast<int64_t>(e);
+    Values dy;
+    for (const Work::Item& item : work.items) {
+      const float* row = rows[static_cast<size_t>(item.source)].data() + item.place * h;
+      dy.insert(dy.end(), row, row + h);
+    }
+    const Values da = linear_backward(dy, n, weights.w2 + expert * h * f, h, f);
+    Values d1(da.size()), d3(da.size());
+    for (size_t i = 0; i < da.size(); ++i) {
+      d1[i] = da[i] * work.h3[i] * silu_gradient(work.h1[i]);
+      d3[i] = da[i] * silu(work.h1[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const LeafIndex leaf = work.items[static_cast<size_t>(i)].leaf;
+      const float* x = work.x.data() + i * h;
+      outer(d1.data() + i * f, f, x, h, sink(1, expert, leaf));
+      outer(dy.data() + i * h, h, work.active.data() + i * f, f, sink(2, expert, leaf));
+      outer(d3.data() + i * f, f, x, h, sink(3, expert, leaf));
+    }
+    const Values dx1 = linear_backward(d1, n, weights.w1 + expert * f * h, f, h);
+    const Values dx3 = linear_backward(d3, n, weights.w3 + expert * f * h, f, h);
+    for (int64_t i = 0; i < n; ++i) {
+      const Work::Item& item = work.items[static_cast<size_t>(i)];
+      for (int64_t c = 0; c < h; ++c) {
+        const size_t at = static_cast<size_t>(i * h + c);
+        answers[static_cast<size_t>(item.source)][static_cast<size_t>(item.place * h + c)] =
+            dx1[at] + dx3[at];
+      }
+    }
+  }
+  if (members > 1) answers = exchange(expert_, answers, answer_counts);
+  const Span lane = lane_tokens(tokens_, tensor_.size(), tensor_.rank());
+  Values own(static_cast<size_t>(lane.size() * k * h));
+  for (size_t p = 0; p < members; ++p) {
+    for (size_t i = 0; i < sent_[p].size(); ++i) {
+      std::copy_n(answers[p].begin() + static_cast<int64_t>(i) * h, h,
+                  own.begin() + (sent_[p][i] - lane.begin * k) * h);
+    }
+  }
+  return gather_lanes(own, tokens_);
+}
+
+}  // namespace isoshard::reference

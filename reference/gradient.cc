@@ -1,0 +1,103 @@
+// See gradient.h.
+#include "reference/gradient.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+
+namespace isoshard::reference {
+namespace {
+
+// Columns of row `row` that lie in a slice of the flat tensor.
+Span columns(Span slice, int64_t row, int64_t width) {
+  const int64_t begin = std::clamp(slice.begin - row * width, int64_t{0}, width);
+  const int64_t end = std::clamp(slice.end - row * width, int64_t{0}, width);
+  return {begin, std::max(begin, end)};
+}
+
+struct Outgoing {
+  std::vector<std::vector<uint8_t>> present;
+  std::vector<std::vector<float>> values;
+};
+
+Outgoing pack(int members, const std::vector<ReduceItem>& items) {
+  Outgoing out;
+  out.present.resize(static_cast<size_t>(members));
+  out.values.resize(static_cast<size_t>(members));
+  for (size_t p = 0; p < out.values.size(); ++p) {
+    for (const ReduceItem& item : items) {
+      for (int64_t row = 0; row < item.rows; ++row) {
+        const Span part = columns(item.slices[p], row, item.width);
+        if (part.size() == 0) continue;
+        const Partial& partial = (*item.mine)[static_cast<size_t>(row)];
+        for (size_t node = 0; node < partial.nodes.size(); ++node) {
+          out.present[p].push_back(partial.present[node]);
+          const float* at = partial.values.data() + static_cast<int64_t>(node) * item.width;
+          out.values[p].insert(out.values[p].end(), at + part.begin, at + part.end);
+        }
+      }
+    }
+  }
+  return out;
+}
+
+}  // namespace
+
+Gradient::Gradient(const std::vector<TreeNode>& nodes, int64_t rows, int64_t width)
+    : width_(width),
+      sums_(static_cast<size_t>(rows), PartialSum(nodes, static_cast<size_t>(width))) {}
+
+std::vector<Partial> Gradient::finish() {
+  std::vector<Partial> result;
+  for (PartialSum& sum : sums_) result.push_back(sum.finish());
+  return result;
+}
+
+std::vector<Values> reduce_to_owners(Communicator& group,
+                                     const std::vector<std::vector<TreeNode>>& nodes,
+                                     const std::vector<ReduceItem>& items) {
+  const size_t members = static_cast<size_t>(group.size()), own = static_cast<size_t>(group.rank());
+  CHECK(nodes.size() == members, "the frontier of each member");
+  Outgoing out = pack(group.size(), items);
+  int64_t flags = 0, floats = 0;  // that come from a member, for each node of its frontier
+  for (const ReduceItem& item : items) {
+    for (int64_t row = 0; row < item.rows; ++row) {
+      const Span part = columns(item.slices[own], row, item.width);
+      flags += part.size() > 0 ? 1 : 0;
+      floats += part.size();
+    }
+  }
+  if (members > 1) {
+    std::vector<int64_t> flag_counts, float_counts;
+    for (const std::vector<TreeNode>& list : nodes) {
+      flag_counts.push_back(flags * static_cast<int64_t>(list.size()));
+      float_counts.push_back(floats * static_cast<int64_t>(list.size()));
+    }
+    out.present = exchange(group, out.present, flag_counts);
+    out.values = exchange(group, out.values, float_counts);
+  }
+  std::vector<size_t> flag_at(members, 0), float_at(members, 0);
+  std::vector<Values> roots;
+  for (const ReduceItem& item : items) {
+    Values root;
+    for (int64_t row = 0; row < item.rows; ++row) {
+      const size_t width = static_cast<size_t>(columns(item.slices[own], row, item.width).size());
+      if (width == 0) continue;
+      PartialCombiner combiner(width);
+      for (size_t m = 0; m < members; ++m) {
+        for (const TreeNode& node : nodes[m]) {
+          if (out.present[m][flag_at[m]++] != 0) {
+            combiner.add(node, out.values[m].data() + float_at[m]);
+          }
+          float_at[m] += width;
+        }
+      }
+      root.resize(root.size() + width);
+      combiner.finish(std::span(root).last(width));
+    }
+    roots.push_back(std::move(root));
+  }
+  return roots;
+}
+
+}  // namespace isoshard::reference

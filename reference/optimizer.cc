@@ -1,0 +1,108 @@
+// See optimizer.h. Scalars are doubles until they meet a tensor, as torch has them.
+#include "reference/optimizer.h"
+
+#include <cmath>
+
+#include "core/check.h"
+#include "core/exact_math.h"
+
+namespace isoshard::reference {
+namespace {
+
+// m ← m + (1 − β₁)(g − m),  v ← β₂ v + (1 − β₂) g g,
+// θ ← θ (1 − lr λ),  θ ← θ − (lr / (1 − β₁ᵗ)) m / (√v / √(1 − β₂ᵗ) + ε)
+void adamw(const OptimizerConfig& c, const StepArguments& a) {
+  const float decay = static_cast<float>(1 - a.lr * a.weight_decay);
+  const float w1 = static_cast<float>(1 - c.beta1), b2 = static_cast<float>(c.beta2);
+  const float w2 = static_cast<float>(1 - c.beta2), epsilon = static_cast<float>(c.epsilon);
+  const double correction1 = 1 - exact::power(c.beta1, a.step);
+  const double correction2 = 1 - exact::power(c.beta2, a.step);
+  const float rate = static_cast<float>(-(a.lr / correction1));
+  const float root2 = static_cast<float>(std::sqrt(correction2));
+  for (size_t i = 0; i < a.master.size(); ++i) {
+    float& p = a.master[i];
+    float& m = a.states[0][i];
+    float& v = a.states[1][i];
+    const float g = a.gradient[i];
+    p = p * decay;
+    // torch's lerp goes from the nearer end.
+    m = w1 < 0.5f ? m + w1 * (g - m) : g - (g - m) * (1.0f - w1);
+    v = v * b2;
+    v = v + w2 * g * g;
+    const float denominator = std::sqrt(v) / root2 + epsilon;
+    p = p + rate * m / denominator;
+  }
+}
+
+// g ← g + λ θ,  b ← μ b + g (the first step: g),  θ ← θ − lr b
+void sgd(const OptimizerConfig& c, const StepArguments& a) {
+  const float decay = static_cast<float>(a.weight_decay), mu = static_cast<float>(c.momentum);
+  const float rate = static_cast<float>(-a.lr);
+  for (size_t i = 0; i < a.master.size(); ++i) {
+    float& p = a.master[i];
+    float& b = a.states[0][i];
+    const float g = a.weight_decay != 0 ? a.gradient[i] + decay * p : a.gradient[i];
+    b = a.step == 1 ? g : b * mu + g;
+    p = p + rate * b;
+  }
+}
+
+// u = sign(β₁ m + (1 − β₁) g),  θ ← θ (1 − lr λ) − lr u,  m ← β₂ m + (1 − β₂) g
+void lion(const OptimizerConfig& c, const StepArguments& a) {
+  const float decay = static_cast<float>(1 - a.lr * a.weight_decay);
+  const float b1 = static_cast<float>(c.beta1), w1 = static_cast<float>(1 - c.beta1);
+  const float b2 = static_cast<float>(c.beta2), w2 = static_cast<float>(1 - c.beta2);
+  const float rate = static_cast<float>(a.lr);
+  for (size_t i = 0; i < a.master.size(); ++i) {
+    float& p = a.master[i];
+    float& m = a.states[0][i];
+    const float g = a.gradient[i];
+    const float u = b1 * m + w1 * g;
+    p = p * decay;
+    p = p - rate * (u > 0 ? 1.0f : u < 0 ? -1.0f : 0.0f);
+    m = b2 * m + w2 * g;
+  }
+}
+
+}  // namespace
+
+const char* name(OptimizerKind kind) {
+  switch (kind) {
+    case OptimizerKind::kAdamW:
+      return "AdamW";
+    case OptimizerKind::kSgd:
+      return "SGD";
+    case OptimizerKind::kLion:
+      break;
+  }
+  return "Lion";
+}
+
+std::vector<std::string> state_names(OptimizerKind kind) {
+  switch (kind) {
+    case OptimizerKind::kAdamW:
+      return {"exp_avg", "exp_avg_sq"};
+    case OptimizerKind::kSgd:
+      return {"momentum_buffer"};
+    case OptimizerKind::kLion:
+      break;
+  }
+  return {"exp_avg"};
+}
+
+bool counts_steps(OptimizerKind kind) { return kind == OptimizerKind::kAdamW; }
+
+void take_step(const OptimizerConfig& config, const StepArguments& a) {
+  CHECK(a.gradient.size() == a.master.size(), "a gradient for each element");
+  CHECK(a.states.size() == state_names(config.kind).size(), "the optimizer's own states");
+  switch (config.kind) {
+    case OptimizerKind::kAdamW:
+      return adamw(config, a);
+    case OptimizerKind::kSgd:
+      return sgd(config, a);
+    case OptimizerKind::kLion:
+      return lion(config, a);
+  }
+}
+
+}  // namespace isoshard::reference

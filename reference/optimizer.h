@@ -1,0 +1,44 @@
+// One step of an optimizer on one element's state: fp32, element by element, so that its bits do
+// not depend on who owns the element (tier A). The order of operations is torch's, whose results it
+// gives bit for bit (torch/optim/adamw.py, sgd.py; Lion: Chen et al. 2023, arXiv 2302.06675).
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace isoshard::reference {
+
+enum class OptimizerKind { kAdamW, kSgd, kLion };
+
+struct OptimizerConfig {
+  OptimizerKind kind = OptimizerKind::kAdamW;
+  double lr = 1e-2;
+  double beta1 = 0.9;     // Lion and AdamW
+  double beta2 = 0.999;   // Lion's usual one is 0.99
+  double epsilon = 1e-8;  // AdamW
+  double momentum = 0.9;  // SGD
+  double weight_decay = 0.01;
+};
+
+const char* name(OptimizerKind kind);  // "AdamW", "SGD", "Lion"
+
+// Names of the tensors that the optimizer keeps for an element.
+std::vector<std::string> state_names(OptimizerKind kind);
+// Whether it counts steps (AdamW's "step").
+bool counts_steps(OptimizerKind kind);
+
+// `count` elements; states[k] as state_names says. `step` is the number of this step, from 1 on;
+// `lr` what the schedule gives for it.
+struct StepArguments {
+  std::span<float> master;
+  std::span<const float> gradient;
+  std::vector<std::span<float>> states;
+  int64_t step = 1;
+  double lr = 0.0;
+  double weight_decay = 0.0;
+};
+void take_step(const OptimizerConfig& config, const StepArguments& arguments);
+
+}  // namespace isoshard::reference

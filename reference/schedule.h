@@ -1,0 +1,39 @@
+// Learning rates by step and loss scales by overflow: pure functions of a saved state.
+#pragma once
+
+#include <cstdint>
+
+namespace isoshard::reference {
+
+// deepspeed/runtime/lr_schedules.py: WarmupLR, WarmupDecayLR, WarmupCosineLR.
+enum class ScheduleKind { kConstant, kWarmup, kWarmupDecay, kWarmupCosine };
+
+struct ScheduleConfig {
+  ScheduleKind kind = ScheduleKind::kConstant;
+  double min_lr = 0.0;
+  double max_lr = 1e-2;  // kConstant: the rate
+  int64_t warmup_steps = 4;
+  int64_t total_steps = 40;
+  double cosine_min_ratio = 0.01;
+  bool log_warmup = false;  // warmup_type "log" of WarmupLR
+};
+
+// The rate that the optimizer uses in step `iteration`, counted from 0.
+double learning_rate(const ScheduleConfig& config, int64_t iteration);
+
+// deepspeed/runtime/fp16/loss_scaler.py, DynamicLossScaler; kStatic: the scale never changes.
+struct LossScale {
+  bool dynamic = false;
+  double scale = 1.0;
+  int64_t window = 1000;  // good steps before the scale is doubled
+  double least = 1.0;
+  int64_t hysteresis = 2;  // overflows that are borne before it is halved
+  int64_t hysteresis_left = 2;
+  int64_t iteration = 0;
+  int64_t last_overflow = -1;
+  bool operator==(const LossScale&) const = default;
+};
+
+void update_scale(LossScale* state, bool overflow);
+
+}  // namespace isoshard::reference

@@ -1,0 +1,90 @@
+// One rank of a training run: its state, a step, an evaluation. The losses and every bit of the
+// state are those of a run on one rank, whatever the topology, the ZeRO stage, the size of micro
+// batches and the order in which ranks come to their collectives.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "core/parallel_state.h"
+#include "core/training_state.h"
+#include "reference/data.h"
+#include "reference/gradient.h"
+#include "reference/optimizer.h"
+#include "reference/parameters.h"
+#include "reference/schedule.h"
+#include "reference/transformer.h"
+#include "reference/zero.h"
+
+namespace isoshard::reference {
+
+struct TrainConfig {
+  ModelConfig model;
+  DataConfig data;
+  OptimizerConfig optimizer;
+  ScheduleConfig schedule;
+  LossScale loss_scale;  // as it is at the beginning
+  double clip = 0.0;     // largest norm of the gradient; 0: as it is
+  int stage = 0;
+  bool split_decay = false;  // norms are an optimizer group of their own, without weight decay
+  bool disable_in_eval = false;
+};
+
+struct StepReport {
+  float loss = 0.0f;     // mean over the batch's tokens that have a loss
+  int64_t tokens = 0;    // how many these are
+  double norm = 0.0;     // of the gradient, before clipping
+  bool skipped = false;  // float16 overflowed
+};
+
+class Trainer {
+ public:
+  // Throws Error(kUsage) where the model cannot be trained on this topology.
+  Trainer(const TrainConfig& config, const ParallelState& parallel);
+
+  // Values of step 0: masters are the parameters as their dtype has them.
+  void initialise();
+  StepReport step();
+  // Mean loss of samples [first, first + count), which are no part of the training data's order.
+  // With disable_in_eval every rank evaluates on its own, over whole sequences, as many as it was
+  // given; otherwise all ranks share the same ones.
+  StepReport evaluate(int64_t first, int64_t count);
+
+  TrainingState& state() { return state_; }
+  const TrainingState& state() const { return state_; }
+  LossScale& loss_scale() { return loss_scale_; }
+  // Copies in the parameters' dtype again from the masters, after a load.
+  void refresh_parameters();
+
+ private:
+  // A parameter group over those who share it.
+  struct Owners {
+    Communicator* group = nullptr;
+    std::vector<std::vector<TreeNode>> nodes;  // frontier of each member
+    std::vector<int64_t> numels;               // of the group's parameters
+    std::vector<GroupCut> cuts;                // by member
+    std::vector<std::vector<Span>> slices;     // by parameter, by member
+  };
+  void make_state();
+  void make_owners();
+  std::vector<TreeNode> dense_nodes(const Coordinate& at) const;
+  std::vector<TreeNode> expert_nodes(int rank) const;
+  MicroBatch micro_batch(const std::vector<int64_t>& places) const;
+  GradientSet empty_gradients() const;
+  void run_model(Transformer* model, GradientSet* gradients);
+  void exchange_tied(Contribution* lookup, Contribution* head, bool* has_lookup, bool* has_head);
+  std::vector<std::vector<Values>> reduce(GradientSet* gradients);
+  void total_loss(const LossSum& loss, StepReport* report);
+  bool finish_gradients(std::vector<std::vector<Values>>* roots, StepReport* report);
+  void update(const std::vector<std::vector<Values>>& gradients);
+
+  TrainConfig config_;
+  ParallelState parallel_;
+  TrainingState state_;
+  LossScale loss_scale_;
+  BatchPlan plan_;
+  std::unique_ptr<Parameters> parameters_;
+  std::vector<Owners> owners_;  // by group
+};
+
+}  // namespace isoshard::reference

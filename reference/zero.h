@@ -1,0 +1,41 @@
+// ZeRO: who owns which elements of the optimizer's state, and one step of it (Rajbhandari et al.
+// 2020, arXiv 1910.02054).
+//
+//   stage 0   everybody everything
+//   stage 1   a partition of each group's flat buffer        (stage_1_and_2.py)
+//   stage 2   the same, gradients too: reduced after every micro step
+//   stage 3   a slot of every parameter, parameters too       (stage3.py)
+//
+// The gradient that a step uses is  round_dtype(root · loss scale / n)  with the root of the
+// canonical sum over all tokens and n the tokens with a loss; then one multiplication takes the
+// loss scale out and clips. So its bits do not depend on stage or topology.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/training_state.h"
+#include "reference/contraction.h"
+
+namespace isoshard::reference {
+
+struct ZeroForm {
+  int stage = 0;
+  int ranks = 1;  // of the partition group
+  int rank = 0;
+};
+
+// Pieces of rank `rank`'s buffer, and its size, for parameters of these sizes.
+struct GroupCut {
+  std::vector<BufferPiece> pieces;  // `parameter` counts within the list
+  int64_t size = 0;
+};
+GroupCut cut_group(const std::vector<int64_t>& numels, const ZeroForm& form);
+
+// The part of a parameter that a member sums up: its piece; at stage 0 a slot of it.
+Span reduced_slice(const std::vector<int64_t>& numels, int parameter, const ZeroForm& form);
+
+// Value rounded to a parameter's dtype.
+float rounded(float value, DType dtype);
+
+}  // namespace isoshard::reference
