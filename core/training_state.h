@@ -48,8 +48,8 @@ struct TrainingCounters {
   int64_t steps = 0;  // global_steps, skipped ones included
   int64_t skipped_steps = 0;
   int64_t optimizer_steps = 0;
-  int64_t samples = 0;  // consumed so far: the position in the data
-  int64_t schedule_iteration = 0;
+  int64_t samples = 0;              // consumed so far: the position in the data
+  int64_t schedule_iteration = -1;  // last_batch_iteration of the learning rate's schedule
   bool operator==(const TrainingCounters&) const = default;
 };
 

@@ -1,4 +1,5 @@
-// See optimizer.h. Scalars are doubles until they meet a tensor, as torch has them.
+// See optimizer.h. Scalars are doubles until they meet a tensor, as torch has them; a multiplication
+// and an addition of one torch operation are one fma, as its processors' kernels have them.
 #include "reference/optimizer.h"
 
 #include <cmath>
@@ -26,9 +27,8 @@ void adamw(const OptimizerConfig& c, const StepArguments& a) {
     const float g = a.gradient[i];
     p = p * decay;
     // torch's lerp goes from the nearer end.
-    m = w1 < 0.5f ? m + w1 * (g - m) : g - (g - m) * (1.0f - w1);
-    v = v * b2;
-    v = v + w2 * g * g;
+    m = w1 < 0.5f ? std::fma(w1, g - m, m) : std::fma(-(g - m), 1.0f - w1, g);
+    v = std::fma(w2 * g, g, v * b2);
     const float denominator = std::sqrt(v) / root2 + epsilon;
     p = p + rate * m / denominator;
   }
@@ -41,9 +41,9 @@ void sgd(const OptimizerConfig& c, const StepArguments& a) {
   for (size_t i = 0; i < a.master.size(); ++i) {
     float& p = a.master[i];
     float& b = a.states[0][i];
-    const float g = a.weight_decay != 0 ? a.gradient[i] + decay * p : a.gradient[i];
+    const float g = a.weight_decay != 0 ? std::fma(decay, p, a.gradient[i]) : a.gradient[i];
     b = a.step == 1 ? g : b * mu + g;
-    p = p + rate * b;
+    p = std::fma(rate, b, p);
   }
 }
 

@@ -1,6 +1,7 @@
 // One step of an optimizer on one element's state: fp32, element by element, so that its bits do
 // not depend on who owns the element (tier A). The order of operations is torch's, whose results it
-// gives bit for bit (torch/optim/adamw.py, sgd.py; Lion: Chen et al. 2023, arXiv 2302.06675).
+// gives bit for bit where roots are rounded to the nearest float (torch/optim/adamw.py, sgd.py;
+// Lion: Chen et al. 2023, arXiv 2302.06675).
 #pragma once
 
 #include <cstdint>

@@ -22,7 +22,8 @@ double warmup_share(const ScheduleConfig& c, int64_t iteration) {
 
 }  // namespace
 
-double learning_rate(const ScheduleConfig& c, int64_t iteration) {
+double learning_rate(const ScheduleConfig& c, int64_t last_batch_iteration) {
+  const int64_t iteration = std::max<int64_t>(0, last_batch_iteration);
   const double total = static_cast<double>(c.total_steps), at = static_cast<double>(iteration);
   switch (c.kind) {
     case ScheduleKind::kConstant:
@@ -55,9 +56,12 @@ void update_scale(LossScale* state, bool overflow) {
     else
       --state->hysteresis_left;
     state->last_overflow = state->iteration;
-  } else if ((state->iteration - state->last_overflow) % state->window == 0) {
-    state->hysteresis_left = state->hysteresis;
-    state->scale *= 2;
+  } else {
+    const int64_t stable = state->iteration - state->last_overflow - 1;
+    if (stable > 0 && stable % state->window == 0) {
+      state->hysteresis_left = state->hysteresis;
+      state->scale *= 2;
+    }
   }
   ++state->iteration;
 }

@@ -18,8 +18,10 @@ struct ScheduleConfig {
   bool log_warmup = false;  // warmup_type "log" of WarmupLR
 };
 
-// The rate that the optimizer uses in step `iteration`, counted from 0.
-double learning_rate(const ScheduleConfig& config, int64_t iteration);
+// The rate that the optimizer uses while the schedule stands at `last_batch_iteration`: −1 in the
+// first step, which has the same rate as the second, since DeepSpeed moves the schedule behind
+// every step but asks it for a rate before the first one too.
+double learning_rate(const ScheduleConfig& config, int64_t last_batch_iteration);
 
 // deepspeed/runtime/fp16/loss_scaler.py, DynamicLossScaler; kStatic: the scale never changes.
 struct LossScale {

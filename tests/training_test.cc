@@ -5,6 +5,7 @@
 #include "reference/trainer.h"
 #include "reference/whole_state.h"
 #include "sim/cluster.h"
+#include "tests/simulated_rank.h"
 
 namespace isoshard {
 namespace {
@@ -13,19 +14,6 @@ using reference::StepReport;
 using reference::TrainConfig;
 using reference::Trainer;
 using reference::WholeState;
-
-ParallelState parallel_state(sim::Rank& rank) {
-  return {.topology = rank.topology(),
-          .rank = rank.number(),
-          .at = coordinate_of(rank.topology(), rank.number()),
-          .world = &rank.group(GroupKind::kWorld),
-          .zero = &rank.group(GroupKind::kZero),
-          .sequence = &rank.group(GroupKind::kSequence),
-          .tensor = &rank.group(GroupKind::kTensor),
-          .pipeline = &rank.group(GroupKind::kPipeline),
-          .expert = &rank.group(GroupKind::kExpert),
-          .expert_data = &rank.group(GroupKind::kExpertData)};
-}
 
 struct Trained {
   std::vector<StepReport> reports;
@@ -39,7 +27,7 @@ Trained train(const TrainConfig& config, const Topology& topology, int steps, ui
   Trained run;
   cluster.run([&](sim::Rank& rank) {
     auto& trainer = trainers[static_cast<size_t>(rank.number())];
-    trainer = std::make_unique<Trainer>(config, parallel_state(rank));
+    trainer = std::make_unique<Trainer>(config, tests::parallel_state(rank));
     trainer->initialise();
     for (int i = 0; i < steps; ++i) {
       const StepReport report = trainer->step();

@@ -1,0 +1,288 @@
+#!/usr/bin/env python3
+"""scripts/record_training.py OUT_DIR: what other programs make of the model that isoshard trains.
+
+Needs torch 2.13.0, transformers 5.6.2 and deepspeed 0.19.8 (README, "Against the real program").
+Writes OUT_DIR/model_NAME.json: losses and the first step's gradients of transformers' own
+LlamaForCausalLM and MixtralForCausalLM in float64, by autograd, from the initial values and tokens
+of reference/model.h and reference/data.h (computed here a second time); optimizer.json: steps of
+torch.optim in float32, bit for bit; schedules.json: DeepSpeed's learning rates and loss scales.
+"""
+
+import json
+import math
+import os
+import struct
+import sys
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+import transformers
+
+MASK = (1 << 64) - 1
+IGNORED = -100
+
+
+def mix(x):
+    x = (x + 0x9E3779B97F4A7C15) & MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & MASK
+    return x ^ (x >> 31)
+
+
+def keyed(seed, *coordinates):
+    word = mix(seed)
+    for coordinate in coordinates:
+        word = mix(word ^ (coordinate & MASK))
+    return word
+
+
+def name_key(name):
+    word = len(name.encode())
+    for byte in name.encode():
+        word = mix(word ^ byte)
+    return word
+
+
+def f32(x):
+    return struct.unpack("<f", struct.pack("<f", x))[0]
+
+
+def initial(seed, name, shape):
+    """reference/model.h, initial_value; float32 arithmetic."""
+    count = math.prod(shape)
+    key = name_key(name)
+    out = []
+    for i in range(count):
+        unit = f32(((keyed(seed, key, i) >> 40) - (1 << 23)) * 2.0**-23)
+        if len(shape) == 1:
+            out.append(f32(1.0 + f32(0.125 * unit)))
+        else:
+            out.append(f32(unit * f32(1.5 / f32(math.sqrt(shape[-1])))))
+    return torch.tensor(out, dtype=torch.float64).reshape(shape)
+
+
+class Data:
+    """reference/data.h."""
+
+    def __init__(self, case):
+        self.c = case
+
+    def begins(self, sample, position):
+        if position == 0:
+            return True
+        return self.c["packed"] and keyed(self.c["data_seed"], 4, sample, position) % 4 == 0
+
+    def token(self, sample, position):
+        return keyed(self.c["data_seed"], 1, sample, position) % self.c["vocabulary"]
+
+    def label(self, sample, position):
+        c = self.c
+        if position + 1 >= c["length"] or self.begins(sample, position + 1):
+            return IGNORED
+        if c["masked"] > 0:
+            if keyed(c["data_seed"], 3, sample) % c["masked"] == 0:
+                return IGNORED
+            if keyed(c["data_seed"], 2, sample, position) % c["masked"] == 0:
+                return IGNORED
+        return self.token(sample, position + 1)
+
+    def position(self, sample, position):
+        begin = position
+        while not self.begins(sample, begin):
+            begin -= 1
+        return position - begin
+
+    def batch(self, step):
+        c = self.c
+        samples = range(step * c["batch"], (step + 1) * c["batch"])
+        table = lambda f: torch.tensor(  # noqa: E731
+            [[f(s, p) for p in range(c["length"])] for s in samples]
+        )
+        documents = table(lambda s, p: sum(self.begins(s, q) for q in range(p + 1)))
+        seen = documents[:, :, None] == documents[:, None, :]
+        seen &= torch.tril(torch.ones(c["length"], c["length"], dtype=torch.bool))
+        mask = torch.zeros(seen.shape, dtype=torch.float64).masked_fill(~seen, -math.inf)
+        return table(self.token), table(self.label), table(self.position), mask[:, None]
+
+
+def build(case):
+    common = dict(
+        vocab_size=case["vocabulary"], hidden_size=case["hidden"],
+        num_attention_heads=case["heads"], num_key_value_heads=case["kv_heads"],
+        head_dim=case["head_size"], num_hidden_layers=case["layers"],
+        rms_norm_eps=1e-6, max_position_embeddings=64, tie_word_embeddings=case["tied"],
+        attention_bias=False, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+        attn_implementation="eager", attention_dropout=0.0,
+    )
+    if case["experts"]:
+        config = transformers.MixtralConfig(
+            intermediate_size=case["expert_intermediate"], num_local_experts=case["experts"],
+            num_experts_per_tok=case["top_k"], sliding_window=None, router_jitter_noise=0.0,
+            **common,
+        )
+        config._experts_implementation = "eager"  # the grouped one has no float64
+        model = transformers.MixtralForCausalLM(config)
+    else:
+        config = transformers.LlamaConfig(intermediate_size=case["intermediate"], **common)
+        model = transformers.LlamaForCausalLM(config)
+    model = model.double()
+    parts = {}  # our name -> the tensor's part that it is
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.experts.gate_up_proj"):
+                f = case["expert_intermediate"]
+                at = name[: -len("gate_up_proj")]
+                parts[at + "w1"] = (parameter, slice(0, f))
+                parts[at + "w3"] = (parameter, slice(f, 2 * f))
+            elif name.endswith("mlp.experts.down_proj"):
+                parts[name[: -len("down_proj")] + "w2"] = (parameter, slice(None))
+            else:
+                parts[name] = (parameter, None)
+        for name, (parameter, part) in parts.items():
+            target = parameter if part is None else parameter[:, part]
+            target.copy_(initial(case["seed"], name, list(target.shape)))
+    return model, parts
+
+
+def loss_of(model, batch):
+    ids, labels, positions, mask = batch
+    logits = model(input_ids=ids, position_ids=positions, attention_mask=mask).logits
+    return torch.nn.functional.cross_entropy(
+        logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED
+    )
+
+
+def run_model(case):
+    model, parts = build(case)
+    data = Data(case)
+    norms = {n for n, p in model.named_parameters() if p.dim() == 1}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01)
+    result = {"case": case, "losses": [], "gradients": {}}
+    assert norms
+    for step in range(4):
+        optimizer.zero_grad()
+        loss = loss_of(model, data.batch(step))
+        loss.backward()
+        result["losses"].append(loss.item())
+        if step == 0:
+            for name, (parameter, part) in parts.items():
+                grad = parameter.grad if part is None else parameter.grad[:, part]
+                result["gradients"][name] = [float(f"{x:.9g}") for x in grad.reshape(-1).tolist()]
+        optimizer.step()
+    return result
+
+
+BASE = dict(
+    seed=1, data_seed=1, vocabulary=13, hidden=8, heads=4, kv_heads=2, head_size=2,
+    intermediate=12, layers=2, tied=False, experts=0, top_k=2, expert_intermediate=6,
+    length=8, batch=4, packed=False, masked=8,
+)
+MODELS = {
+    "llama": {},
+    "llama_packed": dict(packed=True, length=16, seed=2, data_seed=5, head_size=4),
+    "llama_mqa_tied": dict(kv_heads=1, tied=True, seed=3),
+    "llama_mha": dict(kv_heads=4, heads=4, seed=4, masked=0, layers=1),
+    "mixtral": dict(experts=4, seed=5, packed=True, data_seed=7),
+    "mixtral_top1": dict(experts=3, top_k=1, seed=6),
+}
+
+
+def hexes(tensor):
+    return [f"{x & 0xFFFFFFFF:08x}" for x in tensor.detach().view(torch.int32).reshape(-1).tolist()]
+
+
+def run_optimizers(ieee_root):
+    """torch takes a float32 tensor's root from MKL, which is not always the nearest float; with
+    `ieee_root` it is the rounded root in float64, which is. The rest is torch's own."""
+    torch.manual_seed(0)
+    result = []
+    own_root = torch.Tensor.sqrt
+    if ieee_root:
+        torch.Tensor.sqrt = lambda x: own_root(x.double()).float()
+    settings = [
+        ("AdamW", dict(lr=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)),
+        ("AdamW", dict(lr=3e-4, betas=(0.8, 0.95), eps=1e-6, weight_decay=0.0)),
+        ("AdamW", dict(lr=1e-3, betas=(0.3, 0.99), eps=1e-8, weight_decay=0.1)),
+        ("SGD", dict(lr=1e-2, momentum=0.9, weight_decay=0.0)),
+        ("SGD", dict(lr=1e-2, momentum=0.5, weight_decay=0.1)),
+    ]
+    for kind, options in settings:
+        parameter = torch.nn.Parameter(torch.randn(67))
+        optimizer = getattr(torch.optim, kind)([parameter], **options)
+        entry = {"kind": kind, "options": options, "start": hexes(parameter.data), "steps": []}
+        for step in range(6):
+            grad = torch.randn(67) * 10.0 ** torch.randint(-6, 3, (67,)).float()
+            grad[:3] = torch.tensor([0.0, -0.0, 1e-42])
+            parameter.grad = grad
+            optimizer.step()
+            state = {k: hexes(v) for k, v in optimizer.state[parameter].items() if v.dim() == 1}
+            entry["steps"].append(
+                {"gradient": hexes(grad), "parameter": hexes(parameter.data), "state": state}
+            )
+        result.append(entry)
+    torch.Tensor.sqrt = own_root
+    return result
+
+
+def run_schedules():
+    from deepspeed.runtime import lr_schedules
+    from deepspeed.runtime.fp16 import loss_scaler
+
+    rates = []
+    for kind, options in [
+        ("WarmupLR", dict(warmup_min_lr=0.001, warmup_max_lr=0.01, warmup_num_steps=5,
+                          warmup_type="linear")),
+        ("WarmupLR", dict(warmup_min_lr=0.0, warmup_max_lr=0.01, warmup_num_steps=7,
+                          warmup_type="log")),
+        ("WarmupDecayLR", dict(total_num_steps=20, warmup_min_lr=0.0, warmup_max_lr=0.01,
+                               warmup_num_steps=4, warmup_type="linear")),
+        ("WarmupCosineLR", dict(total_num_steps=20, warmup_num_steps=4, cos_min_ratio=0.01,
+                                warmup_min_ratio=0.0, warmup_type="linear")),
+    ]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.01)
+        schedule = getattr(lr_schedules, kind)(optimizer, **options)
+        values = []
+        for _ in range(25):
+            values.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        rates.append({"kind": kind, "options": options, "rates": [float(v).hex() for v in values]})
+    loss_scaler.dist.get_rank = lambda: 1  # it asks before it prints
+    scaler = loss_scaler.DynamicLossScaler(
+        init_scale=256, scale_window=3, min_scale=1, delayed_shift=2,
+        consecutive_hysteresis=False, raise_error_at_min_scale=False, dtype=torch.half)
+    overflows = [0, 0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+    scales = []
+    for overflow in overflows:
+        scaler.update_scale(bool(overflow))
+        scales.append(scaler.cur_scale)
+    return {"rates": rates, "overflows": overflows, "scales": scales}
+
+
+def main():
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print(__doc__)
+        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
+    out = sys.argv[1]
+    os.makedirs(out, exist_ok=True)
+    import deepspeed
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
+                "deepspeed": deepspeed.__version__, "command": "scripts/record_training.py OUT"}
+
+    def write(name, value):
+        with open(os.path.join(out, name + ".json"), "w") as file:
+            json.dump({"provenance": versions, **value}, file, separators=(",", ":"))
+            file.write("\n")
+        print(name)
+
+    for name, changes in MODELS.items():
+        write("model_" + name, run_model({**BASE, **changes}))
+    write("optimizer", {"runs": run_optimizers(True), "mkl_root": run_optimizers(False)})
+    write("schedules", run_schedules())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

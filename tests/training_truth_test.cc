@@ -1,0 +1,214 @@
+// Outside truth for reference/: what transformers, torch and DeepSpeed make of the same numbers
+// (traces/training, scripts/record_training.py). Values that other programs computed in float64
+// agree within a bound that is said; what they computed in float32 by the same operations agrees
+// bit for bit.
+#include <gtest/gtest.h>
+
+#include <bit>
+#include <cmath>
+#include <fstream>
+#include <nlohmann/json.hpp>
+
+#include "reference/trainer.h"
+#include "reference/whole_state.h"
+#include "sim/cluster.h"
+#include "tests/simulated_rank.h"
+
+namespace isoshard {
+namespace {
+
+using nlohmann::json;
+using namespace reference;  // NOLINT: the file is about it
+
+json recorded(const std::string& name) {
+  std::ifstream file(std::string(ISOSHARD_TRACES) + "/training/" + name + ".json");
+  return json::parse(file);
+}
+
+TrainConfig config_of(const json& c) {
+  TrainConfig config;
+  ModelConfig& m = config.model;
+  m.seed = c.at("seed");
+  m.vocabulary = c.at("vocabulary");
+  m.hidden = c.at("hidden");
+  m.heads = c.at("heads");
+  m.kv_heads = c.at("kv_heads");
+  m.head_size = c.at("head_size");
+  m.intermediate = c.at("intermediate");
+  m.layers = c.at("layers");
+  m.tied = c.at("tied");
+  m.experts = c.at("experts");
+  m.top_k = c.at("top_k");
+  m.expert_intermediate = c.at("expert_intermediate");
+  DataConfig& d = config.data;
+  d.seed = c.at("data_seed");
+  d.sequence_length = c.at("length");
+  d.batch = c.at("batch");
+  d.packed = c.at("packed");
+  d.masked = c.at("masked");
+  return config;
+}
+
+// Losses of four steps, and the state after the first.
+struct Outcome {
+  std::vector<float> losses;
+  WholeState first;
+};
+
+Outcome train(const TrainConfig& config) {
+  Outcome outcome;
+  sim::Cluster cluster({});
+  cluster.run([&](sim::Rank& rank) {
+    Trainer trainer(config, tests::parallel_state(rank));
+    trainer.initialise();
+    for (int step = 0; step < 4; ++step) {
+      outcome.losses.push_back(trainer.step().loss);
+      if (step == 0) outcome.first = whole_state({&trainer.state()});
+    }
+  });
+  return outcome;
+}
+
+class RecordedModel : public testing::TestWithParam<const char*> {};
+
+// float32 sums of some hundred terms against float64: a few hundred units in the last place of
+// values near 1. The gradient is the momentum of SGD after its first step.
+TEST_P(RecordedModel, GradientsAndLossesAreThoseOfAutograd) {
+  const json truth = recorded(std::string("model_") + GetParam());
+  TrainConfig config = config_of(truth.at("case"));
+  TrainConfig probe = config;
+  probe.optimizer.kind = OptimizerKind::kSgd;
+  probe.optimizer.weight_decay = 0;
+  const WholeState gradients = train(probe).first;
+  size_t compared = 0;
+  for (const auto& [name, expected] : truth.at("gradients").items()) {
+    const std::vector<float>& found = gradients.at({name, "momentum_buffer"});
+    ASSERT_EQ(found.size(), expected.size()) << name;
+    for (size_t i = 0; i < found.size(); ++i, ++compared) {
+      const double value = expected[i];
+      ASSERT_NEAR(found[i], value, 2e-6 + 2e-5 * std::abs(value)) << name << " at " << i;
+    }
+  }
+  EXPECT_GT(compared, 500u);
+  // AdamW divides by the gradient's own size, so that later losses see rounding a little enlarged.
+  const std::vector<float> losses = train(config).losses;
+  ASSERT_EQ(losses.size(), truth.at("losses").size());
+  for (size_t i = 0; i < losses.size(); ++i) {
+    const double value = truth.at("losses")[i];
+    EXPECT_NEAR(losses[i], value, (i == 0 ? 1e-6 : 3e-5) * value) << "step " << i;
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(All, RecordedModel,
+                         testing::Values("llama", "llama_packed", "llama_mqa_tied", "llama_mha",
+                                         "mixtral", "mixtral_top1"));
+
+std::vector<float> floats(const json& hexes) {
+  std::vector<float> values;
+  for (const std::string text : hexes) {
+    values.push_back(std::bit_cast<float>(static_cast<uint32_t>(std::stoul(text, nullptr, 16))));
+  }
+  return values;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin(), [](float x, float y) {
+           return std::bit_cast<uint32_t>(x) == std::bit_cast<uint32_t>(y);
+         });
+}
+
+// Calls `check` with what we have after each recorded step, and that step.
+template <typename Check>
+int replay(const json& runs, Check check) {
+  int steps = 0;
+  for (const json& run : runs) {
+    const json& o = run.at("options");
+    OptimizerConfig config{.lr = o.at("lr"), .weight_decay = o.at("weight_decay")};
+    const bool adam = run.at("kind") == "AdamW";
+    config.kind = adam ? OptimizerKind::kAdamW : OptimizerKind::kSgd;
+    if (adam) {
+      config.beta1 = o.at("betas")[0];
+      config.beta2 = o.at("betas")[1];
+      config.epsilon = o.at("eps");
+    } else {
+      config.momentum = o.at("momentum");
+    }
+    std::vector<float> master = floats(run.at("start"));
+    std::vector<std::vector<float>> states(state_names(config.kind).size(),
+                                           std::vector<float>(master.size(), 0.0f));
+    int64_t number = 0;
+    for (const json& step : run.at("steps")) {
+      const std::vector<float> gradient = floats(step.at("gradient"));
+      StepArguments arguments{.master = master,
+                              .gradient = gradient,
+                              .states = {},
+                              .step = ++number,
+                              .lr = config.lr,
+                              .weight_decay = config.weight_decay};
+      for (auto& state : states) arguments.states.push_back(state);
+      take_step(config, arguments);
+      check(config, master, states, step);
+      ++steps;
+    }
+  }
+  return steps;
+}
+
+TEST(RecordedOptimizer, StepsAreTorchsBitForBit) {
+  const json truth = recorded("optimizer");
+  const int steps = replay(truth.at("runs"), [](const auto& config, const auto& master,
+                                                const auto& states, const json& step) {
+    EXPECT_TRUE(same_bits(master, floats(step.at("parameter")))) << name(config.kind);
+    for (size_t k = 0; k < states.size(); ++k) {
+      const std::string state = state_names(config.kind)[k];
+      EXPECT_TRUE(same_bits(states[k], floats(step.at("state").at(state)))) << state;
+    }
+  });
+  EXPECT_EQ(steps, 30);
+}
+
+// Where torch takes a root from MKL, which may be the float beside the nearest: one unit in the
+// last place of the root, so 2^-23 of a step, which is at most lr · 10.
+TEST(RecordedOptimizer, RootsOfMklDifferByAUnit) {
+  const json truth = recorded("optimizer");
+  int differ = 0;
+  replay(truth.at("mkl_root"),
+         [&](const auto& config, const auto& master, const auto&, const json& step) {
+           const std::vector<float> expected = floats(step.at("parameter"));
+           for (size_t i = 0; i < master.size(); ++i) {
+             differ += master[i] != expected[i];
+             const double most = 10 * config.lr + std::abs(expected[i]);
+             ASSERT_NEAR(master[i], expected[i], 6 * 0x1p-23 * most);
+           }
+         });
+  EXPECT_GT(differ, 0);
+}
+
+TEST(RecordedSchedule, RatesAndScalesAreDeepSpeeds) {
+  const json truth = recorded("schedules");
+  for (const json& run : truth.at("rates")) {
+    const json& o = run.at("options");
+    ScheduleConfig config{.max_lr = 0.01};
+    const std::string kind = run.at("kind");
+    config.kind = kind == "WarmupLR"        ? ScheduleKind::kWarmup
+                  : kind == "WarmupDecayLR" ? ScheduleKind::kWarmupDecay
+                                            : ScheduleKind::kWarmupCosine;
+    config.min_lr = o.value("warmup_min_lr", 0.0);
+    config.warmup_steps = o.at("warmup_num_steps");
+    config.total_steps = o.value("total_num_steps", 0);
+    config.log_warmup = o.at("warmup_type") == "log";
+    for (size_t i = 0; i < run.at("rates").size(); ++i) {
+      const double expected = std::strtod(run.at("rates")[i].get<std::string>().c_str(), nullptr);
+      EXPECT_NEAR(learning_rate(config, static_cast<int64_t>(i) - 1), expected, 1e-15)
+          << kind << " " << i;
+    }
+  }
+  LossScale scale{.dynamic = true, .scale = 256, .window = 3};
+  for (size_t i = 0; i < truth.at("overflows").size(); ++i) {
+    update_scale(&scale, truth.at("overflows")[i] == 1);
+    EXPECT_EQ(scale.scale, truth.at("scales")[i].get<double>()) << i;
+  }
+}
+
+}  // namespace
+}  // namespace isoshard
