@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <string>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "core/dtype.h"
@@ -26,15 +27,21 @@ struct TrainedParameter {
   Shape whole;              // of all ranks together
   int split_axis = -1;      // −1: the shard is the whole
   int64_t split_begin = 0;  // where it begins on that axis
+  // Of all tensor-parallel ranks on that axis; empty where they hold the same.
+  std::vector<int64_t> split_widths = {};
   bool expert = false;
   int group = 0;  // number in TrainingState::groups
   // Values as they are used, rounded to dtype; empty at stage 3, where they are gathered on use.
   std::vector<float> values;
 };
 
+// A setting of the optimizer, as torch keeps it in param_groups.
+using Setting = std::variant<std::monostate, bool, int64_t, double, std::vector<double>>;
+
 // One parameter group of the optimizer, and this rank's buffer of it.
 struct TrainedGroup {
   std::string name;
+  std::vector<std::pair<std::string, Setting>> settings;  // without "params", in torch's order
   double weight_decay = 0.0;
   bool expert = false;
   std::vector<int> parameters;      // in the optimizer's order
@@ -53,12 +60,30 @@ struct TrainingCounters {
   bool operator==(const TrainingCounters&) const = default;
 };
 
+// deepspeed/runtime/fp16/loss_scaler.py: DynamicLossScaler, or LossScaler where it is not dynamic.
+struct LossScale {
+  bool dynamic = false;
+  double scale = 1.0;
+  int64_t window = 1000;  // good steps before the scale is doubled
+  double least = 1.0;
+  int64_t hysteresis = 2;  // overflows that are borne before it is halved
+  int64_t hysteresis_left = 2;
+  int64_t iteration = 0;
+  int64_t last_overflow = -1;
+  bool operator==(const LossScale&) const = default;
+};
+
 struct TrainingState {
   DType dtype = DType::kFloat32;
   int stage = 0;
   std::vector<TrainedParameter> parameters;
   std::vector<TrainedGroup> groups;
   TrainingCounters counters;
+  LossScale loss_scale;
+  bool counts_steps = false;  // the optimizer keeps "step" for every group
+  bool scheduled = false;     // there is a schedule of learning rates
+  double clip = 0.0;          // gradient_clipping
+  std::vector<std::pair<std::string, std::string>> aliases;  // second name, name: tied parameters
 };
 
 }  // namespace isoshard

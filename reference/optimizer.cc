@@ -1,5 +1,6 @@
-// See optimizer.h. Scalars are doubles until they meet a tensor, as torch has them; a multiplication
-// and an addition of one torch operation are one fma, as its processors' kernels have them.
+// See optimizer.h. Scalars are doubles until they meet a tensor, as torch has them; a
+// multiplication and an addition of one torch operation are one fma, as its processors' kernels
+// have them.
 #include "reference/optimizer.h"
 
 #include <cmath>

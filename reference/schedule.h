@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "core/training_state.h"
+
 namespace isoshard::reference {
 
 // deepspeed/runtime/lr_schedules.py: WarmupLR, WarmupDecayLR, WarmupCosineLR.
@@ -23,19 +25,7 @@ struct ScheduleConfig {
 // every step but asks it for a rate before the first one too.
 double learning_rate(const ScheduleConfig& config, int64_t last_batch_iteration);
 
-// deepspeed/runtime/fp16/loss_scaler.py, DynamicLossScaler; kStatic: the scale never changes.
-struct LossScale {
-  bool dynamic = false;
-  double scale = 1.0;
-  int64_t window = 1000;  // good steps before the scale is doubled
-  double least = 1.0;
-  int64_t hysteresis = 2;  // overflows that are borne before it is halved
-  int64_t hysteresis_left = 2;
-  int64_t iteration = 0;
-  int64_t last_overflow = -1;
-  bool operator==(const LossScale&) const = default;
-};
-
+// What DynamicLossScaler makes of a step; nothing of a scale that is not dynamic.
 void update_scale(LossScale* state, bool overflow);
 
 }  // namespace isoshard::reference

@@ -37,10 +37,7 @@ std::vector<int64_t> all_places(const std::vector<std::vector<int64_t>>& micros)
 }  // namespace
 
 Trainer::Trainer(const TrainConfig& config, const ParallelState& parallel)
-    : config_(config),
-      parallel_(parallel),
-      loss_scale_(config.loss_scale),
-      plan_(plan_batch(config.data, parallel.topology.data)) {
+    : config_(config), parallel_(parallel), plan_(plan_batch(config.data, parallel.topology.data)) {
   check_model(config_.model, parallel_.topology);
   make_state();
   parameters_ = std::make_unique<Parameters>(config_.model, parallel_, &state_);
@@ -52,6 +49,11 @@ void Trainer::make_state() {
   const Topology& t = parallel_.topology;
   state_.dtype = model.dtype;
   state_.stage = config_.stage;
+  state_.loss_scale = config_.loss_scale;
+  state_.counts_steps = counts_steps(config_.optimizer.kind);
+  state_.scheduled = config_.schedule.kind != ScheduleKind::kConstant;
+  state_.clip = config_.clip;
+  if (model.tied) state_.aliases.emplace_back("lm_head.weight", "model.embed_tokens.weight");
   state_.groups.push_back({.name = "dense", .weight_decay = config_.optimizer.weight_decay});
   if (config_.split_decay) state_.groups.push_back({.name = "norms"});
   if (model.experts > 0) {
@@ -69,12 +71,50 @@ void Trainer::make_state() {
       p.split_axis = info.split == Split::kRow ? 1 : 0;
       p.split_begin = shard.begin;
     }
+    for (int rank = 0; rank < t.tensor && p.split_axis >= 0 && !p.expert; ++rank) {
+      p.split_widths.push_back(shard_of(model, info, t, rank, parallel_.at.expert).size());
+    }
     p.group = p.expert ? static_cast<int>(state_.groups.size()) - 1
                        : (config_.split_decay && !info.decays ? 1 : 0);
     state_.groups[static_cast<size_t>(p.group)].parameters.push_back(
         static_cast<int>(state_.parameters.size()));
     state_.parameters.push_back(std::move(p));
   }
+  for (TrainedGroup& group : state_.groups) group.settings = settings(group.weight_decay);
+}
+
+// The entries of param_groups as torch's optimizers have them, the rate of the next step first.
+std::vector<std::pair<std::string, Setting>> Trainer::settings(double weight_decay) const {
+  const OptimizerConfig& o = config_.optimizer;
+  const double lr = learning_rate(config_.schedule, state_.counters.schedule_iteration);
+  const std::vector<double> betas = {o.beta1, o.beta2};
+  switch (o.kind) {
+    case OptimizerKind::kAdamW:
+      return {{"lr", lr},
+              {"betas", betas},
+              {"eps", o.epsilon},
+              {"weight_decay", weight_decay},
+              {"amsgrad", false},
+              {"maximize", false},
+              {"foreach", std::monostate{}},
+              {"capturable", false},
+              {"differentiable", false},
+              {"fused", std::monostate{}},
+              {"decoupled_weight_decay", true}};
+    case OptimizerKind::kSgd:
+      return {{"lr", lr},
+              {"momentum", o.momentum},
+              {"dampening", int64_t{0}},
+              {"weight_decay", weight_decay},
+              {"nesterov", false},
+              {"maximize", false},
+              {"foreach", std::monostate{}},
+              {"differentiable", false},
+              {"fused", std::monostate{}}};
+    case OptimizerKind::kLion:
+      break;
+  }
+  return {{"lr", lr}, {"betas", betas}, {"weight_decay", weight_decay}};
 }
 
 std::vector<TreeNode> Trainer::dense_nodes(const Coordinate& at) const {
@@ -151,18 +191,32 @@ void Trainer::initialise() {
       const ParameterInfo& info = *std::find_if(infos.begin(), infos.end(),
                                                 [&](const auto& i) { return i.name == p.name; });
       for (int64_t i = 0; i < piece.count; ++i) {
-        // Number in the whole, of element piece.begin + i of the shard.
-        int64_t whole = piece.begin + i;
-        if (p.split_axis == 0) {
-          whole += p.split_begin * (numel(p.whole) / p.whole[0]);
-        } else if (p.split_axis == 1) {
-          whole = whole / p.shape[1] * p.whole[1] + p.split_begin + whole % p.shape[1];
-        }
-        group.master[static_cast<size_t>(piece.at + i)] =
-            rounded(initial_value(config_.model, info, whole), state_.dtype);
+        group.master[static_cast<size_t>(piece.at + i)] = rounded(
+            initial_value(config_.model, info, whole_element(p, piece.begin + i)), state_.dtype);
       }
     }
   }
+  refresh_parameters();
+}
+
+void Trainer::adopt(const WholeState& whole, const TrainingState& counted) {
+  for (TrainedGroup& group : state_.groups) {
+    for (const BufferPiece& piece : group.pieces) {
+      const TrainedParameter& p = state_.parameters[static_cast<size_t>(piece.parameter)];
+      const auto take = [&](const std::string& name, std::vector<float>* target) {
+        const std::vector<float>& source = whole.at({p.name, name});
+        for (int64_t i = 0; i < piece.count; ++i) {
+          (*target)[static_cast<size_t>(piece.at + i)] =
+              source[static_cast<size_t>(whole_element(p, piece.begin + i))];
+        }
+      };
+      take("fp32", &group.master);
+      for (auto& [name, values] : group.states) take(name, &values);
+    }
+  }
+  state_.counters = counted.counters;
+  state_.loss_scale = counted.loss_scale;
+  for (TrainedGroup& group : state_.groups) group.settings = settings(group.weight_decay);
   refresh_parameters();
 }
 
@@ -337,7 +391,7 @@ void Trainer::total_loss(const LossSum& loss, StepReport* report) {
 // Scales, rounds, measures and clips; false where float16 overflowed.
 bool Trainer::finish_gradients(std::vector<std::vector<Values>>* roots, StepReport* report) {
   const double tokens = static_cast<double>(std::max<int64_t>(1, report->tokens));
-  const float factor = static_cast<float>(loss_scale_.scale / tokens);
+  const float factor = static_cast<float>(state_.loss_scale.scale / tokens);
   ExactSum squares;
   uint8_t overflow = 0;
   for (size_t g = 0; g < roots->size(); ++g) {
@@ -360,9 +414,9 @@ bool Trainer::finish_gradients(std::vector<std::vector<Values>>* roots, StepRepo
     parallel_.world->all_reduce(buffer(std::span(words)), Reduction::kSum);
     parallel_.world->all_reduce(buffer(std::span(&overflow, 1)), Reduction::kMax);
   }
-  report->norm = std::sqrt(ExactSum::from_words(words).value()) / loss_scale_.scale;
+  report->norm = std::sqrt(ExactSum::from_words(words).value()) / state_.loss_scale.scale;
   if (state_.dtype == DType::kFloat16 && overflow != 0) return false;
-  double combined = loss_scale_.scale;
+  double combined = state_.loss_scale.scale;
   if (config_.clip > 0) {
     const double over = (report->norm + 1e-6) / config_.clip;
     if (over > 1) combined *= over;
@@ -414,6 +468,7 @@ void Trainer::update(const std::vector<std::vector<Values>>& gradients) {
   }
   ++state_.counters.optimizer_steps;
   ++state_.counters.schedule_iteration;
+  for (TrainedGroup& group : state_.groups) group.settings = settings(group.weight_decay);
   refresh_parameters();
 }
 
@@ -429,7 +484,7 @@ StepReport Trainer::step() {
     ++state_.counters.skipped_steps;
   else
     update(roots);
-  update_scale(&loss_scale_, report.skipped);
+  update_scale(&state_.loss_scale, report.skipped);
   ++state_.counters.steps;
   state_.counters.samples += config_.data.batch;
   return report;

@@ -14,6 +14,7 @@
 #include "reference/parameters.h"
 #include "reference/schedule.h"
 #include "reference/transformer.h"
+#include "reference/whole_state.h"
 #include "reference/zero.h"
 
 namespace isoshard::reference {
@@ -52,7 +53,8 @@ class Trainer {
 
   TrainingState& state() { return state_; }
   const TrainingState& state() const { return state_; }
-  LossScale& loss_scale() { return loss_scale_; }
+  // This rank's part of whole tensors, such as whole_state() gives: masters and states.
+  void adopt(const WholeState& whole, const TrainingState& counted);
   // Copies in the parameters' dtype again from the masters, after a load.
   void refresh_parameters();
 
@@ -66,6 +68,7 @@ class Trainer {
     std::vector<std::vector<Span>> slices;     // by parameter, by member
   };
   void make_state();
+  std::vector<std::pair<std::string, Setting>> settings(double weight_decay) const;
   void make_owners();
   std::vector<TreeNode> dense_nodes(const Coordinate& at) const;
   std::vector<TreeNode> expert_nodes(int rank) const;
@@ -81,7 +84,6 @@ class Trainer {
   TrainConfig config_;
   ParallelState parallel_;
   TrainingState state_;
-  LossScale loss_scale_;
   BatchPlan plan_;
   std::unique_ptr<Parameters> parameters_;
   std::vector<Owners> owners_;  // by group

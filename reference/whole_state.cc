@@ -17,18 +17,6 @@ std::string text(float value) {
   return buffer;
 }
 
-// Row-major number in the whole tensor of element `at` of a shard.
-int64_t whole_element(const TrainedParameter& p, int64_t at) {
-  if (p.split_axis < 0) return at;
-  int64_t inner = 1;
-  for (size_t axis = static_cast<size_t>(p.split_axis) + 1; axis < p.whole.size(); ++axis) {
-    inner *= p.whole[axis];
-  }
-  const size_t axis = static_cast<size_t>(p.split_axis);
-  const int64_t row = inner * p.shape[axis];
-  return at / row * (inner * p.whole[axis]) + p.split_begin * inner + at % row;
-}
-
 class Assembly {
  public:
   void put(const TrainedParameter& p, const std::string& state, int64_t at, float value) {
@@ -60,6 +48,17 @@ class Assembly {
 };
 
 }  // namespace
+
+int64_t whole_element(const TrainedParameter& p, int64_t at) {
+  if (p.split_axis < 0) return at;
+  int64_t inner = 1;
+  for (size_t axis = static_cast<size_t>(p.split_axis) + 1; axis < p.whole.size(); ++axis) {
+    inner *= p.whole[axis];
+  }
+  const size_t axis = static_cast<size_t>(p.split_axis);
+  const int64_t row = inner * p.shape[axis];
+  return at / row * (inner * p.whole[axis]) + p.split_begin * inner + at % row;
+}
 
 WholeState whole_state(const std::vector<const TrainingState*>& ranks) {
   Assembly assembly;

@@ -16,6 +16,9 @@ namespace isoshard::reference {
 // the optimizer's states by their own names.
 using WholeState = std::map<std::pair<std::string, std::string>, std::vector<float>>;
 
+// Row-major number in the whole tensor of element `at` of a rank's shard.
+int64_t whole_element(const TrainedParameter& parameter, int64_t at);
+
 // Throws CheckFailure that names the element where ranks disagree or none has it.
 WholeState whole_state(const std::vector<const TrainingState*>& ranks);
 

@@ -45,7 +45,7 @@ HOMES = [
     (r"(xxhash|xxh3)\.h$", "xxHash", r"checkpoint/"),
     (r"(H5\w*|hdf5)\.h$", "HDF5", r"checkpoint/format/"),
     (r"re2/", "RE2", r"checkpoint/deepspeed/"),
-    (r"nlohmann/", "nlohmann-json", r"(checkpoint|reshard|sim|tests|tools)/"),
+    (r"nlohmann/", "nlohmann-json", r"(checkpoint|reshard|engine|sim|properties|tests|tools)/"),
     (r"openssl/", "OpenSSL", r"(checkpoint|reshard)/"),
     (r"liburing", "io_uring", r"reshard/"),
     (r"mpi\.h$", "MPI", r"reshard/"),

@@ -1,0 +1,229 @@
+// See checkpoint.h.
+#include "engine/checkpoint.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "checkpoint/manifest.h"
+#include "checkpoint/publication.h"
+#include "core/random.h"
+#include "engine/rank_load.h"
+#include "reshard/executor.h"
+
+namespace isoshard::engine {
+namespace {
+
+std::vector<std::string> tags_in(Storage& storage, const std::string& folder) {
+  std::vector<std::string> tags;
+  if (!storage.is_directory(folder)) return tags;
+  for (const DirectoryEntry& entry : storage.list(folder)) {
+    const bool hidden = !entry.name.empty() && entry.name[0] == '.';
+    if (entry.kind == DirectoryEntry::Kind::kDirectory && !hidden) tags.push_back(entry.name);
+  }
+  return tags;
+}
+
+std::string text_of(Storage& storage, const std::string& path) {
+  std::string text = read_small_file(storage, path, 4096);
+  const auto blank = [](char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; };
+  while (!text.empty() && blank(text.back())) text.pop_back();
+  while (!text.empty() && blank(text.front())) text.erase(text.begin());
+  return text;
+}
+
+// Path, size and hash of what a rank has written, one line each.
+std::string lines_of(const std::vector<reshard::FileHash>& files) {
+  std::string text;
+  for (const reshard::FileHash& file : files) {
+    char hash[48];
+    std::snprintf(hash, sizeof hash, "crc64x2:%016llx%016llx",
+                  static_cast<unsigned long long>(file.ecma),
+                  static_cast<unsigned long long>(file.jones));
+    text += hash + (" " + std::to_string(file.size_bytes)) + " " + file.path + "\n";
+  }
+  return text;
+}
+
+void add_lines(const std::string& text, checkpoint::Manifest* manifest) {
+  for (size_t begin = 0; begin < text.size();) {
+    const size_t end = text.find('\n', begin);
+    const std::string line = text.substr(begin, end - begin);
+    const size_t first = line.find(' '), second = line.find(' ', first + 1);
+    manifest->files.push_back({.path = line.substr(second + 1),
+                               .size_bytes = std::stoll(line.substr(first + 1)),
+                               .hash = line.substr(0, first)});
+    begin = end + 1;
+  }
+}
+
+}  // namespace
+
+TagValidation tag_validation(const Json& config) {
+  std::string text = "warn";
+  if (config.contains("checkpoint")) text = config["checkpoint"].value("tag_validation", text);
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  if (text == "ignore") return TagValidation::kIgnore;
+  if (text == "warn") return TagValidation::kWarn;
+  if (text == "fail") return TagValidation::kFail;
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "The config has an unknown tag_validation (DeepSpeed: "
+                                "DeepSpeedConfigError).",
+                        .entry = "checkpoint.tag_validation",
+                        .expected = "Ignore, Warn or Fail",
+                        .found = quote(text),
+                        .next = "correct the config"});
+}
+
+CheckpointEngine::CheckpointEngine(Storage& storage, const ParallelState& parallel, Json config,
+                                   std::function<void(const std::string&)> warn)
+    : storage_(storage), parallel_(parallel), config_(std::move(config)), warn_(std::move(warn)) {}
+
+int CheckpointEngine::first_failure(bool failed) {
+  // The lowest rank that failed is the largest of what they report.
+  int64_t report = failed ? parallel_.topology.world() - parallel_.rank : 0;
+  parallel_.world->all_reduce(buffer(std::span(&report, 1)), Reduction::kMax);
+  return report == 0 ? -1 : parallel_.topology.world() - static_cast<int>(report);
+}
+
+bool CheckpointEngine::same_on_all_ranks(const std::string& text) {
+  uint64_t word = mix(text.size());
+  for (const char c : text) word = mix(word ^ static_cast<unsigned char>(c));
+  const int64_t half = static_cast<int64_t>(word >> 1);
+  std::vector<int64_t> most = {half, -half};
+  parallel_.world->all_reduce(buffer(std::span(most)), Reduction::kMax);
+  return most[0] == -most[1];
+}
+
+std::string CheckpointEngine::from_rank_zero(std::string text) {
+  int64_t size = static_cast<int64_t>(text.size());
+  parallel_.world->broadcast(buffer(std::span(&size, 1)), 0);
+  std::vector<uint8_t> bytes(text.begin(), text.end());
+  bytes.resize(static_cast<size_t>(size));
+  parallel_.world->broadcast(buffer(std::span(bytes)), 0);
+  return std::string(bytes.begin(), bytes.end());
+}
+
+std::vector<std::string> CheckpointEngine::gathered(const std::string& text) {
+  const size_t world = static_cast<size_t>(parallel_.topology.world());
+  std::vector<int64_t> sizes(world);
+  std::vector<Buffer> targets;
+  for (int64_t& size : sizes) targets.push_back(buffer(std::span(&size, 1)));
+  const int64_t own = static_cast<int64_t>(text.size());
+  parallel_.world->all_gather(const_buffer(std::span(&own, 1)), targets);
+  std::vector<std::vector<uint8_t>> parts;
+  for (const int64_t size : sizes) parts.emplace_back(static_cast<size_t>(size));
+  targets.clear();
+  for (std::vector<uint8_t>& part : parts) targets.push_back(buffer(std::span(part)));
+  const std::vector<uint8_t> bytes(text.begin(), text.end());
+  parallel_.world->all_gather(const_buffer(std::span<const uint8_t>(bytes)), targets);
+  std::vector<std::string> result;
+  for (const std::vector<uint8_t>& part : parts) result.emplace_back(part.begin(), part.end());
+  return result;
+}
+
+bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::string& save_dir,
+                                       const SaveOptions& options) {
+  if (save_dir.empty()) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "save_dir must be a non-empty string (DeepSpeed: ValueError)."});
+  }
+  const std::string tag =
+      options.tag.empty() ? "global_step" + std::to_string(state.counters.steps) : options.tag;
+  const TagValidation validation = tag_validation(config_);
+  if (validation != TagValidation::kIgnore && !same_on_all_ranks(tag)) {
+    const std::string text = "[rank=" + std::to_string(parallel_.rank) +
+                             "] The checkpoint tag name " + quote(tag) +
+                             " is not consistent across all ranks.";
+    if (validation == TagValidation::kFail) {
+      throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                            .what = text + " (DeepSpeed: AssertionError)",
+                            .next = "give every rank the same tag"});
+    }
+    warn_(text + " Rank 0's is taken.");
+  }
+  const bool leads = parallel_.rank == 0;
+  std::unique_ptr<checkpoint::StagedFolder> staged;
+  std::exception_ptr failure;
+  const std::string final_path = save_dir + "/" + from_rank_zero(tag);
+  const auto attempt = [&](auto work) {
+    try {
+      if (!failure) work();
+    } catch (const Error&) {
+      failure = std::current_exception();
+    }
+    const int rank = first_failure(failure != nullptr);
+    if (rank < 0) return;
+    staged.reset();  // rank 0 takes the hidden folder away
+    if (failure) std::rethrow_exception(failure);
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what = "The save failed on rank " + std::to_string(rank) + ".",
+                          .file = final_path,
+                          .safe = "the checkpoint before it, and `latest`, are as they were",
+                          .next = "see that rank's message"});
+  };
+  attempt([&] {
+    if (leads)
+      staged = std::make_unique<checkpoint::StagedFolder>(storage_, final_path, /*overwrite=*/true);
+  });
+  const std::string folder = from_rank_zero(leads ? staged->path() : "");
+  std::string written;
+  attempt([&] {
+    const RankPlace place{parallel_.topology, parallel_.at};
+    const checkpoint::ShardedState nothing;
+    const reshard::ReshardPlan plan = reshard::make_plan(
+        nothing,
+        rank_files(state, place, {.config = config_, .client_state = options.client_state}));
+    written = lines_of(
+        reshard::execute(storage_, nothing, plan, folder, {.workers = 1, .sync_files = true})
+            .files);
+  });
+  const std::vector<std::string> lines = gathered(written);
+  attempt([&] {
+    if (!leads) return;
+    checkpoint::Manifest manifest{.files = {}, .program_version = "0.1.0"};
+    for (const std::string& text : lines) add_lines(text, &manifest);
+    const std::string text = checkpoint::to_json(manifest);
+    if (staged->in_place()) staged->settle();
+    const std::unique_ptr<WritableFile> file =
+        storage_.create(folder + "/" + checkpoint::kManifestName);
+    file->write_at(0, std::as_bytes(std::span(text)));
+    file->sync();
+    file->close();
+    staged->publish();
+    if (options.save_latest) {
+      checkpoint::replace_small_file(storage_, save_dir + "/latest",
+                                     final_path.substr(save_dir.size() + 1));
+    }
+  });
+  return true;
+}
+
+LoadResult CheckpointEngine::load_checkpoint(TrainingState* state, const std::string& load_dir,
+                                             const LoadOptions& options) {
+  std::string tag = options.tag;
+  if (tag.empty()) {
+    const std::string latest = load_dir + "/latest";
+    if (!storage_.is_file(latest)) {
+      warn_("Unable to find latest file at " + latest +
+            ", if trying to load latest checkpoint please ensure this file exists or pass an "
+            "explicit checkpoint tag when loading a checkpoint.");
+      return {};
+    }
+    tag = text_of(storage_, latest);
+  }
+  const std::string folder = load_dir + "/" + tag;
+  if (tag.empty() || !storage_.is_directory(folder)) {
+    std::string there;
+    for (const std::string& name : tags_in(storage_, load_dir)) there += " " + quote(name);
+    throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
+                          .what = "There is no such tag (DeepSpeed: an empty AssertionError).",
+                          .file = load_dir,
+                          .entry = quote(tag),
+                          .expected = there.empty() ? "a tag" : "one of:" + there,
+                          .next = "name one of them, or none to take `latest`"});
+  }
+  return load_rank(storage_, folder, {parallel_.topology, parallel_.at}, options, state);
+}
+
+}  // namespace isoshard::engine

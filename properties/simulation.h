@@ -1,0 +1,81 @@
+// Made-up training runs on simulated ranks: one topology after another, with a save, a reshard and
+// a load between them, against the same run on one rank without any of that. What the properties,
+// the command line and the benchmarks run.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "checkpoint/memory_storage.h"
+#include "core/topology.h"
+#include "engine/checkpoint.h"
+#include "reference/trainer.h"
+#include "reference/whole_state.h"
+#include "sim/cluster.h"
+
+namespace isoshard::properties {
+
+// Some steps on one topology.
+struct Leg {
+  Topology topology;
+  int stage = 0;
+  int steps = 3;
+  bool operator==(const Leg&) const = default;
+};
+
+// "dp2.sp2 stage 3".
+std::string to_string(const Leg& leg);
+
+// The DeepSpeed config of a run.
+engine::Json deepspeed_config(const reference::TrainConfig& config, const Topology& topology,
+                              int stage);
+
+ParallelState parallel_state(sim::Rank& rank);
+
+// What a run has shown so far.
+struct Record {
+  std::vector<reference::StepReport> steps;
+  reference::WholeState state;  // behind the last step
+  uint64_t trace_hash = 0;      // of all clusters
+  int64_t events = 0;
+  int64_t files_legs = 0;  // changes of topology that went through DeepSpeed's files
+};
+
+// A run that goes from leg to leg. Between two legs the state goes through DeepSpeed's files, saved
+// by the engine, resharded by production and loaded by the engine, where both runs have such files;
+// otherwise by way of whole tensors.
+class Simulation {
+ public:
+  Simulation(const reference::TrainConfig& config, uint64_t seed);
+  ~Simulation();
+
+  // Throws what fails. Files are read and written in `storage()`.
+  void run(const Leg& leg);
+  const Record& record() const { return record_; }
+  Storage& storage() { return storage_; }
+  // Why the last change of topology did not go through files; empty if it did.
+  const std::string& not_by_files() const { return not_by_files_; }
+
+ private:
+  void bring_files(const Leg& leg);
+  std::string donor_of_splits();
+
+  reference::TrainConfig config_;
+  uint64_t seed_;
+  checkpoint::MemoryStorage storage_;
+  Record record_;
+  std::string saved_;  // save_dir of the last leg; empty: there are no files
+  std::string not_by_files_;
+  TrainingState counted_;  // counters of the last leg
+  int legs_ = 0;
+};
+
+// The same number of steps on one rank, without a break.
+Record single_rank(const reference::TrainConfig& config, int steps);
+
+// "" if losses, norms and the state are the same, bit for bit; otherwise the first difference.
+std::string difference(const Record& expected, const Record& found);
+
+}  // namespace isoshard::properties
