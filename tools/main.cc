@@ -109,6 +109,7 @@ const char* kHelp = R"(isoshard: the same state, whatever the shards
   isoshard export SOURCE TARGET    a folder that from_pretrained loads
   isoshard show SOURCE NAME        one tensor: values, and which bytes of which file hold them
   isoshard plan convert …          or reshard, export: bytes, files, memory, before any work
+  isoshard simulate                train, save, reshard, resume on made-up topologies, bit for bit
   isoshard ds_to_universal …       and zero_to_fp32 …: with DeepSpeed's own flags
 
 SOURCE: a save folder with latest, a tag folder, a universal folder, a Trainer checkpoint-N, or an

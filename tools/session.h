@@ -61,6 +61,7 @@ void add_convert(CLI::App* app, Session* session);
 void add_reshard(CLI::App* app, Session* session);
 void add_migrate(CLI::App* app, Session* session);
 void add_export(CLI::App* app, Session* session);
+void add_simulate(CLI::App* app, Session* session);
 void add_deepspeed_aliases(CLI::App* app, Session* session);
 
 }  // namespace isoshard::tools

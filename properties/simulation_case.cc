@@ -1,0 +1,159 @@
+// See simulation_case.h.
+#include "properties/simulation_case.h"
+
+#include <algorithm>
+
+#include "core/error.h"
+#include "core/random.h"
+
+namespace isoshard::properties {
+namespace {
+
+using reference::ModelConfig;
+using reference::OptimizerKind;
+using reference::ScheduleKind;
+using reference::TrainConfig;
+
+ModelConfig draw_model(const Draw& draw) {
+  ModelConfig m;
+  m.seed = static_cast<uint64_t>(draw(1, 1'000'000));
+  m.dtype = std::vector<DType>{DType::kFloat32, DType::kBFloat16,
+                               DType::kFloat16}[static_cast<size_t>(draw(0, 2))];
+  m.vocabulary = draw(5, 17);
+  m.hidden = draw(1, 12);
+  m.kv_heads = draw(1, 4);
+  m.heads = m.kv_heads * draw(1, 3);
+  m.head_size = 2 * draw(1, 2);
+  m.intermediate = draw(1, 13);
+  m.layers = draw(1, 3);
+  m.tied = draw(0, 3) == 1;
+  m.causal = draw(0, 3) != 1;
+  if (draw(0, 2) == 1) {
+    m.experts = std::vector<int64_t>{2, 3, 4, 6, 8}[static_cast<size_t>(draw(0, 4))];
+    m.top_k = draw(1, std::min<int64_t>(3, m.experts));
+    m.expert_intermediate = draw(1, 7);
+    m.shared_expert = draw(0, 1) == 1;
+  }
+  m.dropout = draw(0, 3) == 1 ? 0.25 : 0.0;
+  return m;
+}
+
+TrainConfig draw_config(const Draw& draw) {
+  TrainConfig c;
+  c.model = draw_model(draw);
+  c.data.seed = static_cast<uint64_t>(draw(1, 1'000'000));
+  c.data.sequence_length = draw(2, 9);
+  c.data.batch = draw(1, 5);
+  c.data.micro_batch = draw(1, 3);
+  c.data.strided = draw(0, 1) == 1;
+  c.data.packed = draw(0, 2) == 1;
+  c.data.masked = static_cast<int>(draw(0, 4));
+  c.optimizer.kind = static_cast<OptimizerKind>(draw(0, 2));
+  c.optimizer.weight_decay = draw(0, 2) == 1 ? 0.0 : 0.01;
+  c.schedule.kind = static_cast<ScheduleKind>(draw(0, 3));
+  c.schedule.max_lr = draw(0, 1) == 1 ? 0.03 : 0.004;
+  c.clip = draw(0, 2) == 1 ? 0.3 : 0.0;
+  c.split_decay = draw(0, 2) == 1;
+  if (c.model.dtype == DType::kFloat16) {
+    c.loss_scale = {.dynamic = true, .scale = draw(0, 1) == 1 ? 8388608.0 : 1024.0, .window = 3};
+  }
+  return c;
+}
+
+bool fits(const ModelConfig& model, const Topology& topology) {
+  try {
+    reference::check_model(model, topology);
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+}  // namespace
+
+int SimulationCase::steps() const {
+  int total = 0;
+  for (const Leg& leg : legs) total += leg.steps;
+  return total;
+}
+
+SimulationCase draw_case(const Draw& draw, const CaseLimits& limits) {
+  SimulationCase value{.config = draw_config(draw)};
+  value.seed = static_cast<uint64_t>(draw(1, 1'000'000));
+  std::vector<Topology> possible;
+  for (const Topology& topology : limits.topologies) {
+    if (fits(value.config.model, topology)) possible.push_back(topology);
+  }
+  // A model that fits none gives way: it gets what the topologies ask for.
+  if (possible.empty()) {
+    value.config.model.experts = 8;
+    value.config.model.top_k = 2;
+    value.config.model.layers = 3;
+    for (const Topology& topology : limits.topologies) {
+      if (fits(value.config.model, topology)) possible.push_back(topology);
+    }
+  }
+  if (possible.empty()) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "No model that is drawn can have such a topology.",
+                          .entry = to_string(limits.topologies.at(0)),
+                          .expected = "pp of 3 at most, ep of 8 at most"});
+  }
+  for (int done = 0; done < limits.steps; done += limits.every) {
+    const int64_t pick = draw(0, static_cast<int64_t>(possible.size()) - 1);
+    value.legs.push_back({possible[static_cast<size_t>(pick)], static_cast<int>(draw(0, 3)),
+                          std::min(limits.every, limits.steps - done)});
+  }
+  return value;
+}
+
+SimulationCase seeded_case(uint64_t seed, uint64_t number, const CaseLimits& limits) {
+  Random random(keyed_random(seed, {number}));
+  return draw_case([&](int64_t low, int64_t high) { return random.between(low, high); }, limits);
+}
+
+std::string text_of(const SimulationCase& value) {
+  const ModelConfig& m = value.config.model;
+  const reference::DataConfig& d = value.config.data;
+  const auto text = [](int64_t number) { return std::to_string(number); };
+  std::string out = "model   " + std::string(name(m.dtype)) + ", vocabulary " + text(m.vocabulary) +
+                    ", hidden " + text(m.hidden) + ", heads " + text(m.heads) + "/" +
+                    text(m.kv_heads) + " of " + text(m.head_size) + ", MLP " +
+                    text(m.intermediate) + ", layers " + text(m.layers);
+  if (m.tied) out += ", tied";
+  if (!m.causal) out += ", not causal";
+  if (m.experts > 0) {
+    out += ", experts " + text(m.experts) + " top " + text(m.top_k) + " of " +
+           text(m.expert_intermediate) + (m.shared_expert ? " and a shared one" : "");
+  }
+  if (m.dropout > 0) out += ", dropout";
+  out += "\ndata    length " + text(d.sequence_length) + ", batch " + text(d.batch) + ", micro " +
+         text(d.micro_batch) + (d.strided ? ", strided" : "") + (d.packed ? ", packed" : "") +
+         ", masked 1 in " + text(d.masked);
+  out += "\ntrain   " + std::string(reference::name(value.config.optimizer.kind)) +
+         (value.config.clip > 0 ? ", clipped" : "") +
+         (value.config.split_decay ? ", norms apart" : "");
+  out += "\nlegs   ";
+  for (const Leg& leg : value.legs) out += " " + to_string(leg) + " ×" + text(leg.steps) + ";";
+  return out;
+}
+
+CaseResult run_case(const SimulationCase& value) {
+  CaseResult result;
+  Simulation simulation(value.config, value.seed);
+  try {
+    for (const Leg& leg : value.legs) {
+      simulation.run(leg);
+      ++result.changes;
+    }
+    result.reason = difference(single_rank(value.config, value.steps()), simulation.record());
+  } catch (const std::exception& failure) {
+    result.reason = failure.what();
+  }
+  result.trace_hash = simulation.record().trace_hash;
+  result.events = simulation.record().events;
+  result.files_changes = simulation.record().files_legs;
+  return result;
+}
+
+}  // namespace isoshard::properties

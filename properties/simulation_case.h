@@ -1,0 +1,48 @@
+// A made-up run, drawn number by number: by a seed on the command line, by RapidCheck in the
+// properties, so that both mean the same cases.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "properties/simulation.h"
+
+namespace isoshard::properties {
+
+// A number in [low, high]; the low end is the simplest.
+using Draw = std::function<int64_t(int64_t low, int64_t high)>;
+
+struct SimulationCase {
+  reference::TrainConfig config;
+  std::vector<Leg> legs;
+  uint64_t seed = 1;  // of the schedulers
+  int steps() const;
+};
+
+struct CaseLimits {
+  std::vector<Topology> topologies;
+  int steps = 20;
+  int every = 3;  // steps between two changes of topology and stage
+};
+
+// Topologies that the drawn model cannot have are passed over; Error(kUsage) if that leaves none.
+SimulationCase draw_case(const Draw& draw, const CaseLimits& limits);
+
+// Case `number` of a seed.
+SimulationCase seeded_case(uint64_t seed, uint64_t number, const CaseLimits& limits);
+
+// The model, the data and the legs, in a line each.
+std::string text_of(const SimulationCase& value);
+
+struct CaseResult {
+  std::string reason;  // empty: the run is the run on one rank
+  uint64_t trace_hash = 0;
+  int64_t events = 0;
+  int64_t changes = 0;        // of topology and stage
+  int64_t files_changes = 0;  // those that went through DeepSpeed's files
+};
+CaseResult run_case(const SimulationCase& value);
+
+}  // namespace isoshard::properties

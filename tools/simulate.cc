@@ -1,0 +1,249 @@
+// isoshard simulate, replay, topologies: made-up runs on simulated ranks, judged against one rank.
+#include <atomic>
+#include <chrono>
+#include <iostream>
+#include <mutex>
+#include <thread>
+
+#include "core/error.h"
+#include "core/random.h"
+#include "core/threads.h"
+#include "properties/simulation_case.h"
+#include "sim/topologies/catalog.h"
+#include "tools/session.h"
+
+namespace isoshard::tools {
+namespace {
+
+using properties::CaseLimits;
+using properties::CaseResult;
+using properties::SimulationCase;
+
+struct SimulateOptions {
+  std::string topologies = "world<=8";
+  uint64_t seed = 1;
+  int64_t cases = 100;
+  int steps = 20;
+  int every = 3;
+  std::string demo;
+};
+
+CaseLimits limits_of(const SimulateOptions& options) {
+  if (options.cases < 1 || options.steps < 1 || options.every < 1) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "There is nothing to simulate.",
+                          .expected = "--cases, --steps and --reshard-every of 1 or more"});
+  }
+  return {sim::select_topologies(options.topologies), options.steps, options.every};
+}
+
+std::string replay_command(const SimulateOptions& options, int64_t number) {
+  std::string text = "isoshard replay --seed " + std::to_string(options.seed) + " --case " +
+                     std::to_string(number);
+  const SimulateOptions plain;
+  if (options.topologies != plain.topologies) {
+    text += " --topologies '" + options.topologies + "'";
+  }
+  if (options.steps != plain.steps) text += " --steps " + std::to_string(options.steps);
+  if (options.every != plain.every) text += " --reshard-every " + std::to_string(options.every);
+  return text;
+}
+
+// What all cases together have shown.
+class Tally {
+ public:
+  Tally(Session* session, const SimulateOptions& options, const CaseLimits& limits)
+      : session_(*session), options_(options), limits_(limits) {}
+
+  void run() {
+    const auto work = [this] {
+      for (int64_t number = next_++; number < options_.cases; number = next_++) {
+        const SimulationCase value =
+            seeded_case(options_.seed, static_cast<uint64_t>(number), limits_);
+        take(number, run_case(value));
+      }
+    };
+    const int workers = session_.workers > 0
+                            ? session_.workers
+                            : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+    std::vector<std::thread> threads;
+    for (int i = 1; i < workers; ++i) try_start(&threads, work);
+    work();
+    for (std::thread& thread : threads) thread.join();
+    report();
+  }
+
+ private:
+  void take(int64_t number, const CaseResult& result) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    ++done_;
+    hashes_ += keyed_random(static_cast<uint64_t>(number), {result.trace_hash});  // any order
+    events_ += result.events;
+    changes_ += result.changes;
+    files_ += result.files_changes;
+    if (!result.reason.empty()) {
+      ++failed_;
+      if (first_ < 0 || number < first_) {
+        first_ = number;
+        reason_ = result.reason;
+      }
+    }
+    const double seconds = elapsed();
+    if (!session_.no_progress && !session_.quiet && !session_.json && seconds >= told_ + 1.0) {
+      told_ = seconds;
+      std::cerr << "\r" << done_ << " of " << options_.cases << " cases, " << failed_ << " failed, "
+                << static_cast<int64_t>(60.0 * static_cast<double>(done_) / seconds) << " a minute "
+                << std::flush;
+      line_ = true;
+    }
+  }
+
+  void report() {
+    if (line_) std::cerr << "\n";
+    const double seconds = elapsed();
+    if (failed_ > 0) {
+      session_.status = kAnswerIsNo;
+      std::cerr << "case " << first_ << " failed: " << reason_ << "\n"
+                << text_of(seeded_case(options_.seed, static_cast<uint64_t>(first_), limits_))
+                << "\n"
+                << replay_command(options_, first_) << "\n";
+    }
+    char hash[32];
+    std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(mix(hashes_)));
+    if (session_.json) {
+      session_.print_json({{"kind", "simulation"},
+                           {"cases", done_},
+                           {"failed", failed_},
+                           {"seed", options_.seed},
+                           {"trace_hash", hash},
+                           {"seconds", seconds},
+                           {"topologies", limits_.topologies.size()},
+                           {"changes", changes_},
+                           {"changes_through_files", files_},
+                           {"events", events_}});
+      return;
+    }
+    std::cout << done_ << " cases, " << failed_ << " failed, seed " << options_.seed
+              << ", trace hash " << hash << "\n"
+              << limits_.topologies.size() << " topologies, " << changes_
+              << " changes of topology and stage, " << files_ << " through DeepSpeed's files, "
+              << events_ << " events between ranks\n"
+              << static_cast<int64_t>(60.0 * static_cast<double>(done_) / seconds)
+              << " cases a minute\n";
+  }
+
+  double elapsed() const {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count();
+  }
+
+  Session& session_;
+  const SimulateOptions& options_;
+  const CaseLimits& limits_;
+  const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+  std::atomic<int64_t> next_{0};
+  std::mutex mutex_;
+  int64_t done_ = 0, failed_ = 0, first_ = -1, events_ = 0, changes_ = 0, files_ = 0;
+  uint64_t hashes_ = 0;
+  double told_ = 0;
+  bool line_ = false;
+  std::string reason_;
+};
+
+std::string hex(float value) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%a", static_cast<double>(value));
+  return text;
+}
+
+// Two columns of losses: one rank, and a run that changes its topology every few steps.
+void elastic(Session* session) {
+  reference::TrainConfig config;
+  config.model.experts = 4;
+  config.model.layers = 2;
+  config.schedule.max_lr = 0.02;
+  const std::vector<properties::Leg> legs = {{{.data = 2, .tensor = 2}, 1},
+                                             {{.sequence = 4}, 3},
+                                             {{.data = 6, .expert = 2}, 2},
+                                             {{.data = 5}, 3},
+                                             {{.data = 2, .expert = 2, .pipeline = 2}, 0},
+                                             {{.data = 1}, 0}};
+  properties::Simulation simulation(config, 1);
+  int steps = 0;
+  for (const properties::Leg& leg : legs) {
+    simulation.run(leg);
+    steps += leg.steps;
+  }
+  const properties::Record one = properties::single_rank(config, steps);
+  size_t at = 0;
+  std::cout << "step  one rank         elastic\n";
+  for (const properties::Leg& leg : legs) {
+    for (int i = 0; i < leg.steps; ++i, ++at) {
+      std::printf("%4zu  %-15s  %-15s  %s\n", at + 1, hex(one.steps[at].loss).c_str(),
+                  hex(simulation.record().steps[at].loss).c_str(), to_string(leg).c_str());
+    }
+  }
+  std::fflush(stdout);
+  const std::string reason = difference(one, simulation.record());
+  std::cout << (reason.empty() ? "equal, bit for bit: losses, norms, parameters, moments"
+                               : "different: " + reason)
+            << "\n";
+  if (!reason.empty()) session->status = kAnswerIsNo;
+}
+
+void add_case_flags(CLI::App* verb, SimulateOptions* options) {
+  verb->add_option("--topologies", options->topologies,
+                   "'world<=8', a family or a name of `isoshard topologies`, or dp=2,sp=4; several "
+                   "with spaces between");
+  verb->add_option("--seed", options->seed, "Of everything that is drawn");
+  verb->add_option("--steps", options->steps, "Steps of a run (20)");
+  verb->add_option("--reshard-every", options->every,
+                   "Steps between two changes of topology and stage (3)");
+}
+
+void add_replay(CLI::App* app, Session* session) {
+  CLI::App* verb = app->add_subcommand("replay", "One case of simulate again, in words");
+  auto options = std::make_shared<SimulateOptions>();
+  auto number = std::make_shared<int64_t>(0);
+  add_case_flags(verb, options.get());
+  verb->add_option("--case", *number, "Its number, from 0 on")->required();
+  verb->callback([session, options, number] {
+    const CaseLimits limits = limits_of(*options);
+    const SimulationCase value = seeded_case(options->seed, static_cast<uint64_t>(*number), limits);
+    std::cout << text_of(value) << "\n";
+    const CaseResult result = run_case(value);
+    std::cout << (result.reason.empty() ? "equal to the run on one rank" : result.reason) << "\n";
+    if (!result.reason.empty()) session->status = kAnswerIsNo;
+  });
+}
+
+}  // namespace
+
+void add_simulate(CLI::App* app, Session* session) {
+  CLI::App* verb = app->add_subcommand(
+      "simulate",
+      "Train, save, reshard and resume made-up runs on simulated ranks; each must be "
+      "the run on one rank, bit for bit");
+  auto options = std::make_shared<SimulateOptions>();
+  add_case_flags(verb, options.get());
+  verb->add_option("--cases", options->cases, "How many runs (100)");
+  verb->add_option("--demo", options->demo, "elastic: one run, its losses beside those of one rank")
+      ->check(CLI::IsMember({"elastic"}));
+  verb->add_flag("--json", session->json, "One JSON object a line");
+  verb->add_flag("--quiet", session->quiet, "Errors and the summary only");
+  verb->add_flag("--no-progress", session->no_progress, "No progress line");
+  verb->add_option("--workers", session->workers, "Runs at a time");
+  verb->callback([session, options] {
+    if (!options->demo.empty()) return elastic(session);
+    const CaseLimits limits = limits_of(*options);
+    Tally(session, *options, limits).run();
+  });
+  add_replay(app, session);
+  CLI::App* list = app->add_subcommand("topologies", "The topologies that simulate knows by name");
+  list->callback([] {
+    for (const sim::NamedTopology& entry : sim::catalog()) {
+      std::printf("%-32s %3d ranks\n", entry.name.c_str(), entry.topology.world());
+    }
+  });
+}
+
+}  // namespace isoshard::tools
