@@ -57,6 +57,7 @@ float* TreeSum::push(TreeNode node) {
       merge_top();
     }
   }
+  if (stack_.empty()) stack_.reserve(8);
   if (depth_ == stack_.size()) stack_.push_back({0, 0, std::vector<float>(width_)});
   Entry& entry = stack_[depth_++];
   entry.first = first;

@@ -115,16 +115,25 @@ HeadGradients attention_backward(const HeadInputs& in, const HeadOutputs& out,
   return result;
 }
 
-void rotate(float* head, int64_t size, int64_t position, double theta, bool backward) {
-  const int64_t half = size / 2;
-  for (int64_t c = 0; c < half; ++c) {
-    const double frequency =
-        exact::exp(-exact::log(theta) * (2.0 * static_cast<double>(c)) / static_cast<double>(size));
-    const auto [sine, cosine] = exact::sine_cosine(static_cast<double>(position) * frequency);
-    const float s = static_cast<float>(backward ? -sine : sine), k = static_cast<float>(cosine);
-    const float a = head[c], b = head[c + half];
+Rotation::Rotation(int64_t head_size, int64_t positions, double theta) : half_(head_size / 2) {
+  for (int64_t position = 0; position < positions; ++position) {
+    for (int64_t c = 0; c < half_; ++c) {
+      const double frequency = exact::exp(-exact::log(theta) * (2.0 * static_cast<double>(c)) /
+                                          static_cast<double>(head_size));
+      const auto [sine, cosine] = exact::sine_cosine(static_cast<double>(position) * frequency);
+      sines_.push_back(static_cast<float>(sine));
+      cosines_.push_back(static_cast<float>(cosine));
+    }
+  }
+}
+
+void Rotation::apply(float* head, int64_t position, bool backward) const {
+  for (int64_t c = 0; c < half_; ++c) {
+    const size_t at = static_cast<size_t>(position * half_ + c);
+    const float s = backward ? -sines_[at] : sines_[at], k = cosines_[at];
+    const float a = head[c], b = head[c + half_];
     head[c] = a * k - b * s;
-    head[c + half] = b * k + a * s;
+    head[c + half_] = b * k + a * s;
   }
 }
 

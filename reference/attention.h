@@ -40,8 +40,17 @@ struct HeadGradients {
 HeadGradients attention_backward(const HeadInputs& in, const HeadOutputs& out,
                                  const float* context_gradient);
 
-// x rotated by its position, half-split: (a, b) → (a·cos − b·sin, b·cos + a·sin) for pairs
-// (c, c + D/2). `backward` rotates the other way, which is the gradient.
-void rotate(float* head, int64_t size, int64_t position, double theta, bool backward);
+// Rotations by position, half-split: (a, b) → (a·cos − b·sin, b·cos + a·sin) for pairs
+// (c, c + D/2) of a head, by the angle position / θ^(2c/D).
+class Rotation {
+ public:
+  Rotation(int64_t head_size, int64_t positions, double theta);
+  // `backward` rotates the other way, which is the gradient.
+  void apply(float* head, int64_t position, bool backward) const;
+
+ private:
+  int64_t half_;
+  std::vector<float> sines_, cosines_;  // [positions, D/2]
+};
 
 }  // namespace isoshard::reference

@@ -74,21 +74,33 @@ Values contract_over(Communicator& group, std::span<const Span> spans, Matrix a,
   return out;
 }
 
+namespace {
+
+// The tree over leaves 0, 1, …, n − 1, all of them there: a binary counter of finished nodes.
+template <typename Leaf>
+float dense_tree(size_t n, const Leaf& leaf) {
+  float nodes[64];
+  int depth = 0;
+  for (size_t k = 0; k < n; ++k) {
+    nodes[depth++] = leaf(k);
+    for (size_t rest = k + 1; (rest & 1) == 0; rest >>= 1) {
+      nodes[depth - 2] += nodes[depth - 1];
+      --depth;
+    }
+  }
+  for (; depth > 1; --depth) nodes[depth - 2] += nodes[depth - 1];
+  return n == 0 ? 0.0f : nodes[0];
+}
+
+}  // namespace
+
 float tree_total(std::span<const float> values) {
-  TreeSum sum(1);
-  for (size_t k = 0; k < values.size(); ++k) *sum.push_leaf(k) = values[k];
-  float root = 0;
-  sum.finish({&root, 1});
-  return root;
+  return dense_tree(values.size(), [&](size_t k) { return values[k]; });
 }
 
 float tree_dot(std::span<const float> a, std::span<const float> b) {
   CHECK(a.size() == b.size(), "vectors of two lengths");
-  TreeSum sum(1);
-  for (size_t k = 0; k < a.size(); ++k) *sum.push_leaf(k) = a[k] * b[k];
-  float root = 0;
-  sum.finish({&root, 1});
-  return root;
+  return dense_tree(a.size(), [&](size_t k) { return a[k] * b[k]; });
 }
 
 }  // namespace isoshard::reference

@@ -37,17 +37,16 @@ Parameters::Parameters(const ModelConfig& config, const ParallelState& parallel,
     for (size_t i = 0; i < state->parameters.size(); ++i) {
       if (state->parameters[i].name == info.name) local.state = static_cast<int>(i);
     }
+    numbers_[info.name] = static_cast<int>(list_.size());
     list_.push_back(std::move(local));
   }
   gathered_.resize(list_.size());
 }
 
 int Parameters::find(const std::string& name) const {
-  for (size_t i = 0; i < list_.size(); ++i) {
-    if (list_[i].info.name == name) return static_cast<int>(i);
-  }
-  CHECK(false, "no parameter " + name);
-  return -1;
+  const auto found = numbers_.find(name);
+  CHECK(found != numbers_.end(), "no parameter " + name);
+  return found->second;
 }
 
 void Parameters::gather(Communicator& group, const Values& own, std::vector<Values>* target) const {

@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "core/parallel_state.h"
@@ -44,6 +46,7 @@ class Parameters {
   const ParallelState& parallel_;
   TrainingState* state_;
   std::vector<LocalParameter> list_;
+  std::unordered_map<std::string, int> numbers_;
   std::vector<Values> gathered_;
 };
 

@@ -69,7 +69,8 @@ Transformer::Transformer(const ModelConfig& model, const DataConfig& data,
       parallel_(parallel),
       parameters_(parameters),
       bypass_(bypass),
-      layers_(layers_of_stage(model, parallel.topology.pipeline, parallel.at.pipeline)) {
+      layers_(layers_of_stage(model, parallel.topology.pipeline, parallel.at.pipeline)),
+      rotation_(model.head_size, data.sequence_length, model.rope_theta) {
   UlyssesShape shape{.head_size = model.head_size, .causal = model.causal};
   shape.positions = own_positions(data, parallel.topology, bypass);
   const bool alone = shape.positions.size() == 1;
@@ -192,8 +193,7 @@ Values Transformer::attend(int layer, const Values& x, Activations* a) {
     if (a->tokens == 0) break;
     const int64_t row = static_cast<int64_t>(heads->size()) / a->tokens;
     for (int64_t at = 0; at < static_cast<int64_t>(heads->size()); at += model_.head_size) {
-      rotate(heads->data() + at, model_.head_size, a->positions[static_cast<size_t>(at / row)],
-             model_.rope_theta, false);
+      rotation_.apply(heads->data() + at, a->positions[static_cast<size_t>(at / row)], false);
     }
   }
   l.attention.samples = a->samples;
@@ -212,8 +212,7 @@ Values Transformer::attend_backward(int layer, const Values& dy, Activations* a,
     if (a->tokens == 0) break;
     const int64_t row = static_cast<int64_t>(heads->size()) / a->tokens;
     for (int64_t at = 0; at < static_cast<int64_t>(heads->size()); at += model_.head_size) {
-      rotate(heads->data() + at, model_.head_size, a->positions[static_cast<size_t>(at / row)],
-             model_.rope_theta, true);
+      rotation_.apply(heads->data() + at, a->positions[static_cast<size_t>(at / row)], true);
     }
   }
   Values dx = project_backward(number(name + "q_proj.weight"), l.normal1, g.query, *a, gradients);

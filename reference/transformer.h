@@ -89,6 +89,7 @@ class Transformer {
   Parameters* parameters_;
   bool bypass_;
   Span layers_, positions_;
+  Rotation rotation_;
   std::unique_ptr<Ulysses> ulysses_;
   LossSum loss_;
   std::vector<std::unique_ptr<Activations>> activations_;

@@ -155,6 +155,17 @@ CONVERTED = [
     ("stage 3, ep4", "autoep_z3_ep2_dp4", ["ep=4,dp=8"]),
 ]
 
+# Checkpoints that simulated ranks wrote: topology, engine, world.
+SIMULATED = [
+    ("dp=2,stage=0", {**LLAMA, "stage": 0}, 2),
+    ("dp=2,stage=1", LLAMA, 2),
+    ("dp=3,stage=2", {**LLAMA, "stage": 2}, 3),
+    ("dp=4,stage=3", {**LLAMA, "stage": 3}, 4),
+    ("dp=2,tp=2,stage=1", {**LLAMA, "autotp": 2}, 4),
+    ("dp=1,tp=4,stage=1", {**LLAMA, "autotp": 4}, 4),
+    ("dp=2,tp=2,stage=3", {**LLAMA, "autotp": 2, "stage": 3}, 4),
+]
+
 
 def build_model(case):
     """The models of the recordings; traces/README.md says their sizes."""
@@ -309,6 +320,17 @@ class Runner:
             return (other.stderr.strip().splitlines() or ["it said nothing"])[-1]
         return difference(theirs, ours)
 
+    def simulated(self, topology, case, world):
+        """What is wrong when real engines load what simulated ranks wrote, and save it again."""
+        folder = os.path.join(self.work, re.sub(r"\W+", "_", topology))
+        made = self.isoshard("golden", "--topology", topology, "--out", folder, "--quiet")
+        out = os.path.join(folder, "out")
+        ours = os.path.join(folder, "ckpt")
+        failed = made.stderr if made.returncode else run_ranks(case, world, ours, out)
+        return failed or difference(ours, os.path.join(out, "again"), "--ignore",
+                                    r"\['ds_config'\]|\['module'\]\.state", "--ignore-file",
+                                    "*.py")
+
     def check(self, name, source, command, case, world, against):
         """(check, what is wrong or nothing) for each."""
         source = os.path.join(RECORDINGS, source, "ckpt")
@@ -366,6 +388,12 @@ def main():
             wrong = runner.convert(name, *case)
             facts, bad = facts + 1, bad + bool(wrong)
             print(f"{name}, converted: {'WRONG: ' + wrong if wrong else 'equal'}", flush=True)
+    for topology, *case in SIMULATED:
+        name = "simulated " + topology
+        if re.search(options.cases, name):
+            wrong = runner.simulated(topology, *case)
+            facts, bad = facts + 1, bad + bool(wrong)
+            print(f"{name}, again: {'WRONG: ' + wrong if wrong else 'equal'}", flush=True)
     shutil.rmtree(work)
     print(f"{facts} facts, {bad} wrong")
     return 1 if bad else 0

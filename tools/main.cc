@@ -110,6 +110,7 @@ const char* kHelp = R"(isoshard: the same state, whatever the shards
   isoshard show SOURCE NAME        one tensor: values, and which bytes of which file hold them
   isoshard plan convert …          or reshard, export: bytes, files, memory, before any work
   isoshard simulate                train, save, reshard, resume on made-up topologies, bit for bit
+  isoshard golden --out DIR        a checkpoint from a seed, and what must be in it, as HDF5
   isoshard ds_to_universal …       and zero_to_fp32 …: with DeepSpeed's own flags
 
 SOURCE: a save folder with latest, a tag folder, a universal folder, a Trainer checkpoint-N, or an

@@ -62,6 +62,7 @@ void add_reshard(CLI::App* app, Session* session);
 void add_migrate(CLI::App* app, Session* session);
 void add_export(CLI::App* app, Session* session);
 void add_simulate(CLI::App* app, Session* session);
+void add_golden(CLI::App* app, Session* session);
 void add_deepspeed_aliases(CLI::App* app, Session* session);
 
 }  // namespace isoshard::tools

@@ -1,0 +1,275 @@
+// isoshard golden: a checkpoint in DeepSpeed's layout and what must be in it, from a seed alone.
+//
+//   OUT/ckpt/global_stepN/…, OUT/ckpt/latest     as the ranks of a simulated run have saved it
+//   OUT/golden.h5     whole/NAME/STATE             whole tensors
+//                     ranks/R/NAME/STATE           the run of elements that rank R holds, `begin`
+//                     losses, norms, trace         of the run
+//   OUT/golden.json   what was asked for, the digest of the trace, losses as hexadecimal floats
+#include <cstdio>
+#include <iostream>
+
+#include "checkpoint/format/hdf5.h"
+#include "checkpoint/publication.h"
+#include "core/error.h"
+#include "properties/simulation.h"
+#include "tools/session.h"
+
+namespace isoshard::tools {
+namespace {
+
+using engine::Json;
+using reference::TrainConfig;
+using reference::Trainer;
+
+struct GoldenOptions {
+  std::string topology = "dp=2,stage=1";
+  std::string model = "llama";
+  int steps = 3;
+  uint64_t seed = 1;
+  std::string out;
+  std::string check;
+};
+
+// Models by name; "llama" has the sizes of the recorded AutoTP checkpoints.
+TrainConfig model_of(const GoldenOptions& options) {
+  TrainConfig config;
+  reference::ModelConfig& m = config.model;
+  m.seed = options.seed;
+  config.data.seed = options.seed;
+  config.clip = 1.0;
+  if (options.model == "tiny") return config;
+  m.vocabulary = 64;
+  m.hidden = 32;
+  m.head_size = 8;
+  m.intermediate = 48;
+  m.dtype = DType::kBFloat16;
+  config.data.batch = 8;
+  if (options.model == "llama") return config;
+  if (options.model == "llama-fp32") {
+    m.dtype = DType::kFloat32;
+    return config;
+  }
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "There is no such model.",
+                        .entry = quote(options.model),
+                        .expected = "llama, llama-fp32 or tiny",
+                        .next = "correct --model"});
+}
+
+std::string hex(double value) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%a", value);
+  return text;
+}
+
+class Golden {
+ public:
+  Golden(const GoldenOptions& options, Storage& storage)
+      : options_(options), storage_(storage), config_(model_of(options)) {
+    TargetSpec spec = parse_target(options.topology);
+    leg_ = {resolve(spec, Topology{}), spec.stage < 0 ? 1 : spec.stage, options.steps};
+    config_.stage = leg_.stage;
+  }
+
+  // Everything under `folder`, which exists.
+  void write(const std::string& folder) {
+    sim::Cluster cluster(leg_.topology, {.seed = options_.seed});
+    std::vector<std::unique_ptr<Trainer>> trainers(static_cast<size_t>(leg_.topology.world()));
+    std::vector<reference::StepReport> reports;
+    cluster.run([&](sim::Rank& rank) {
+      const ParallelState parallel = properties::parallel_state(rank);
+      auto& trainer = trainers[static_cast<size_t>(rank.number())];
+      trainer = std::make_unique<Trainer>(config_, parallel);
+      trainer->initialise();
+      for (int step = 0; step < leg_.steps; ++step) {
+        const reference::StepReport report = trainer->step();
+        if (rank.number() == 0) reports.push_back(report);
+      }
+    });
+    const CollectiveTrace trace = cluster.trace();  // of the steps: a save says the folder's name
+    cluster.run([&](sim::Rank& rank) {
+      const ParallelState parallel = properties::parallel_state(rank);
+      const auto& trainer = trainers[static_cast<size_t>(rank.number())];
+      engine::CheckpointEngine(storage_, parallel,
+                               properties::deepspeed_config(config_, leg_.topology, leg_.stage),
+                               [](const std::string&) {})
+          .save_checkpoint(trainer->state(), folder + "/ckpt", {});
+    });
+    std::vector<const TrainingState*> states;
+    for (const auto& trainer : trainers) states.push_back(&trainer->state());
+    put(folder + "/golden.h5", hdf5(states, reports, trace));
+    put(folder + "/golden.json", description(reports, trace).dump(1) + "\n");
+  }
+
+ private:
+  void put(const std::string& path, const std::string& bytes) {
+    const std::unique_ptr<WritableFile> file = storage_.create(path);
+    file->write_at(0, std::as_bytes(std::span(bytes)));
+    file->sync();
+    file->close();
+  }
+
+  std::string hdf5(const std::vector<const TrainingState*>& states,
+                   const std::vector<reference::StepReport>& reports,
+                   const CollectiveTrace& trace) const {
+    checkpoint::Hdf5File file;
+    std::map<std::string, Shape> shapes;
+    for (const TrainingState* state : states) {
+      for (const TrainedParameter& p : state->parameters) shapes[p.name] = p.whole;
+    }
+    for (const auto& [key, values] : reference::whole_state(states)) {
+      file.floats("whole/" + key.first + "/" + key.second, shapes.at(key.first), values);
+    }
+    for (size_t rank = 0; rank < states.size(); ++rank) {
+      for (const TrainedGroup& group : states[rank]->groups) {
+        for (const BufferPiece& piece : group.pieces) {
+          if (piece.count == 0) continue;
+          const TrainedParameter& p =
+              states[rank]->parameters[static_cast<size_t>(piece.parameter)];
+          const auto add = [&](const std::string& name, const std::vector<float>& values) {
+            const std::string path = "ranks/" + std::to_string(rank) + "/" + p.name + "/" + name;
+            file.floats(path, {piece.count},
+                        std::span(values).subspan(static_cast<size_t>(piece.at),
+                                                  static_cast<size_t>(piece.count)));
+            file.attribute(path, "begin", piece.begin);
+          };
+          add("fp32", group.master);
+          for (const auto& [name, values] : group.states) add(name, values);
+        }
+      }
+    }
+    std::vector<float> losses;
+    std::vector<double> norms;
+    for (const reference::StepReport& report : reports) {
+      losses.push_back(report.loss);
+      norms.push_back(report.norm);
+    }
+    file.floats("losses", {static_cast<int64_t>(losses.size())}, losses);
+    file.doubles("norms", {static_cast<int64_t>(norms.size())}, norms);
+    std::vector<int64_t> events;
+    for (const TraceEvent& e : trace.events()) {
+      for (const int64_t value : {int64_t{e.rank}, static_cast<int64_t>(e.verb), int64_t{e.group},
+                                  e.sequence, e.count, int64_t{e.peer}, e.begin, e.end}) {
+        events.push_back(value);
+      }
+    }
+    file.integers("trace", {static_cast<int64_t>(trace.events().size()), 8}, events);
+    file.attribute("trace", "columns", "rank,verb,group,sequence,count,peer,begin,end");
+    return file.finish();
+  }
+
+  Json description(const std::vector<reference::StepReport>& reports,
+                   const CollectiveTrace& trace) const {
+    Json losses = Json::array();
+    for (const reference::StepReport& report : reports) losses.push_back(hex(report.loss));
+    char hash[32];
+    std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(trace.hash()));
+    return {{"schema", 1},
+            {"kind", "golden"},
+            {"topology", options_.topology},
+            {"model", options_.model},
+            {"steps", options_.steps},
+            {"seed", options_.seed},
+            {"losses", losses},
+            {"trace_hash", hash},
+            {"groups", trace.groups()}};
+  }
+
+  const GoldenOptions& options_;
+  Storage& storage_;
+  TrainConfig config_;
+  properties::Leg leg_;
+};
+
+void list_files(Storage& storage, const std::string& folder, const std::string& prefix,
+                std::vector<std::string>* files) {
+  for (const DirectoryEntry& entry : storage.list(folder + prefix)) {
+    const std::string path = prefix + "/" + entry.name;
+    if (entry.kind == DirectoryEntry::Kind::kDirectory)
+      list_files(storage, folder, path, files);
+    else
+      files->push_back(path);
+  }
+}
+
+std::string bytes_of(Storage& storage, const std::string& path) {
+  const std::unique_ptr<ReadableFile> file = storage.open_read(path);
+  std::string bytes(static_cast<size_t>(file->size_bytes()), '\0');
+  file->read_at(0, std::as_writable_bytes(std::span(bytes)));
+  return bytes;
+}
+
+// Makes it again in memory and compares every file, byte for byte.
+void check(Session* session, GoldenOptions options) {
+  Storage& disk = session->storage;
+  const std::string folder = options.check;
+  Json told;
+  try {
+    told = Json::parse(read_small_file(disk, folder + "/golden.json", 1 << 20));
+    options.topology = told.at("topology");
+    options.model = told.at("model");
+    options.steps = told.at("steps");
+    options.seed = told.at("seed");
+  } catch (const nlohmann::json::exception&) {
+    throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
+                          .what = "This is no description of a golden folder.",
+                          .file = folder + "/golden.json",
+                          .next = "make it again: isoshard golden --out DIR"});
+  }
+  checkpoint::MemoryStorage memory;
+  memory.make_directories("/golden");
+  Golden(options, memory).write("/golden");
+  std::vector<std::string> expected, found;
+  list_files(memory, "/golden", "", &expected);
+  list_files(disk, folder, "", &found);
+  int64_t differing = 0;
+  for (const std::string& path : expected) {
+    if (std::find(found.begin(), found.end(), path) == found.end()) {
+      std::cout << "missing    " << path.substr(1) << "\n";
+    } else if (bytes_of(memory, "/golden" + path) != bytes_of(disk, folder + path)) {
+      std::cout << "different  " << path.substr(1) << "\n";
+    } else {
+      continue;
+    }
+    ++differing;
+  }
+  for (const std::string& path : found) {
+    if (std::find(expected.begin(), expected.end(), path) != expected.end()) continue;
+    std::cout << "unexpected " << quote(path.substr(1)) << "\n";
+    ++differing;
+  }
+  std::cout << expected.size() << " files, " << differing << " differ\n";
+  if (differing > 0) session->status = kAnswerIsNo;
+}
+
+}  // namespace
+
+void add_golden(CLI::App* app, Session* session) {
+  CLI::App* verb = app->add_subcommand(
+      "golden", "A checkpoint in DeepSpeed's layout and, as HDF5, what must be in it");
+  auto options = std::make_shared<GoldenOptions>();
+  verb->add_option("--topology", options->topology, "dp=2,sp=,tp=,stage= (dp=2,stage=1)");
+  verb->add_option("--model", options->model, "llama, llama-fp32 or tiny (llama)");
+  verb->add_option("--steps", options->steps, "Steps that are trained (3)")
+      ->check(CLI::Range(0, 10000));
+  verb->add_option("--seed", options->seed, "Of weights, tokens and the order of events");
+  CLI::Option* out = verb->add_option("--out", options->out, "The folder that appears");
+  CLI::Option* again = verb->add_option("--check", options->check,
+                                        "Make what a golden folder says again, and compare");
+  out->excludes(again);
+  verb->add_flag("--quiet", session->quiet, "Errors only");
+  verb->callback([session, options] {
+    if (!options->check.empty()) return check(session, *options);
+    if (options->out.empty()) {
+      throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                            .what = "Neither a folder to make nor one to check is named.",
+                            .expected = "--out DIR or --check DIR"});
+    }
+    checkpoint::StagedFolder staged(session->storage, options->out, /*overwrite=*/false);
+    Golden(*options, session->storage).write(staged.path());
+    staged.publish();
+    session->say("made " + options->out);
+  });
+}
+
+}  // namespace isoshard::tools
