@@ -1,6 +1,7 @@
 // See pickled.h.
 #include "engine/pickled.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/cast.h"
@@ -126,14 +127,18 @@ int value_storage(TorchBuilder* builder, std::span<const float> values, DType dt
 
 NodeId split_info_node(TorchBuilder* builder, const TrainingState& state, int ranks) {
   checkpoint::Pickle& pickle = builder->pickle;
-  std::vector<NodeId> rows, replicas;
+  std::vector<std::string> rows, replicas, vocabulary;
   std::vector<std::pair<std::string, NodeId>> maps;
+  int64_t words = 0;
   for (const TrainedParameter& p : state.parameters) {
     const std::string pattern = exact_pattern(p.name);
     if (p.split_widths.empty())
-      replicas.push_back(pickle.string(pattern));
+      replicas.push_back(pattern);
     else if (p.split_axis == 1)
-      rows.push_back(pickle.string(pattern));
+      rows.push_back(pattern);
+    else if (p.name == "lm_head.weight")
+      vocabulary.push_back(pattern);
+    if (p.name == "lm_head.weight") words = p.whole[0];
     std::vector<NodeId> by_rank;
     for (int rank = 0; rank < ranks; ++rank) {
       by_rank.push_back(pickle.integer(rank));
@@ -143,14 +148,23 @@ NodeId split_info_node(TorchBuilder* builder, const TrainingState& state, int ra
     maps.emplace_back(pattern, builder->dict({{"logical_shape", integers(builder, whole)},
                                               {"ranks", pickle.dict(std::move(by_rank))}}));
   }
-  return builder->dict(
-      {{"universal_checkpoint_version", pickle.real(0.4)},
-       {"parameter_with_row_parallelism_patterns", pickle.list(std::move(rows))},
-       {"tp_replicated_parameter_patterns", pickle.list(std::move(replicas))},
-       {"vocabulary_parameter_patterns", pickle.list({})},
-       {"parameter_with_sub_params", pickle.list({})},
-       {"affine_map", builder->dict({{"version", pickle.integer(1)},
-                                     {"params", builder->dict(std::move(maps))}})}});
+  const auto sorted = [&](std::vector<std::string> patterns) {
+    std::sort(patterns.begin(), patterns.end());
+    std::vector<NodeId> items;
+    for (const std::string& pattern : patterns) items.push_back(pickle.string(pattern));
+    return pickle.list(std::move(items));
+  };
+  std::vector<std::pair<std::string, NodeId>> entries = {
+      {"universal_checkpoint_version", pickle.real(0.4)},
+      {"parameter_with_row_parallelism_patterns", sorted(rows)},
+      {"tp_replicated_parameter_patterns", sorted(replicas)},
+      {"vocabulary_parameter_patterns", sorted(vocabulary)},
+      {"parameter_with_sub_params", pickle.list({})},
+      {"autotp_unsupported_parameter_patterns", builder->dict({})}};
+  if (words > 0) entries.emplace_back("original_vocab_size", pickle.integer(words));
+  entries.emplace_back("affine_map", builder->dict({{"version", pickle.integer(1)},
+                                                    {"params", builder->dict(std::move(maps))}}));
+  return builder->dict(std::move(entries));
 }
 
 }  // namespace isoshard::engine

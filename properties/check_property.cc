@@ -38,16 +38,24 @@ void check_law(const LawRun& run) {
   const rc::Gen<Case> cases = run.experts      ? any_expert_case()
                               : run.many_ranks ? case_of_many_ranks()
                                                : any_case();
+  check_body(
+      [&] {
+        const Case value = *cases;
+        return run.law(value, Mutant::kNone);
+      },
+      run.share);
+}
+
+void check_body(const std::function<std::string()>& body, int share) {
   int ran = 0;
   const auto property = [&] {
-    const Case value = *cases;
     ++ran;
-    const std::string reason = run.law(value, Mutant::kNone);
+    const std::string reason = body();
     if (!reason.empty()) RC_FAIL(reason);
   };
   const std::string name = test_name();
   rc::detail::TestParams params = rc::detail::configuration().testParams;
-  params.maxSuccess = cases_for(run.share);
+  params.maxSuccess = cases_for(share);
   const auto start = std::chrono::steady_clock::now();
   const rc::detail::TestResult result =
       rc::detail::checkTestable(property, rc::detail::TestMetadata{name, name}, params);

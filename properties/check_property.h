@@ -2,6 +2,9 @@
 // counterexample is shrunk, and the command that replays it is printed.
 #pragma once
 
+#include <functional>
+#include <string>
+
 #include "properties/generators.h"
 
 namespace isoshard::properties {
@@ -19,5 +22,8 @@ struct LawRun {
 // Inside a googletest TEST: fails it on a counterexample. RC_PARAMS is RapidCheck's own: seed,
 // max_success, reproduce.
 void check_law(const LawRun& run);
+
+// The same for any body, which draws its case and returns "" if its law holds.
+void check_body(const std::function<std::string()>& body, int share);
 
 }  // namespace isoshard::properties

@@ -60,7 +60,8 @@ Json deepspeed_config(const TrainConfig& config, const Topology& topology, int s
   return json;
 }
 
-Simulation::Simulation(const TrainConfig& config, uint64_t seed) : config_(config), seed_(seed) {}
+Simulation::Simulation(const TrainConfig& config, uint64_t seed, Hooks hooks)
+    : config_(config), seed_(seed), hooks_(std::move(hooks)) {}
 
 Simulation::~Simulation() = default;
 
@@ -144,8 +145,10 @@ void Simulation::run(const Leg& leg) {
     } else {
       trainer->initialise();
     }
+    if (resumes && hooks_.after_load) hooks_.after_load(trainer.get(), rank.number());
     for (int step = 0; step < leg.steps; ++step) {
       const StepReport report = trainer->step();
+      if (hooks_.after_step) hooks_.after_step(trainer.get(), rank.number());
       if (rank.number() == 0) record_.steps.push_back(report);
     }
     if (reason.empty()) files.save_checkpoint(trainer->state(), save_dir, {});

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -43,12 +44,18 @@ struct Record {
   int64_t files_legs = 0;  // changes of topology that went through DeepSpeed's files
 };
 
+// What a law does to a rank on the way; the default is nothing.
+struct Hooks {
+  std::function<void(reference::Trainer*, int rank)> after_load;
+  std::function<void(reference::Trainer*, int rank)> after_step;
+};
+
 // A run that goes from leg to leg. Between two legs the state goes through DeepSpeed's files, saved
 // by the engine, resharded by production and loaded by the engine, where both runs have such files;
 // otherwise by way of whole tensors.
 class Simulation {
  public:
-  Simulation(const reference::TrainConfig& config, uint64_t seed);
+  Simulation(const reference::TrainConfig& config, uint64_t seed, Hooks hooks = {});
   ~Simulation();
 
   // Throws what fails. Files are read and written in `storage()`.
@@ -64,6 +71,7 @@ class Simulation {
 
   reference::TrainConfig config_;
   uint64_t seed_;
+  Hooks hooks_;
   checkpoint::MemoryStorage storage_;
   Record record_;
   std::string saved_;  // save_dir of the last leg; empty: there are no files

@@ -1,0 +1,213 @@
+// Laws of whole training runs. See training_laws.h.
+#include "properties/training_laws.h"
+
+#include <bit>
+#include <cmath>
+
+#include "core/exact_sum.h"
+#include "sim/topologies/catalog.h"
+
+namespace isoshard::properties {
+namespace {
+
+using reference::StepReport;
+using reference::TrainConfig;
+using reference::Trainer;
+
+// A run of a few steps on one drawn topology and stage.
+SimulationCase draw_short(const Draw& draw, int world, int legs, int steps) {
+  return draw_case(
+      draw, {.topologies = sim::topologies_up_to(world), .steps = legs * steps, .every = steps});
+}
+
+bool same(double a, double b) { return std::bit_cast<uint64_t>(a) == std::bit_cast<uint64_t>(b); }
+
+std::string hex(double value) {
+  char text[40];
+  std::snprintf(text, sizeof text, "%a", value);
+  return text;
+}
+
+// Mean over the data-parallel ranks of each one's mean: what is wrong with a loss that ranks
+// average.
+float mean_of_means(const TrainConfig& config, int ranks) {
+  double total = 0;
+  sim::Cluster cluster({});
+  cluster.run([&](sim::Rank& rank) {
+    Trainer trainer(config, parallel_state(rank));
+    trainer.initialise();
+    for (const auto& micros : plan_batch(config.data, ranks)) {
+      int64_t first = config.data.batch, count = 0;
+      for (const auto& micro : micros) {
+        for (const int64_t place : micro) first = std::min(first, place), ++count;
+      }
+      total += static_cast<double>(trainer.evaluate(first, count).loss);
+    }
+  });
+  return static_cast<float>(total / ranks);
+}
+
+}  // namespace
+
+std::string name(TrainingMutant mutant) {
+  constexpr const char* kNames[] = {
+      "None",          "RankOrderSum",  "AbsentIsZero",    "NeighbourHeads",
+      "LostToken",     "UnsummedGroup", "ShiftedPosition", "SampleTwice",
+      "ForgottenRank", "MeanOfMeans",   "FirstShardNorm",  "StaleMoments",
+      "StaleCounter",  "DroppedTail",   "EvalMovesData",   "OtherSeed"};
+  return kNames[static_cast<size_t>(mutant)];
+}
+
+// The loss of a batch is one value for every (dp, sp, tp, ep, pp), also where ranks have no token
+// with a loss, or none at all.
+std::string loss_does_not_know_ranks(const Draw& draw, TrainingMutant mutant) {
+  SimulationCase value = draw_short(draw, 8, 1, 1);
+  value.config.data.masked = static_cast<int>(draw(0, 2));
+  value.config.data.strided = false;
+  value.config.model.dropout = 0;
+  Simulation simulation(value.config, value.seed);
+  simulation.run(value.legs[0]);
+  float loss = simulation.record().steps[0].loss;
+  if (mutant == TrainingMutant::kMeanOfMeans) {
+    loss = mean_of_means(value.config, value.legs[0].topology.data);
+  }
+  const float expected = single_rank(value.config, 1).steps[0].loss;
+  if (same(loss, expected)) return "";
+  return to_string(value.legs[0]) + ": loss " + hex(loss) + ", on one rank " + hex(expected);
+}
+
+// Stages 0, 1, 2 and 3 of one topology take the same steps.
+std::string stages_are_one(const Draw& draw, TrainingMutant mutant) {
+  const SimulationCase value = draw_short(draw, 6, 1, 2);
+  const Record one = single_rank(value.config, 2);
+  for (int stage = 0; stage <= 3; ++stage) {
+    Hooks hooks;
+    std::vector<float> before;
+    if (mutant == TrainingMutant::kDroppedTail) {
+      hooks.after_step = [](Trainer* trainer, int) {
+        for (TrainedGroup& group : trainer->state().groups) {
+          if (!group.pieces.empty() && group.pieces.back().count > 0) {
+            const BufferPiece& last = group.pieces.back();
+            group.states[0].second[static_cast<size_t>(last.at + last.count - 1)] = 0.0f;
+          }
+        }
+      };
+    }
+    Simulation simulation(value.config, value.seed, hooks);
+    simulation.run({value.legs[0].topology, stage, 2});
+    const std::string reason = difference(one, simulation.record());
+    if (!reason.empty()) {
+      return to_string(Leg{value.legs[0].topology, stage}) + ": " + reason;
+    }
+  }
+  return "";
+}
+
+// The norm is that of whole gradients, each element counted once: compared with the gradients
+// themselves, which are the momentum of SGD after its first step.
+std::string norms_count_each_element_once(const Draw& draw, TrainingMutant mutant) {
+  SimulationCase value = draw_short(draw, 8, 1, 1);
+  TrainConfig& config = value.config;
+  config.model.dtype = DType::kFloat32;
+  config.loss_scale = {};
+  config.clip = 0;
+  config.optimizer.kind = reference::OptimizerKind::kSgd;
+  config.optimizer.weight_decay = 0;
+  Simulation simulation(config, value.seed);
+  simulation.run(value.legs[0]);
+  ExactSum squares;
+  const Topology& t = value.legs[0].topology;
+  for (const reference::ParameterInfo& info : parameters_of(config.model)) {
+    const auto& gradient = simulation.record().state.at({info.name, "momentum_buffer"});
+    const reference::Span shard = shard_of(config.model, info, t, 0, 0);
+    for (size_t i = 0; i < gradient.size(); ++i) {
+      const bool rows = info.split == reference::Split::kColumn;
+      const int64_t row = static_cast<int64_t>(i) / (numel(info.shape) / info.shape[0]);
+      const bool first_shard = !rows || (row >= shard.begin && row < shard.end);
+      if (mutant == TrainingMutant::kFirstShardNorm && !first_shard) continue;
+      squares.add_square(gradient[i]);
+    }
+  }
+  const double expected = std::sqrt(squares.value()), found = simulation.record().steps[0].norm;
+  if (same(expected, found)) return "";
+  return to_string(value.legs[0]) + ": norm " + hex(found) + ", of the gradients " + hex(expected);
+}
+
+// Step, save, reshard to a random topology and stage, load, step, …: the run on one rank.
+std::string a_resumed_run_is_one_run(const Draw& draw, TrainingMutant mutant) {
+  const SimulationCase value = draw_short(draw, 8, 4, 2);
+  Hooks hooks;
+  if (mutant == TrainingMutant::kStaleMoments) {
+    hooks.after_load = [](Trainer* trainer, int) {
+      for (TrainedGroup& group : trainer->state().groups) {
+        std::vector<float>& last = group.states.back().second;
+        std::fill(last.begin(), last.end(), 0.0f);
+      }
+    };
+  }
+  if (mutant == TrainingMutant::kStaleCounter) {
+    hooks.after_load = [](Trainer* trainer, int) { trainer->state().counters.samples = 0; };
+  }
+  Simulation simulation(value.config, value.seed, hooks);
+  for (const Leg& leg : value.legs) simulation.run(leg);
+  return difference(single_rank(value.config, value.steps()), simulation.record());
+}
+
+// One seed, one run: the trace of all events is the same, and another order of events changes no
+// value.
+std::string the_seed_is_the_run(const Draw& draw, TrainingMutant mutant) {
+  const SimulationCase value = draw_short(draw, 8, 2, 1);
+  std::vector<Record> records;
+  for (int again = 0; again < 2; ++again) {
+    const bool other = again == 1 && mutant == TrainingMutant::kOtherSeed;
+    Simulation simulation(value.config, value.seed + (other ? 1 : 0));
+    for (const Leg& leg : value.legs) simulation.run(leg);
+    records.push_back(simulation.record());
+  }
+  if (records[0].trace_hash != records[1].trace_hash) return "the same seed, and another trace";
+  Simulation other(value.config, value.seed + 1);
+  for (const Leg& leg : value.legs) other.run(leg);
+  return difference(records[0], other.record());
+}
+
+// Evaluations between steps change no later step. With disable_in_eval each rank evaluates what it
+// likes, and nothing goes over the sequence-parallel group; without it all ranks together get the
+// loss of one rank.
+std::string evaluation_changes_nothing(const Draw& draw, TrainingMutant mutant) {
+  SimulationCase value = draw_short(draw, 8, 1, 2);
+  Topology t = value.legs[0].topology;
+  t.tensor = t.pipeline = t.expert = 1;  // their exchanges are the model's own, also in evaluation
+  value.config.model.experts = 0;
+  value.config.disable_in_eval = draw(0, 1) == 1;
+  value.config.stage = value.legs[0].stage < 3 ? value.legs[0].stage : 1;
+  const Record expected = single_rank(value.config, 2);
+  float one = 0;
+  sim::Cluster alone({});
+  alone.run([&](sim::Rank& rank) {
+    Trainer trainer(value.config, parallel_state(rank));
+    trainer.initialise();
+    one = trainer.evaluate(1000, 3).loss;
+  });
+  std::string reason;
+  sim::Cluster cluster(t, {.seed = value.seed});
+  cluster.run([&](sim::Rank& rank) {
+    Trainer trainer(value.config, parallel_state(rank));
+    trainer.initialise();
+    for (size_t step = 0; step < 2; ++step) {
+      const int64_t own = value.config.disable_in_eval ? rank.number() % 3 : 0;
+      const size_t before = cluster.trace().events().size();
+      const float loss = trainer.evaluate(1000, 3 + own).loss;
+      if (value.config.disable_in_eval && before != cluster.trace().events().size()) {
+        reason = "an evaluation in bypass has communicated";
+      }
+      if (step == 0 && own == 0 && !same(loss, one)) reason = "another loss in evaluation";
+      if (mutant == TrainingMutant::kEvalMovesData) ++trainer.state().counters.samples;
+      rank.group(GroupKind::kWorld).barrier();
+      const StepReport report = trainer.step();
+      if (!same(report.loss, expected.steps[step].loss)) reason = "another loss behind evaluation";
+    }
+  });
+  return reason.empty() ? "" : isoshard::to_string(t) + ": " + reason;
+}
+
+}  // namespace isoshard::properties

@@ -1,0 +1,90 @@
+// The laws of training, run and judged: each on generated cases, and each mutant must be noticed by
+// the law that stands against it.
+#include <gtest/gtest.h>
+#include <rapidcheck.h>
+
+#include <iostream>
+
+#include "core/random.h"
+#include "properties/check_property.h"
+#include "properties/training_laws.h"
+
+namespace isoshard::properties {
+namespace {
+
+// RapidCheck shrinks every number towards its low end.
+int64_t drawn_by_rapidcheck(int64_t low, int64_t high) {
+  return *rc::gen::inRange<int64_t>(low, high + 1);
+}
+
+void check_training_law(TrainingLaw law, int share) {
+  check_body([law] { return law(drawn_by_rapidcheck, TrainingMutant::kNone); }, share);
+}
+
+TEST(Sums, DoNotKnowOwners) { check_training_law(sums_do_not_know_owners, 1); }
+TEST(Groups, AreBijections) { check_training_law(groups_are_bijections, 1); }
+TEST(Data, EachSampleIsConsumedOnce) { check_training_law(each_sample_is_consumed_once, 1); }
+TEST(Data, SlicesHaveTheSamplesLabels) { check_training_law(slices_have_the_samples_labels, 1); }
+TEST(Ulysses, HeadsAreSharedOut) { check_training_law(heads_are_shared_out, 1); }
+TEST(Ulysses, IsAttention) { check_training_law(ulysses_is_attention, 1); }
+TEST(Training, LossDoesNotKnowRanks) { check_training_law(loss_does_not_know_ranks, 3); }
+TEST(Training, StagesAreOne) { check_training_law(stages_are_one, 10); }
+TEST(Training, NormsCountEachElementOnce) { check_training_law(norms_count_each_element_once, 3); }
+TEST(Training, AResumedRunIsOneRun) { check_training_law(a_resumed_run_is_one_run, 5); }
+TEST(Training, TheSeedIsTheRun) { check_training_law(the_seed_is_the_run, 10); }
+TEST(Training, EvaluationChangesNothing) { check_training_law(evaluation_changes_nothing, 5); }
+
+struct Duel {
+  TrainingMutant mutant = TrainingMutant::kNone;
+  TrainingLaw law = nullptr;
+};
+
+const Duel kDuels[] = {
+    {TrainingMutant::kRankOrderSum, sums_do_not_know_owners},
+    {TrainingMutant::kAbsentIsZero, sums_do_not_know_owners},
+    {TrainingMutant::kForgottenRank, groups_are_bijections},
+    {TrainingMutant::kSampleTwice, each_sample_is_consumed_once},
+    {TrainingMutant::kShiftedPosition, slices_have_the_samples_labels},
+    {TrainingMutant::kNeighbourHeads, heads_are_shared_out},
+    {TrainingMutant::kLostToken, ulysses_is_attention},
+    {TrainingMutant::kUnsummedGroup, ulysses_is_attention},
+    {TrainingMutant::kMeanOfMeans, loss_does_not_know_ranks},
+    {TrainingMutant::kDroppedTail, stages_are_one},
+    {TrainingMutant::kFirstShardNorm, norms_count_each_element_once},
+    {TrainingMutant::kStaleMoments, a_resumed_run_is_one_run},
+    {TrainingMutant::kStaleCounter, a_resumed_run_is_one_run},
+    {TrainingMutant::kOtherSeed, the_seed_is_the_run},
+    {TrainingMutant::kEvalMovesData, evaluation_changes_nothing},
+};
+
+std::string outcome(const Duel& duel, uint64_t seed, TrainingMutant mutant) {
+  Random random(seed);
+  const Draw draw = [&](int64_t low, int64_t high) { return random.between(low, high); };
+  try {
+    return duel.law(draw, mutant);
+  } catch (const std::exception& failure) {
+    return failure.what();
+  }
+}
+
+class TrainingMutants : public testing::TestWithParam<Duel> {};
+
+TEST_P(TrainingMutants, IsKilled) {
+  const Duel& duel = GetParam();
+  constexpr int kMost = 200;
+  for (uint64_t seed = 1; seed <= kMost; ++seed) {
+    const std::string reason = outcome(duel, seed, duel.mutant);
+    if (reason.empty()) continue;
+    EXPECT_EQ(outcome(duel, seed, TrainingMutant::kNone), "")
+        << "the law fails without the mutant too";
+    std::cout << "killed by case " << seed << ": " << reason << "\n";
+    return;
+  }
+  FAIL() << "the mutant survives " << kMost << " cases";
+}
+
+INSTANTIATE_TEST_SUITE_P(All, TrainingMutants, testing::ValuesIn(kDuels),
+                         [](const auto& info) { return name(info.param.mutant); });
+
+}  // namespace
+}  // namespace isoshard::properties
