@@ -122,14 +122,7 @@ std::vector<std::string> CheckpointEngine::gathered(const std::string& text) {
   return result;
 }
 
-bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::string& save_dir,
-                                       const SaveOptions& options) {
-  if (save_dir.empty()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "save_dir must be a non-empty string (DeepSpeed: ValueError)."});
-  }
-  const std::string tag =
-      options.tag.empty() ? "global_step" + std::to_string(state.counters.steps) : options.tag;
+void CheckpointEngine::agree_on_tag(const std::string& tag) {
   const TagValidation validation = tag_validation(config_);
   if (validation != TagValidation::kIgnore && !same_on_all_ranks(tag)) {
     const std::string text = "[rank=" + std::to_string(parallel_.rank) +
@@ -142,6 +135,17 @@ bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::st
     }
     warn_(text + " Rank 0's is taken.");
   }
+}
+
+bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::string& save_dir,
+                                       const SaveOptions& options) {
+  if (save_dir.empty()) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "save_dir must be a non-empty string (DeepSpeed: ValueError)."});
+  }
+  const std::string tag =
+      options.tag.empty() ? "global_step" + std::to_string(state.counters.steps) : options.tag;
+  agree_on_tag(tag);
   const bool leads = parallel_.rank == 0;
   std::unique_ptr<checkpoint::StagedFolder> staged;
   std::exception_ptr failure;

@@ -65,6 +65,7 @@ class CheckpointEngine {
                              const LoadOptions& options);
 
  private:
+  void agree_on_tag(const std::string& tag);
   bool same_on_all_ranks(const std::string& text);
   // The rank that failed first in order of numbers, or −1. Collective.
   int first_failure(bool failed);

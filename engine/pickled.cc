@@ -128,7 +128,7 @@ int value_storage(TorchBuilder* builder, std::span<const float> values, DType dt
 NodeId split_info_node(TorchBuilder* builder, const TrainingState& state, int ranks) {
   checkpoint::Pickle& pickle = builder->pickle;
   std::vector<std::string> rows, replicas, vocabulary;
-  std::vector<std::pair<std::string, NodeId>> maps;
+  std::vector<std::pair<std::string, NodeId>> maps, replica_maps;  // as DeepSpeed has them
   int64_t words = 0;
   for (const TrainedParameter& p : state.parameters) {
     const std::string pattern = exact_pattern(p.name);
@@ -144,10 +144,11 @@ NodeId split_info_node(TorchBuilder* builder, const TrainingState& state, int ra
       by_rank.push_back(pickle.integer(rank));
       by_rank.push_back(rank_map(builder, p, rank, ranks));
     }
-    Shape whole = p.whole;
-    maps.emplace_back(pattern, builder->dict({{"logical_shape", integers(builder, whole)},
+    auto& list = p.split_widths.empty() ? replica_maps : maps;
+    list.emplace_back(pattern, builder->dict({{"logical_shape", integers(builder, p.whole)},
                                               {"ranks", pickle.dict(std::move(by_rank))}}));
   }
+  maps.insert(maps.end(), replica_maps.begin(), replica_maps.end());
   const auto sorted = [&](std::vector<std::string> patterns) {
     std::sort(patterns.begin(), patterns.end());
     std::vector<NodeId> items;

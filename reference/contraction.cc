@@ -4,15 +4,11 @@
 #include "core/check.h"
 
 namespace isoshard::reference {
-namespace {
-
 void outer_product(const float* a, int64_t rows, const float* b, int64_t columns, float* out) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < columns; ++j) out[i * columns + j] = a[i] * b[j];
   }
 }
-
-}  // namespace
 
 Values transposed(Matrix m) {
   Values out(static_cast<size_t>(m.rows * m.columns));

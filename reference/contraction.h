@@ -22,6 +22,9 @@ struct Matrix {
 
 Values transposed(Matrix m);
 
+// out[i, j] = a[i] · b[j].
+void outer_product(const float* a, int64_t rows, const float* b, int64_t columns, float* out);
+
 // out[i, j] = Σ_k a[k, i] · b[k, j], leaf k; a and b have as many rows. Tier B.
 Values contract(Matrix a, Matrix b);
 

@@ -6,16 +6,10 @@
 
 #include "core/check.h"
 #include "core/exact_math.h"
+#include "reference/activation.h"
 
 namespace isoshard::reference {
 namespace {
-
-float silu(float x) { return static_cast<float>(x * exact::sigmoid(x)); }
-
-float silu_gradient(float x) {
-  const double s = exact::sigmoid(x);
-  return static_cast<float>(s * (1.0 + x * (1.0 - s)));
-}
 
 // x [n, in] · w [out, in]ᵀ.
 Values linear(const Values& x, int64_t n, const float* w, int64_t out, int64_t in) {
@@ -26,12 +20,6 @@ Values linear(const Values& x, int64_t n, const float* w, int64_t out, int64_t i
 // dx = dy [n, out] · w [out, in].
 Values linear_backward(const Values& dy, int64_t n, const float* w, int64_t out, int64_t in) {
   return contract({transposed({dy.data(), n, out}).data(), out, n}, {w, out, in});
-}
-
-void outer(const float* a, int64_t rows, const float* b, int64_t columns, float* out) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) out[i * columns + j] = a[i] * b[j];
-  }
 }
 
 }  // namespace
@@ -94,29 +82,25 @@ Values Experts::gather_lanes(const Values& own, int64_t tokens) const {
   return all;
 }
 
-Values Experts::forward(const Values& x, const std::vector<LeafIndex>& leaves,
-                        const Routing& routing, const ExpertWeights& weights) {
-  const int64_t h = shape_.hidden, f = shape_.intermediate, k = shape_.top_k;
+// Sends the tokens of this rank's lane to their experts, and sorts what comes to this rank's.
+void Experts::dispatch(const Values& x, const std::vector<LeafIndex>& leaves) {
+  const int64_t h = shape_.hidden, k = shape_.top_k;
   const size_t members = static_cast<size_t>(expert_.size());
   const int64_t each = shape_.experts / expert_.size();
-  tokens_ = static_cast<int64_t>(leaves.size());
-  routing_ = routing;
   sent_.assign(members, {});
   std::vector<std::vector<int64_t>> labels(members);  // expert on that rank, leaf
   std::vector<std::vector<float>> rows(members);
   const Span lane = lane_tokens(tokens_, tensor_.size(), tensor_.rank());
   for (int64_t slot = lane.begin * k; slot < lane.end * k; ++slot) {
-    const int64_t expert = routing.expert[static_cast<size_t>(slot)], t = slot / k;
+    const int64_t expert = routing_.expert[static_cast<size_t>(slot)], t = slot / k;
     const size_t to = static_cast<size_t>(expert / each);
     sent_[to].push_back(slot);
     labels[to].push_back(expert % each);
     labels[to].push_back(static_cast<int64_t>(leaves[static_cast<size_t>(t)]));
     rows[to].insert(rows[to].end(), x.begin() + t * h, x.begin() + (t + 1) * h);
   }
-  received_.assign(members, 0);
-  if (members == 1) {
-    received_[0] = static_cast<int64_t>(sent_[0].size());
-  } else {
+  received_.assign(members, static_cast<int64_t>(sent_[0].size()));
+  if (members > 1) {
     std::vector<std::vector<int64_t>> counts;
     for (const auto& list : sent_) counts.push_back({static_cast<int64_t>(list.size())});
     const auto theirs = exchange(expert_, counts, std::vector<int64_t>(members, 1));
@@ -137,32 +121,26 @@ Values Experts::forward(const Values& x, const std::vector<LeafIndex>& leaves,
           {static_cast<int>(p), i, static_cast<LeafIndex>(labels[p][at + 1])});
     }
   }
-  std::vector<std::vector<float>> answers(members);
-  for (size_t p = 0; p < members; ++p) answers[p].resize(static_cast<size_t>(received_[p] * h));
-  for (int64_t e = 0; e < each; ++e) {
-    Work& work = work_[static_cast<size_t>(e)];
+  for (Work& work : work_) {
     std::sort(work.items.begin(), work.items.end(),
               [](const auto& a, const auto& b) { return a.leaf < b.leaf; });
-    const int64_t n = static_cast<int64_t>(work.items.size());
     for (const Work::Item& item : work.items) {
       const float* row = rows[static_cast<size_t>(item.source)].data() + item.place * h;
       work.x.insert(work.x.end(), row, row + h);
     }
-    work.h1 = linear(work.x, n, weights.w1 + e * f * h, f, h);
-    work.h3 = linear(work.x, n, weights.w3 + e * f * h, f, h);
-    for (size_t i = 0; i < work.h1.size(); ++i) {
-      work.active.push_back(silu(work.h1[i]) * work.h3[i]);
-    }
-    const Values y = linear(work.active, n, weights.w2 + e * h * f, h, f);
-    for (int64_t i = 0; i < n; ++i) {
-      const Work::Item& item = work.items[static_cast<size_t>(i)];
-      std::copy_n(y.begin() + i * h, h,
-                  answers[static_cast<size_t>(item.source)].begin() + item.place * h);
-    }
   }
-  std::vector<int64_t> counts;
-  for (const auto& list : sent_) counts.push_back(static_cast<int64_t>(list.size()) * h);
-  if (members > 1) answers = exchange(expert_, answers, counts);
+}
+
+// Rows for the senders, in the order in which their tokens came: back to them, and over the lanes.
+Values Experts::bring_back(std::vector<std::vector<float>> answers) {
+  const int64_t h = shape_.hidden, k = shape_.top_k;
+  const size_t members = static_cast<size_t>(expert_.size());
+  if (members > 1) {
+    std::vector<int64_t> counts;
+    for (const auto& list : sent_) counts.push_back(static_cast<int64_t>(list.size()) * h);
+    answers = exchange(expert_, answers, counts);
+  }
+  const Span lane = lane_tokens(tokens_, tensor_.size(), tensor_.rank());
   Values own(static_cast<size_t>(lane.size() * k * h));
   for (size_t p = 0; p < members; ++p) {
     for (size_t i = 0; i < sent_[p].size(); ++i) {
@@ -173,9 +151,35 @@ Values Experts::forward(const Values& x, const std::vector<LeafIndex>& leaves,
   return gather_lanes(own, tokens_);
 }
 
+Values Experts::forward(const Values& x, const std::vector<LeafIndex>& leaves,
+                        const Routing& routing, const ExpertWeights& weights) {
+  const int64_t h = shape_.hidden, f = shape_.intermediate;
+  tokens_ = static_cast<int64_t>(leaves.size());
+  routing_ = routing;
+  dispatch(x, leaves);
+  std::vector<std::vector<float>> answers;
+  for (const int64_t count : received_) answers.emplace_back(static_cast<size_t>(count * h));
+  for (size_t e = 0; e < work_.size(); ++e) {
+    Work& work = work_[e];
+    const int64_t n = static_cast<int64_t>(work.items.size()), expert = static_cast<int64_t>(e);
+    work.h1 = linear(work.x, n, weights.w1 + expert * f * h, f, h);
+    work.h3 = linear(work.x, n, weights.w3 + expert * f * h, f, h);
+    for (size_t i = 0; i < work.h1.size(); ++i) {
+      work.active.push_back(silu(work.h1[i]) * work.h3[i]);
+    }
+    const Values y = linear(work.active, n, weights.w2 + expert * h * f, h, f);
+    for (int64_t i = 0; i < n; ++i) {
+      const Work::Item& item = work.items[static_cast<size_t>(i)];
+      std::copy_n(y.begin() + i * h, h,
+                  answers[static_cast<size_t>(item.source)].begin() + item.place * h);
+    }
+  }
+  return bring_back(std::move(answers));
+}
+
 Values Experts::backward(const Values& gradient, const ExpertWeights& weights,
                          const ExpertSink& sink) {
-  const int64_t h = shape_.hidden, f = shape_.intermediate, k = shape_.top_k;
+  const int64_t h = shape_.hidden, f = shape_.intermediate;
   const size_t members = static_cast<size_t>(expert_.size());
   std::vector<std::vector<float>> rows(members);
   for (size_t p = 0; p < members; ++p) {
@@ -183,11 +187,8 @@ Values Experts::backward(const Values& gradient, const ExpertWeights& weights,
       rows[p].insert(rows[p].end(), gradient.begin() + slot * h, gradient.begin() + (slot + 1) * h);
     }
   }
-  std::vector<int64_t> counts, answer_counts;
-  for (size_t p = 0; p < members; ++p) {
-    counts.push_back(received_[p] * h);
-    answer_counts.push_back(static_cast<int64_t>(sent_[p].size()) * h);
-  }
+  std::vector<int64_t> counts;
+  for (size_t p = 0; p < members; ++p) counts.push_back(received_[p] * h);
   if (members > 1) rows = exchange(expert_, rows, counts);
   std::vector<std::vector<float>> answers(members);
   for (size_t p = 0; p < members; ++p) answers[p].resize(static_cast<size_t>(received_[p] * h));
@@ -209,9 +210,9 @@ Values Experts::backward(const Values& gradient, const ExpertWeights& weights,
     for (int64_t i = 0; i < n; ++i) {
       const LeafIndex leaf = work.items[static_cast<size_t>(i)].leaf;
       const float* x = work.x.data() + i * h;
-      outer(d1.data() + i * f, f, x, h, sink(1, expert, leaf));
-      outer(dy.data() + i * h, h, work.active.data() + i * f, f, sink(2, expert, leaf));
-      outer(d3.data() + i * f, f, x, h, sink(3, expert, leaf));
+      outer_product(d1.data() + i * f, f, x, h, sink(1, expert, leaf));
+      outer_product(dy.data() + i * h, h, work.active.data() + i * f, f, sink(2, expert, leaf));
+      outer_product(d3.data() + i * f, f, x, h, sink(3, expert, leaf));
     }
     const Values dx1 = linear_backward(d1, n, weights.w1 + expert * f * h, f, h);
     const Values dx3 = linear_backward(d3, n, weights.w3 + expert * f * h, f, h);
@@ -224,16 +225,7 @@ Values Experts::backward(const Values& gradient, const ExpertWeights& weights,
       }
     }
   }
-  if (members > 1) answers = exchange(expert_, answers, answer_counts);
-  const Span lane = lane_tokens(tokens_, tensor_.size(), tensor_.rank());
-  Values own(static_cast<size_t>(lane.size() * k * h));
-  for (size_t p = 0; p < members; ++p) {
-    for (size_t i = 0; i < sent_[p].size(); ++i) {
-      std::copy_n(answers[p].begin() + static_cast<int64_t>(i) * h, h,
-                  own.begin() + (sent_[p][i] - lane.begin * k) * h);
-    }
-  }
-  return gather_lanes(own, tokens_);
+  return bring_back(std::move(answers));
 }
 
 }  // namespace isoshard::reference

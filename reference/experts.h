@@ -72,6 +72,8 @@ class Experts {
     std::vector<Item> items;  // ascending leaves
     Values x, h1, h3, active;
   };
+  void dispatch(const Values& x, const std::vector<LeafIndex>& leaves);
+  Values bring_back(std::vector<std::vector<float>> answers);
   Values gather_lanes(const Values& own, int64_t tokens) const;
 
   Communicator& expert_;

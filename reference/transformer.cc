@@ -8,6 +8,7 @@
 #include "core/check.h"
 #include "core/exact_math.h"
 #include "core/random.h"
+#include "reference/activation.h"
 
 namespace isoshard::reference {
 
@@ -38,13 +39,6 @@ struct Transformer::Activations {
 };
 
 namespace {
-
-float silu(float x) { return static_cast<float>(x * exact::sigmoid(x)); }
-
-float silu_gradient(float x) {
-  const double s = exact::sigmoid(x);
-  return static_cast<float>(s * (1.0 + x * (1.0 - s)));
-}
 
 void add(Values* x, const Values& y) {
   CHECK(x->size() == y.size(), "sums of one shape");
@@ -112,12 +106,7 @@ Values Transformer::project_backward(int parameter, const Values& x, const Value
   for (int64_t t = 0; t < a.tokens && out * in > 0; ++t) {
     float* leaf =
         gradients->own[static_cast<size_t>(parameter)]->push(0, a.leaves[static_cast<size_t>(t)]);
-    for (int64_t i = 0; i < out; ++i) {
-      for (int64_t j = 0; j < in; ++j) {
-        leaf[i * in + j] =
-            dy[static_cast<size_t>(t * out + i)] * x[static_cast<size_t>(t * in + j)];
-      }
-    }
+    outer_product(dy.data() + t * out, out, x.data() + t * in, in, leaf);
   }
   const Values dyt = transposed({dy.data(), a.tokens, out});
   const Matrix left{dyt.data(), out, a.tokens}, right{w.data(), out, in};

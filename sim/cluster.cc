@@ -6,6 +6,7 @@
 #include "core/check.h"
 #include "core/error.h"
 #include "sim/simulated_communicator.h"
+#include "sim/simulated_storage.h"
 
 namespace isoshard::sim {
 
@@ -50,6 +51,15 @@ Communicator& Rank::group(const std::string& name, const std::vector<int>& ranks
   groups_.emplace_back(
       key, std::make_unique<SimulatedCommunicator>(cluster_->board(name, ranks), number_));
   return *groups_.back().second;
+}
+
+Storage& Rank::storage(Storage& disk) {
+  storages_.push_back(std::make_unique<SimulatedStorage>(disk, cluster_->state_->network, number_));
+  return *storages_.back();
+}
+
+int64_t Rank::operations() const {
+  return cluster_->state_->network.operations[static_cast<size_t>(number_)];
 }
 
 Cluster::Cluster(const Topology& topology, ClusterOptions options)

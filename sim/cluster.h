@@ -13,6 +13,7 @@
 #include "core/collective_trace.h"
 #include "core/communicator.h"
 #include "core/process_group.h"
+#include "core/storage.h"
 #include "sim/faults.h"
 
 namespace isoshard::sim {
@@ -35,6 +36,10 @@ class Rank {
   Communicator& group(GroupKind kind);
   // Of any list of ranks that holds this one, ascending.
   Communicator& group(const std::string& name, const std::vector<int>& ranks);
+  // This rank's way to a disk that others may share too; the object lives as long as the rank.
+  Storage& storage(Storage& disk);
+  // Communicator and storage operations of this rank so far: where a fault can be placed.
+  int64_t operations() const;
 
  private:
   friend class Cluster;
@@ -42,6 +47,7 @@ class Rank {
   Cluster* cluster_;
   int number_;
   std::vector<std::pair<std::string, std::unique_ptr<Communicator>>> groups_;
+  std::vector<std::unique_ptr<Storage>> storages_;
 };
 
 class Cluster {

@@ -8,13 +8,18 @@
 namespace isoshard::sim {
 
 enum class FaultKind {
-  kDieBefore,  // the rank ends before it takes part in the operation
-  kDieInside,  // it has come to the operation, and ends before that is done
-  kDieAfter,   // it ends once its part is done
-  kCorrupt,    // one bit of what it hands over is turned over on the way
-  kDrop,       // what it sends never arrives (send alone): the other side waits
-  kDuplicate,  // what it sends arrives twice (send alone)
-  kSlow,       // it gets one turn in sixteen from there on
+  kDieBefore,     // the rank ends before it takes part in the operation
+  kDieInside,     // it has come to the operation, and ends before that is done
+  kDieAfter,      // it ends once its part is done
+  kCorrupt,       // one bit of what it hands over is turned over on the way
+  kDrop,          // what it sends never arrives (send alone): the other side waits
+  kDuplicate,     // what it sends arrives twice (send alone)
+  kDiskFull,      // the storage operation fails: no space
+  kQuota,         // no space within the quota
+  kReadOnly,      // the file system is mounted read-only
+  kNoPermission,  // the user may not
+  kStaleHandle,   // NFS has forgotten the file
+  kSlow,          // it gets one turn in sixteen from there on
 };
 
 struct Fault {

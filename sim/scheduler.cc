@@ -2,6 +2,8 @@
 // sanitizers are told of every switch, because they follow one stack a thread otherwise.
 #include "sim/scheduler.h"
 
+#include <cxxabi.h>
+
 #include <algorithm>
 #include <boost/context/fiber.hpp>
 #include <boost/context/protected_fixedsize_stack.hpp>
@@ -41,6 +43,18 @@ class Switch {
   }
 };
 
+// What the C++ run time keeps a thread of exceptions that are being thrown or handled (Itanium ABI,
+// __cxa_eh_globals). Each stack has its own, so that a task may wait inside a handler.
+struct ExceptionState {
+  void* caught = nullptr;
+  unsigned int uncaught = 0;
+
+  static void exchange(ExceptionState* other) {
+    auto* own = reinterpret_cast<ExceptionState*>(abi::__cxa_get_globals());
+    std::swap(*own, *other);
+  }
+};
+
 }  // namespace
 
 struct Scheduler::Task {
@@ -52,6 +66,7 @@ struct Scheduler::Task {
   const void* caller_bottom = nullptr;
   size_t caller_size = 0;
   void* fake_stack = nullptr;
+  ExceptionState exceptions;  // of the side that does not run
   void* thread_fibre = nullptr;
   void* caller_fibre = nullptr;
   double eagerness = 1.0;
@@ -120,9 +135,11 @@ void Scheduler::resume(int number) {
 #if defined(__SANITIZE_THREAD__)
   task.caller_fibre = __tsan_get_current_fiber();
 #endif
+  ExceptionState::exchange(&task.exceptions);
   Switch::leave(&fake, task.stack_bottom, task.stack_size, task.thread_fibre);
   task.own = std::move(task.own).resume();
   Switch::arrive(fake, nullptr, nullptr);
+  ExceptionState::exchange(&task.exceptions);
   current_ = -1;
 }
 

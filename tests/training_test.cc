@@ -2,10 +2,10 @@
 #include <gtest/gtest.h>
 
 #include "core/error.h"
+#include "properties/simulation.h"
 #include "reference/trainer.h"
 #include "reference/whole_state.h"
 #include "sim/cluster.h"
-#include "tests/simulated_rank.h"
 
 namespace isoshard {
 namespace {
@@ -27,7 +27,7 @@ Trained train(const TrainConfig& config, const Topology& topology, int steps, ui
   Trained run;
   cluster.run([&](sim::Rank& rank) {
     auto& trainer = trainers[static_cast<size_t>(rank.number())];
-    trainer = std::make_unique<Trainer>(config, tests::parallel_state(rank));
+    trainer = std::make_unique<Trainer>(config, properties::parallel_state(rank));
     trainer->initialise();
     for (int i = 0; i < steps; ++i) {
       const StepReport report = trainer->step();

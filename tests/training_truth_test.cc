@@ -9,10 +9,10 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "properties/simulation.h"
 #include "reference/trainer.h"
 #include "reference/whole_state.h"
 #include "sim/cluster.h"
-#include "tests/simulated_rank.h"
 
 namespace isoshard {
 namespace {
@@ -59,7 +59,7 @@ Outcome train(const TrainConfig& config) {
   Outcome outcome;
   sim::Cluster cluster({});
   cluster.run([&](sim::Rank& rank) {
-    Trainer trainer(config, tests::parallel_state(rank));
+    Trainer trainer(config, properties::parallel_state(rank));
     trainer.initialise();
     for (int step = 0; step < 4; ++step) {
       outcome.losses.push_back(trainer.step().loss);

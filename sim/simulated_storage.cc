@@ -1,0 +1,188 @@
+// See simulated_storage.h.
+#include "sim/simulated_storage.h"
+
+#include <exception>
+#include <type_traits>
+
+#include "core/error.h"
+#include "sim/simulated_communicator.h"
+
+namespace isoshard::sim {
+namespace {
+
+[[noreturn]] void fail(FaultKind kind, const std::string& path) {
+  ErrorInfo info{.code = ErrorCode::kUnreadable, .what = "The disk failed.", .file = path};
+  switch (kind) {
+    case FaultKind::kDiskFull:
+      info.code = ErrorCode::kNoSpace;
+      info.what = "No space is left on the device.";
+      info.next = "free space, or save elsewhere";
+      break;
+    case FaultKind::kQuota:
+      info.code = ErrorCode::kNoSpace;
+      info.what = "The disk quota is exceeded.";
+      info.next = "free space, or have the quota raised";
+      break;
+    case FaultKind::kReadOnly:
+      info.code = ErrorCode::kPermission;
+      info.what = "The file system is mounted read-only.";
+      info.next = "mount it for writing, or save elsewhere";
+      break;
+    case FaultKind::kNoPermission:
+      info.code = ErrorCode::kPermission;
+      info.what = "Permission is denied.";
+      info.next = "give this user the right to write there";
+      break;
+    default:
+      info.what = "The file handle is stale (NFS).";
+      info.next = "mount the file system again";
+      break;
+  }
+  throw Error(info);
+}
+
+bool fails(FaultKind kind) {
+  return kind == FaultKind::kDiskFull || kind == FaultKind::kQuota ||
+         kind == FaultKind::kReadOnly || kind == FaultKind::kNoPermission ||
+         kind == FaultKind::kStaleHandle;
+}
+
+}  // namespace
+
+template <typename Operation, typename Half>
+auto SimulatedStorage::perform(const std::string& path, Operation operation, Half half) {
+  using Result = decltype(operation());
+  if (network_.is_dead(rank_)) {
+    if (std::uncaught_exceptions() == 0) throw RankDied{rank_};
+    if constexpr (std::is_void_v<Result>)
+      return;
+    else
+      return Result{};
+  }
+  const Fault* fault = network_.next_operation(rank_);
+  if (fault != nullptr && fault->kind == FaultKind::kDieBefore) network_.die(rank_);
+  if (fault != nullptr && fault->kind == FaultKind::kDieInside) {
+    half();
+    network_.die(rank_);
+  }
+  if (fault != nullptr && fails(fault->kind)) fail(fault->kind, path);
+  const bool last = fault != nullptr && fault->kind == FaultKind::kDieAfter;
+  if constexpr (std::is_void_v<Result>) {
+    operation();
+    if (last) network_.die(rank_);
+  } else {
+    Result result = operation();
+    if (last) network_.die(rank_);
+    return result;
+  }
+}
+
+namespace {
+
+class CountedFile : public WritableFile {
+ public:
+  CountedFile(SimulatedStorage& storage, std::unique_ptr<WritableFile> file, std::string path)
+      : storage_(storage), file_(std::move(file)), path_(std::move(path)) {}
+
+  void write_at(int64_t offset, std::span<const std::byte> bytes) override {
+    storage_.perform(
+        path_, [&] { file_->write_at(offset, bytes); },
+        [&] { file_->write_at(offset, bytes.first(bytes.size() / 2)); });
+  }
+  void set_size(int64_t size_bytes) override {
+    storage_.perform(
+        path_, [&] { file_->set_size(size_bytes); }, [] {});
+  }
+  void sync() override {
+    storage_.perform(
+        path_, [&] { file_->sync(); }, [] {});
+  }
+  void close() override {
+    storage_.perform(
+        path_, [&] { file_->close(); }, [] {});
+  }
+
+ private:
+  SimulatedStorage& storage_;
+  std::unique_ptr<WritableFile> file_;
+  std::string path_;
+};
+
+}  // namespace
+
+std::unique_ptr<ReadableFile> SimulatedStorage::open_read(const std::string& path) {
+  return perform(
+      path, [&] { return disk_.open_read(path); }, [] {});
+}
+std::unique_ptr<WritableFile> SimulatedStorage::create(const std::string& path) {
+  std::unique_ptr<WritableFile> file = perform(
+      path, [&] { return disk_.create(path); }, [&] { disk_.create(path)->close(); });
+  return std::make_unique<CountedFile>(*this, std::move(file), path);
+}
+std::unique_ptr<WritableFile> SimulatedStorage::open_write(const std::string& path) {
+  std::unique_ptr<WritableFile> file = perform(
+      path, [&] { return disk_.open_write(path); }, [] {});
+  return std::make_unique<CountedFile>(*this, std::move(file), path);
+}
+std::vector<DirectoryEntry> SimulatedStorage::list(const std::string& directory) {
+  return perform(
+      directory, [&] { return disk_.list(directory); }, [] {});
+}
+bool SimulatedStorage::is_file(const std::string& path) {
+  return perform(
+      path, [&] { return disk_.is_file(path); }, [] {});
+}
+bool SimulatedStorage::is_directory(const std::string& path) {
+  return perform(
+      path, [&] { return disk_.is_directory(path); }, [] {});
+}
+void SimulatedStorage::make_directories(const std::string& path) {
+  perform(
+      path, [&] { disk_.make_directories(path); }, [] {});
+}
+void SimulatedStorage::make_directory(const std::string& path) {
+  perform(
+      path, [&] { disk_.make_directory(path); }, [] {});
+}
+bool SimulatedStorage::rename_if_absent(const std::string& from, const std::string& to) {
+  return perform(
+      from, [&] { return disk_.rename_if_absent(from, to); }, [] {});
+}
+void SimulatedStorage::rename_over(const std::string& from, const std::string& to) {
+  perform(
+      from, [&] { disk_.rename_over(from, to); }, [] {});
+}
+void SimulatedStorage::exchange(const std::string& a, const std::string& b) {
+  perform(
+      a, [&] { disk_.exchange(a, b); }, [] {});
+}
+void SimulatedStorage::remove_file(const std::string& path) {
+  perform(
+      path, [&] { disk_.remove_file(path); }, [] {});
+}
+void SimulatedStorage::remove_tree(const std::string& path) {
+  perform(
+      path, [&] { disk_.remove_tree(path); }, [] {});
+}
+void SimulatedStorage::sync_directory(const std::string& path) {
+  perform(
+      path, [&] { disk_.sync_directory(path); }, [] {});
+}
+void SimulatedStorage::sync_everything(const std::string& path) {
+  perform(
+      path, [&] { disk_.sync_everything(path); }, [] {});
+}
+void SimulatedStorage::drop_cache(const std::string& path) {
+  perform(
+      path, [&] { disk_.drop_cache(path); }, [] {});
+}
+FreeSpace SimulatedStorage::free_space(const std::string& path) {
+  return perform(
+      path, [&] { return disk_.free_space(path); }, [] {});
+}
+std::string SimulatedStorage::canonical(const std::string& path) {
+  return perform(
+      path, [&] { return disk_.canonical(path); }, [] {});
+}
+
+}  // namespace isoshard::sim
