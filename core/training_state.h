@@ -83,6 +83,9 @@ struct TrainingState {
   bool counts_steps = false;  // the optimizer keeps "step" for every group
   bool scheduled = false;     // there is a schedule of learning rates
   double clip = 0.0;          // gradient_clipping
+  // Fixed-point sums of gradients: by tensor, the largest summand of the last step. Saved as client
+  // state, "isoshard_fixed_exponents".
+  std::vector<std::pair<std::string, float>> fixed_largest;
   std::vector<std::pair<std::string, std::string>> aliases;  // second name, name: tied parameters
 };
 

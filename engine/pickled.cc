@@ -32,6 +32,13 @@ std::string exact_pattern(const std::string& name) {
   return text + "$";
 }
 
+// Products of the sizes behind, as DeepSpeed counts them: 0 behind an empty axis, not 1 as torch.
+Shape plain_stride(const Shape& shape) {
+  Shape stride(shape.size(), 1);
+  for (size_t axis = shape.size(); axis-- > 1;) stride[axis - 1] = stride[axis] * shape[axis];
+  return stride;
+}
+
 // One piece: where a rank's shard lies in the whole.
 NodeId rank_map(TorchBuilder* builder, const TrainedParameter& p, int rank, int ranks) {
   Shape shard = p.whole;
@@ -43,12 +50,12 @@ NodeId rank_map(TorchBuilder* builder, const TrainedParameter& p, int rank, int 
     const size_t axis = static_cast<size_t>(p.split_axis);
     shard[axis] = p.split_widths[static_cast<size_t>(rank)];
     for (int other = 0; other < rank; ++other) begin += p.split_widths[static_cast<size_t>(other)];
-    begin *= contiguous_stride(p.whole)[axis];
+    begin *= plain_stride(p.whole)[axis];
     holders = {rank};
   }
   const auto address = [&](int64_t offset, const Shape& of) {
     return builder->pickle.list(
-        {builder->pickle.integer(offset), integers(builder, contiguous_stride(of))});
+        {builder->pickle.integer(offset), integers(builder, plain_stride(of))});
   };
   const NodeId piece = builder->dict({{"shape", integers(builder, shard)},
                                       {"source", address(begin, p.whole)},

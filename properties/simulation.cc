@@ -23,6 +23,24 @@ std::string hex(double value) {
   return text;
 }
 
+constexpr const char* kFixed = "isoshard_fixed_exponents";
+
+Json client_state(const TrainingState& state) {
+  Json json = Json::object();
+  for (const auto& [tensor, largest] : state.fixed_largest) {
+    json[kFixed][tensor] = static_cast<double>(largest);
+  }
+  return json;
+}
+
+void take_client_state(const Json& json, TrainingState* state) {
+  state->fixed_largest.clear();
+  if (!json.contains(kFixed)) return;
+  for (const auto& [tensor, largest] : json.at(kFixed).items()) {
+    state->fixed_largest.emplace_back(tensor, static_cast<float>(largest.get<double>()));
+  }
+}
+
 }  // namespace
 
 std::string to_string(const Leg& leg) {
@@ -138,7 +156,10 @@ void Simulation::run(const Leg& leg) {
     CheckpointEngine files(storage_, parallel, deepspeed_config(config, leg.topology, leg.stage),
                            [](const std::string&) {});
     if (by_files) {
-      files.load_checkpoint(&trainer->state(), saved_, {});
+      const Json client =
+          files.load_checkpoint(&trainer->state(), saved_, {.clean_client_state = true})
+              .client_state;
+      take_client_state(client, &trainer->state());
       trainer->refresh_parameters();
     } else if (resumes) {
       trainer->adopt(before, counted_);
@@ -151,13 +172,17 @@ void Simulation::run(const Leg& leg) {
       if (hooks_.after_step) hooks_.after_step(trainer.get(), rank.number());
       if (rank.number() == 0) record_.steps.push_back(report);
     }
-    if (reason.empty()) files.save_checkpoint(trainer->state(), save_dir, {});
+    if (reason.empty()) {
+      files.save_checkpoint(trainer->state(), save_dir,
+                            {.client_state = client_state(trainer->state())});
+    }
   });
   saved_ = reason.empty() ? save_dir : "";
   std::vector<const TrainingState*> states;
   for (const auto& trainer : trainers) states.push_back(&trainer->state());
   record_.state = reference::whole_state(states);
   counted_.counters = trainers[0]->state().counters;
+  counted_.fixed_largest = trainers[0]->state().fixed_largest;
   counted_.loss_scale = trainers[0]->state().loss_scale;
   record_.trace_hash = mix(record_.trace_hash ^ cluster.trace().hash());
   record_.events += static_cast<int64_t>(cluster.trace().events().size());

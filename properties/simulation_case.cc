@@ -54,6 +54,7 @@ TrainConfig draw_config(const Draw& draw) {
   c.schedule.max_lr = draw(0, 1) == 1 ? 0.03 : 0.004;
   c.clip = draw(0, 2) == 1 ? 0.3 : 0.0;
   c.split_decay = draw(0, 2) == 1;
+  c.reduce = draw(0, 2) == 1 ? reference::ReduceMode::kFixed : reference::ReduceMode::kTree;
   if (c.model.dtype == DType::kFloat16) {
     c.loss_scale = {.dynamic = true, .scale = draw(0, 1) == 1 ? 8388608.0 : 1024.0, .window = 3};
   }
@@ -132,7 +133,8 @@ std::string text_of(const SimulationCase& value) {
          ", masked 1 in " + text(d.masked);
   out += "\ntrain   " + std::string(reference::name(value.config.optimizer.kind)) +
          (value.config.clip > 0 ? ", clipped" : "") +
-         (value.config.split_decay ? ", norms apart" : "");
+         (value.config.split_decay ? ", norms apart" : "") +
+         (value.config.reduce == reference::ReduceMode::kFixed ? ", sums in fixed point" : "");
   out += "\nlegs   ";
   for (const Leg& leg : value.legs) out += " " + to_string(leg) + " ×" + text(leg.steps) + ";";
   return out;

@@ -2,8 +2,12 @@
 #include "reference/gradient.h"
 
 #include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
 
 #include "core/check.h"
+#include "core/exact_math.h"
 
 namespace isoshard::reference {
 namespace {
@@ -43,9 +47,53 @@ Outgoing pack(int members, const std::vector<ReduceItem>& items) {
 
 }  // namespace
 
-Gradient::Gradient(const std::vector<TreeNode>& nodes, int64_t rows, int64_t width)
-    : width_(width),
-      sums_(static_cast<size_t>(rows), PartialSum(nodes, static_cast<size_t>(width))) {}
+float* FixedSum::push(int64_t at, int64_t width) {
+  settle();
+  pending_at_ = at;
+  pending_.assign(static_cast<size_t>(width), 0.0f);
+  return pending_.data();
+}
+
+void FixedSum::settle() {
+  for (size_t i = 0; i < pending_.size(); ++i) {
+    const float x = std::abs(pending_[i]);
+    largest_ = std::isfinite(x) ? std::max(largest_, x) : std::numeric_limits<float>::infinity();
+    const double scaled = std::ldexp(static_cast<double>(pending_[i]), exponent_);  // exact
+    if (!(std::abs(scaled) < 0x1p62)) {
+      saturated_ = true;
+      continue;
+    }
+    // From 2^51 on a float's multiple is whole already.
+    const double whole = std::abs(scaled) < 0x1p51 ? exact::nearest(scaled) : scaled;
+    int64_t& sum = sums_[static_cast<size_t>(pending_at_) + i];
+    if (__builtin_add_overflow(sum, static_cast<int64_t>(whole), &sum)) saturated_ = true;
+  }
+  pending_.clear();
+}
+
+void FixedSum::restart(int exponent) {
+  std::fill(sums_.begin(), sums_.end(), int64_t{0});
+  pending_.clear();
+  exponent_ = exponent;
+  largest_ = 0.0f;
+  saturated_ = false;
+}
+
+int FixedSum::exponent_for(int64_t leaves, float largest) {
+  int magnitude = 0;
+  const float fraction = std::frexp(largest, &magnitude);  // largest = fraction · 2^magnitude
+  if (fraction == 0.5f) --magnitude;
+  return 61 - std::bit_width(static_cast<uint64_t>(leaves - 1)) - magnitude - 4;
+}
+
+Gradient::Gradient(ReduceMode mode, const std::vector<TreeNode>& nodes, int64_t rows, int64_t width)
+    : rows_(rows), width_(width) {
+  if (mode == ReduceMode::kFixed) {
+    fixed_.emplace(rows * width);
+  } else {
+    sums_.assign(static_cast<size_t>(rows), PartialSum(nodes, static_cast<size_t>(width)));
+  }
+}
 
 std::vector<Partial> Gradient::finish() {
   std::vector<Partial> result;
@@ -94,6 +142,35 @@ std::vector<Values> reduce_to_owners(Communicator& group,
       }
       root.resize(root.size() + width);
       combiner.finish(std::span(root).last(width));
+    }
+    roots.push_back(std::move(root));
+  }
+  return roots;
+}
+
+std::vector<Values> reduce_fixed(Communicator& group, const std::vector<FixedItem>& items) {
+  const size_t members = static_cast<size_t>(group.size()), own = static_cast<size_t>(group.rank());
+  std::vector<std::vector<int64_t>> source(members);
+  for (size_t p = 0; p < members; ++p) {
+    for (const FixedItem& item : items) {
+      const auto sums = item.mine->sums().begin();
+      source[p].insert(source[p].end(), sums + item.slices[p].begin, sums + item.slices[p].end);
+    }
+  }
+  std::vector<int64_t> total = source[own];
+  if (members > 1) {
+    std::vector<ConstBuffer> shares;
+    for (const auto& share : source)
+      shares.push_back(const_buffer(std::span<const int64_t>(share)));
+    group.reduce_scatter(shares, buffer(std::span(total)), Reduction::kSum);
+  }
+  std::vector<Values> roots;
+  size_t at = 0;
+  for (const FixedItem& item : items) {
+    Values root;
+    for (int64_t i = 0; i < item.slices[own].size(); ++i, ++at) {
+      root.push_back(
+          static_cast<float>(std::ldexp(static_cast<double>(total[at]), -item.mine->exponent())));
     }
     roots.push_back(std::move(root));
   }

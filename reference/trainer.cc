@@ -216,6 +216,7 @@ void Trainer::adopt(const WholeState& whole, const TrainingState& counted) {
   }
   state_.counters = counted.counters;
   state_.loss_scale = counted.loss_scale;
+  state_.fixed_largest = counted.fixed_largest;
   for (TrainedGroup& group : state_.groups) group.settings = settings(group.weight_decay);
   refresh_parameters();
 }

@@ -29,6 +29,7 @@ struct TrainConfig {
   int stage = 0;
   bool split_decay = false;  // norms are an optimizer group of their own, without weight decay
   bool disable_in_eval = false;
+  ReduceMode reduce = ReduceMode::kTree;
 };
 
 struct StepReport {
@@ -77,6 +78,13 @@ class Trainer {
   void run_model(Transformer* model, GradientSet* gradients);
   void exchange_tied(Contribution* lookup, Contribution* head, bool* has_lookup, bool* has_head);
   std::vector<std::vector<Values>> reduce(GradientSet* gradients);
+  std::vector<std::vector<Values>> reduce_in_fixed_point(GradientSet* gradients);
+  // The sums of a gradient set by name of their tensor; the head of a tied embedding has its own.
+  std::vector<std::pair<std::string, FixedSum*>> fixed_sums(GradientSet* gradients) const;
+  void run_backward(Transformer* model, GradientSet* gradients);
+  FixedSum exchange_fixed(const FixedSum& own, bool first);
+  bool settle_exponents(GradientSet* gradients);
+  void run_in_fixed_point(Transformer* model, GradientSet* gradients);
   void total_loss(const LossSum& loss, StepReport* report);
   bool finish_gradients(std::vector<std::vector<Values>>* roots, StepReport* report);
   void update(const std::vector<std::vector<Values>>& gradients);

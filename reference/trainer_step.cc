@@ -25,23 +25,31 @@ GradientSet Trainer::empty_gradients() const {
     const bool by_row = local.info.layer < 0 || local.info.split == Split::kExpert;
     const int64_t rows = by_row ? local.shape[0] : 1;
     const int64_t width = numel(local.shape) / std::max<int64_t>(rows, 1);
-    set.own[static_cast<size_t>(i)].emplace(local.info.split == Split::kExpert ? expert : dense,
-                                            rows, width);
+    set.own[static_cast<size_t>(i)].emplace(
+        config_.reduce, local.info.split == Split::kExpert ? expert : dense, rows, width);
   }
   if (config_.model.tied && parallel_.last_stage()) {
-    set.head.emplace(dense, 1, config_.model.vocabulary * config_.model.hidden);
+    set.head.emplace(config_.reduce, dense, 1, config_.model.vocabulary * config_.model.hidden);
   }
   return set;
 }
 
 void Trainer::run_model(Transformer* model, GradientSet* gradients) {
   const auto& micros = plan_[static_cast<size_t>(parallel_.at.data)];
-  const bool at_once = parallel_.topology.pipeline > 1;
+  const bool at_once = parallel_.topology.pipeline > 1 || config_.reduce == ReduceMode::kFixed;
   for (size_t i = 0; i < micros.size(); ++i) {
     model->forward(micro_batch(micros[i]), state_.counters.steps);
     if (!at_once) model->backward(i, gradients);
   }
-  for (size_t i = 0; at_once && i < micros.size(); ++i) model->backward(i, gradients);
+  if (config_.reduce == ReduceMode::kFixed)
+    run_in_fixed_point(model, gradients);
+  else if (at_once)
+    run_backward(model, gradients);
+}
+
+void Trainer::run_backward(Transformer* model, GradientSet* gradients) {
+  const size_t micros = plan_[static_cast<size_t>(parallel_.at.data)].size();
+  for (size_t i = 0; i < micros; ++i) model->backward(i, gradients);
 }
 
 // First and last stage hand each other their half of the tied embedding's gradient.
@@ -237,7 +245,8 @@ StepReport Trainer::step() {
   GradientSet gradients = empty_gradients();
   run_model(&model, &gradients);
   total_loss(model.loss(), &report);
-  std::vector<std::vector<Values>> roots = reduce(&gradients);
+  std::vector<std::vector<Values>> roots =
+      config_.reduce == ReduceMode::kFixed ? reduce_in_fixed_point(&gradients) : reduce(&gradients);
   report.skipped = !finish_gradients(&roots, &report);
   if (report.skipped)
     ++state_.counters.skipped_steps;
