@@ -159,7 +159,9 @@ class ModelFile : public RankWriter {
                                         .storage = value_storage(&builder_, {}, state_.dtype)};
       } else if (places_.count(static_cast<int>(i)) == 0) {
         places_[static_cast<int>(i)] = {
-            .shape = p.shape, .storage = value_storage(&builder_, p.values, state_.dtype)};
+            .shape = p.shape,
+            .storage = value_storage(&builder_, p.values, state_.dtype),
+            .stride = numel(p.shape) == 0 ? contiguous_stride(p.whole) : Shape()};  // a slice of it
       }
       const NodeId node = builder_.tensor(places_.at(static_cast<int>(i)));
       items.push_back(pickle().string(p.name));

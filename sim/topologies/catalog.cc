@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/process_group.h"
 
 namespace isoshard::sim {
 namespace {
@@ -18,7 +19,15 @@ std::vector<Topology> select_one(const std::string& text) {
     const int world = std::atoi(text.c_str() + 7);
     if (world >= 1 && world <= 64) return topologies_up_to(world);
   } else if (text.find('=') != std::string::npos) {
-    list.push_back(resolve(parse_target(text), Topology{}));
+    const TargetSpec spec = parse_target(text);
+    if (spec.stage >= 0) {
+      throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                            .what = "A topology is named with a stage; stages are drawn.",
+                            .entry = quote(text),
+                            .next = "leave stage= out"});
+    }
+    list.push_back(resolve(spec, Topology{}));
+    check_topology(list.back());
   } else {
     for (const NamedTopology& entry : catalog()) {
       if (entry.name == text || starts_with(entry.name, text + ".")) {

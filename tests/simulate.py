@@ -1,0 +1,125 @@
+#!/usr/bin/env python3
+"""tests/simulate.py PROGRAM TRACES: simulated runs from the command line, and what they write.
+
+`simulate` counts, judges and can be had again; `golden` writes a checkpoint that the other verbs
+read and an HDF5 file that h5py reads, with the same values in both; `golden --check` finds what
+changed.
+"""
+
+import json
+import struct
+import subprocess
+import sys
+
+from program_case import ProgramCase, run_tests
+
+
+# h5py may be another Python's than the one that runs this.
+def has_h5py(python):
+    return subprocess.run([python, "-c", "import h5py"], capture_output=True).returncode == 0
+
+
+H5PY = next(filter(has_h5py, (sys.executable, "/usr/bin/python3")), None)
+READ = """
+import h5py, json, sys
+file = h5py.File(sys.argv[1], "r")
+name = "model.embed_tokens.weight"
+print(json.dumps({
+    "losses": [float(x).hex() for x in file["losses"][:]],
+    "whole": file["whole"][name]["fp32"][:].tobytes().hex(),
+    "pieces": [[int(file["ranks"][rank][name]["fp32"].attrs["begin"]),
+                file["ranks"][rank][name]["fp32"][:].tobytes().hex()]
+               for rank in sorted(file["ranks"]) if name in file["ranks"][rank]],
+    "events": file["trace"].shape[0], "columns": file["trace"].attrs["columns"].decode()
+    if isinstance(file["trace"].attrs["columns"], bytes) else file["trace"].attrs["columns"]}))
+"""
+
+
+class Simulate(ProgramCase):
+    def test_runs_are_counted_judged_and_had_again(self):
+        arguments = ["simulate", "--cases", 12, "--seed", 3, "--steps", 6, "--json"]
+        first = json.loads(self.run_program(0, *arguments).stdout.splitlines()[-1])
+        self.assertEqual((first["cases"], first["failed"], first["seed"]), (12, 0, 3))
+        self.assertGreater(first["changes_through_files"], 0)
+        again = json.loads(self.run_program(0, *arguments, "--workers", 1).stdout.splitlines()[-1])
+        self.assertEqual(again["trace_hash"], first["trace_hash"])
+        other = json.loads(
+            self.run_program(0, *arguments[:4], 4, *arguments[5:]).stdout.splitlines()[-1])
+        self.assertNotEqual(other["trace_hash"], first["trace_hash"])
+
+    def test_one_case_in_words(self):
+        told = self.run_program(0, "replay", "--seed", 3, "--case", 5, "--steps", 6).stdout
+        self.assertIn("equal to the run on one rank", told)
+        self.assertIn("legs", told)
+
+    def test_the_demonstration_has_equal_columns(self):
+        rows = [line.split() for line in
+                self.run_program(0, "simulate", "--demo", "elastic").stdout.splitlines()]
+        rows = [row for row in rows if row[0].isdigit()]
+        self.assertEqual(len(rows), 18)
+        for row in rows:
+            self.assertEqual(row[1], row[2])
+
+    def test_topologies(self):
+        names = [line.split()[0] for line in
+                 self.run_program(0, "topologies").stdout.splitlines()]
+        self.assertIn("ulysses.dp2.sp4", names)
+        self.run_program(0, "simulate", "--topologies", "awkward", "--cases", 2, "--steps", 2)
+        told = self.run_program(2, "simulate", "--topologies", "no such family").stderr
+        self.assertIn("isoshard topologies", told)
+        told = self.run_program(2, "simulate", "--topologies", "dp=3,ep=2").stderr
+        self.assertIn("3 mod 2 = 1", told)
+        self.run_program(2, "simulate", "--topologies", "dp=3,stage=1")
+
+    def golden(self, topology, *more):
+        folder = self.place / "golden"
+        self.run_program(0, "golden", "--topology", topology, "--out", folder, *more)
+        return folder
+
+    def test_a_golden_checkpoint_is_a_checkpoint(self):
+        folder = self.golden("dp=2,tp=2,stage=3", "--steps", 2)
+        told = self.run_program(0, "verify", folder / "ckpt").stdout
+        self.assertTrue(told.startswith("VERIFIED"))
+        self.run_program(0, "reshard", folder / "ckpt", "out", "--to", "tp=1,dp=3,stage=1")
+        self.run_program(0, "diff", folder / "ckpt", "out")
+        self.run_program(2, "golden", "--out", folder)  # it is there already
+        self.run_program(2, "golden", "--topology", "dp=2,ep=2", "--out", "none")
+        self.run_program(2, "golden", "--topology", "pp=2", "--out", "none")
+
+    def test_a_golden_folder_is_checked(self):
+        folder = self.golden("dp=3,stage=2")
+        self.assertIn("0 differ", self.run_program(0, "golden", "--check", folder).stdout)
+        path = folder / "ckpt" / "global_step3" / "mp_rank_00_model_states.pt"
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+        (folder / "more").write_text("")
+        told = self.run_program(1, "golden", "--check", folder).stdout
+        self.assertIn("different  ckpt/global_step3/mp_rank_00_model_states.pt", told)
+        self.assertIn('unexpected "more"', told)
+
+    def test_h5py_reads_it(self):
+        if H5PY is None:
+            self.skipTest("h5py is not installed")
+        folder = self.golden("dp=3,stage=1", "--model", "tiny")
+        read = subprocess.run([H5PY, "-c", READ, str(folder / "golden.h5")],
+                              capture_output=True, text=True, check=True)
+        found = json.loads(read.stdout)
+        told = json.loads((folder / "golden.json").read_text())
+        self.assertEqual([float.fromhex(x) for x in found["losses"]],
+                         [float.fromhex(x) for x in told["losses"]])
+        whole = bytes.fromhex(found["whole"])
+        joined = bytearray(len(whole))
+        for begin, piece in found["pieces"]:
+            joined[4 * begin:4 * begin + len(piece) // 2] = bytes.fromhex(piece)
+        self.assertEqual(bytes(joined), whole)
+        shown = self.run_program(0, "show", folder / "ckpt", "model.embed_tokens.weight", "--json")
+        first = struct.unpack("<f", whole[:4])[0]
+        self.assertIn(f"{first:.6g}"[:7], shown.stdout)
+        self.assertEqual(found["columns"], "rank,verb,group,sequence,count,peer,begin,end")
+        self.assertGreater(found["events"], 10)
+
+
+if __name__ == "__main__":
+    outcome, _ = run_tests(__doc__)
+    sys.exit(0 if outcome.wasSuccessful() else 1)
