@@ -47,10 +47,12 @@ void step(benchmark::State& state) {
   for (auto _ : state) {
     sim::Cluster cluster({.data = ranks}, {.stack_bytes = 128 * 1024});
     std::vector<std::unique_ptr<reference::Trainer>> trainers(static_cast<size_t>(ranks));
+    reference::LayoutCache layouts;
     std::chrono::steady_clock::time_point begin;
     cluster.run([&](sim::Rank& rank) {
       auto& trainer = trainers[static_cast<size_t>(rank.number())];
-      trainer = std::make_unique<reference::Trainer>(config, properties::parallel_state(rank));
+      trainer =
+          std::make_unique<reference::Trainer>(config, properties::parallel_state(rank), &layouts);
       trainer->initialise();
       rank.group(GroupKind::kWorld).barrier();
       if (rank.number() == 0) begin = std::chrono::steady_clock::now();

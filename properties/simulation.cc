@@ -132,9 +132,10 @@ void Simulation::run(const Leg& leg) {
   sim::Cluster cluster(leg.topology, {.seed = keyed_random(seed_, {static_cast<uint64_t>(legs_)})});
   std::vector<std::unique_ptr<Trainer>> trainers(static_cast<size_t>(leg.topology.world()));
   std::string reason;
+  reference::LayoutCache layouts;
   cluster.run([&](sim::Rank& rank) {
     auto& trainer = trainers[static_cast<size_t>(rank.number())];
-    trainer = std::make_unique<Trainer>(config, parallel_state(rank));
+    trainer = std::make_unique<Trainer>(config, parallel_state(rank), &layouts);
     if (rank.number() == 0) {
       reason = engine::files_unsupported(trainer->state(), leg.topology);
     }
@@ -152,7 +153,7 @@ void Simulation::run(const Leg& leg) {
   cluster.run([&](sim::Rank& rank) {
     const ParallelState parallel = parallel_state(rank);
     auto& trainer = trainers[static_cast<size_t>(rank.number())];
-    trainer = std::make_unique<Trainer>(config, parallel);
+    trainer = std::make_unique<Trainer>(config, parallel, &layouts);
     CheckpointEngine files(storage_, parallel, deepspeed_config(config, leg.topology, leg.stage),
                            [](const std::string&) {});
     if (by_files) {

@@ -93,7 +93,7 @@ struct ReduceItem {
   const Contribution* mine = nullptr;
   int64_t rows = 1;
   int64_t width = 1;
-  std::vector<Span> slices;  // elements that each member of the group owns
+  const std::vector<Span>* slices = nullptr;  // elements that each member of the group owns
 };
 
 // The roots of this rank's slices, one an item. `nodes` are the frontiers of the members, the same
@@ -105,7 +105,7 @@ std::vector<Values> reduce_to_owners(Communicator& group,
 // The same for sums in fixed point: one reduce_scatter of integers. `slices` as ReduceItem's.
 struct FixedItem {
   const FixedSum* mine = nullptr;
-  std::vector<Span> slices;
+  const std::vector<Span>* slices = nullptr;
 };
 std::vector<Values> reduce_fixed(Communicator& group, const std::vector<FixedItem>& items);
 

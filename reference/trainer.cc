@@ -36,12 +36,12 @@ std::vector<int64_t> all_places(const std::vector<std::vector<int64_t>>& micros)
 
 }  // namespace
 
-Trainer::Trainer(const TrainConfig& config, const ParallelState& parallel)
+Trainer::Trainer(const TrainConfig& config, const ParallelState& parallel, LayoutCache* cache)
     : config_(config), parallel_(parallel), plan_(plan_batch(config.data, parallel.topology.data)) {
   check_model(config_.model, parallel_.topology);
   make_state();
   parameters_ = std::make_unique<Parameters>(config_.model, parallel_, &state_);
-  make_owners();
+  make_owners(cache);
 }
 
 void Trainer::make_state() {
@@ -144,32 +144,40 @@ std::vector<TreeNode> Trainer::expert_nodes(int rank) const {
   return nodes;
 }
 
-void Trainer::make_owners() {
-  const Topology& t = parallel_.topology;
-  for (TrainedGroup& group : state_.groups) {
-    Owners owners;
-    owners.group = group.expert ? parallel_.expert_data : parallel_.zero;
+OwnerLayout Trainer::owner_layout(const TrainedGroup& group, const std::vector<int>& ranks) const {
+  OwnerLayout layout;
+  for (const int number : group.parameters) {
+    layout.numels.push_back(numel(state_.parameters[static_cast<size_t>(number)].shape));
+  }
+  const int members = static_cast<int>(ranks.size());
+  layout.cuts = cut_group(layout.numels, config_.stage, members);
+  const std::vector<GroupCut> summed =
+      config_.stage > 0 ? layout.cuts : cut_group(layout.numels, 3, members);
+  layout.slices.assign(layout.numels.size(), std::vector<Span>(ranks.size()));
+  for (size_t member = 0; member < ranks.size(); ++member) {
+    layout.nodes.push_back(group.expert
+                               ? expert_nodes(ranks[member])
+                               : dense_nodes(coordinate_of(parallel_.topology, ranks[member])));
+    for (const BufferPiece& piece : summed[member].pieces) {
+      layout.slices[static_cast<size_t>(piece.parameter)][member] = {piece.begin,
+                                                                     piece.begin + piece.count};
+    }
+  }
+  return layout;
+}
+
+void Trainer::make_owners(LayoutCache* cache) {
+  LayoutCache own_cache;
+  if (cache == nullptr) cache = &own_cache;
+  for (size_t g = 0; g < state_.groups.size(); ++g) {
+    TrainedGroup& group = state_.groups[g];
     const std::vector<int> ranks =
-        group_of(t, group.expert ? GroupKind::kExpertData : GroupKind::kZero, parallel_.rank);
-    for (const int number : group.parameters) {
-      owners.numels.push_back(numel(state_.parameters[static_cast<size_t>(number)].shape));
-    }
-    owners.slices.resize(owners.numels.size());
-    for (size_t member = 0; member < ranks.size(); ++member) {
-      owners.nodes.push_back(group.expert ? expert_nodes(ranks[member])
-                                          : dense_nodes(coordinate_of(t, ranks[member])));
-      const ZeroForm form{config_.stage, static_cast<int>(ranks.size()), static_cast<int>(member)};
-      owners.cuts.push_back(cut_group(owners.numels, form));
-      const GroupCut summed = config_.stage > 0
-                                  ? owners.cuts.back()
-                                  : cut_group(owners.numels, {3, form.ranks, form.rank});
-      for (std::vector<Span>& list : owners.slices) list.push_back({0, 0});
-      for (const BufferPiece& piece : summed.pieces) {
-        owners.slices[static_cast<size_t>(piece.parameter)].back() = {piece.begin,
-                                                                      piece.begin + piece.count};
-      }
-    }
-    const GroupCut& own = owners.cuts[static_cast<size_t>(owners.group->rank())];
+        group_of(parallel_.topology, group.expert ? GroupKind::kExpertData : GroupKind::kZero,
+                 parallel_.rank);
+    std::shared_ptr<const OwnerLayout>& layout = (*cache)[{static_cast<int>(g), ranks}];
+    if (!layout) layout = std::make_shared<const OwnerLayout>(owner_layout(group, ranks));
+    owners_.push_back({group.expert ? parallel_.expert_data : parallel_.zero, layout});
+    const GroupCut& own = layout->cuts[static_cast<size_t>(owners_.back().group->rank())];
     group.buffer_size = own.size;
     for (BufferPiece piece : own.pieces) {
       piece.parameter = group.parameters[static_cast<size_t>(piece.parameter)];
@@ -179,7 +187,6 @@ void Trainer::make_owners() {
     for (const std::string& name : state_names(config_.optimizer.kind)) {
       group.states.emplace_back(name, std::vector<float>(static_cast<size_t>(own.size), 0.0f));
     }
-    owners_.push_back(std::move(owners));
   }
 }
 
@@ -229,7 +236,7 @@ void Trainer::refresh_parameters() {
     Values own(group.master.size());
     for (size_t i = 0; i < own.size(); ++i) own[i] = rounded(group.master[i], state_.dtype);
     std::vector<Values> all;
-    for (const GroupCut& cut : owners.cuts) all.emplace_back(static_cast<size_t>(cut.size));
+    for (const GroupCut& cut : owners.layout->cuts) all.emplace_back(static_cast<size_t>(cut.size));
     if (state_.stage == 0)
       all[static_cast<size_t>(owners.group->rank())] = own;
     else
@@ -240,7 +247,7 @@ void Trainer::refresh_parameters() {
     }
     for (size_t member = 0; member < all.size(); ++member) {
       if (state_.stage == 0 && static_cast<int>(member) != owners.group->rank()) continue;
-      for (const BufferPiece& piece : owners.cuts[member].pieces) {
+      for (const BufferPiece& piece : owners.layout->cuts[member].pieces) {
         TrainedParameter& p = state_.parameters[static_cast<size_t>(
             group.parameters[static_cast<size_t>(piece.parameter)])];
         std::copy_n(all[member].begin() + piece.at, piece.count, p.values.begin() + piece.begin);

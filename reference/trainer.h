@@ -3,7 +3,9 @@
 // batches and the order in which ranks come to their collectives.
 #pragma once
 
+#include <map>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "core/parallel_state.h"
@@ -39,10 +41,21 @@ struct StepReport {
   bool skipped = false;  // float16 overflowed
 };
 
+// A parameter group over those who share its optimizer state: the same on each of them.
+struct OwnerLayout {
+  std::vector<std::vector<TreeNode>> nodes;  // by member: its frontier
+  std::vector<int64_t> numels;               // of the group's parameters
+  std::vector<GroupCut> cuts;                // by member
+  std::vector<std::vector<Span>> slices;     // by parameter, by member
+};
+// By group and the ranks that share it; of one config and topology.
+using LayoutCache = std::map<std::pair<int, std::vector<int>>, std::shared_ptr<const OwnerLayout>>;
+
 class Trainer {
  public:
-  // Throws Error(kUsage) where the model cannot be trained on this topology.
-  Trainer(const TrainConfig& config, const ParallelState& parallel);
+  // Throws Error(kUsage) where the model cannot be trained on this topology. `cache`: of layouts
+  // that ranks of one process need not work out each for itself; may be null.
+  Trainer(const TrainConfig& config, const ParallelState& parallel, LayoutCache* cache = nullptr);
 
   // Values of step 0: masters are the parameters as their dtype has them.
   void initialise();
@@ -60,17 +73,14 @@ class Trainer {
   void refresh_parameters();
 
  private:
-  // A parameter group over those who share it.
   struct Owners {
     Communicator* group = nullptr;
-    std::vector<std::vector<TreeNode>> nodes;  // frontier of each member
-    std::vector<int64_t> numels;               // of the group's parameters
-    std::vector<GroupCut> cuts;                // by member
-    std::vector<std::vector<Span>> slices;     // by parameter, by member
+    std::shared_ptr<const OwnerLayout> layout;
   };
   void make_state();
   std::vector<std::pair<std::string, Setting>> settings(double weight_decay) const;
-  void make_owners();
+  OwnerLayout owner_layout(const TrainedGroup& group, const std::vector<int>& ranks) const;
+  void make_owners(LayoutCache* cache);
   std::vector<TreeNode> dense_nodes(const Coordinate& at) const;
   std::vector<TreeNode> expert_nodes(int rank) const;
   MicroBatch micro_batch(const std::vector<int64_t>& places) const;

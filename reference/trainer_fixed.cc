@@ -92,9 +92,9 @@ std::vector<std::vector<Values>> Trainer::reduce_in_fixed_point(GradientSet* gra
       const bool shared = tied && number == embedding;
       if (shared) tied_at = static_cast<int>(k);
       items.push_back({shared ? lookup : &gradients->own[static_cast<size_t>(number)]->fixed(),
-                       owners.slices[k]});
+                       &owners.layout->slices[k]});
     }
-    if (tied_at >= 0) items.push_back({head, owners.slices[static_cast<size_t>(tied_at)]});
+    if (tied_at >= 0) items.push_back({head, &owners.layout->slices[static_cast<size_t>(tied_at)]});
     std::vector<Values> group_roots = reduce_fixed(*owners.group, items);
     if (tied_at >= 0) {
       Values& sum = group_roots[static_cast<size_t>(tied_at)];

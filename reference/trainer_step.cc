@@ -125,13 +125,13 @@ std::vector<std::vector<Values>> Trainer::reduce(GradientSet* gradients) {
       } else {
         parts[k] = gradient.finish();
       }
-      items.push_back({&parts[k], gradient.rows(), gradient.width(), owners.slices[k]});
+      items.push_back({&parts[k], gradient.rows(), gradient.width(), &owners.layout->slices[k]});
     }
     if (tied >= 0) {
       items.push_back({&head, 1, config_.model.vocabulary * config_.model.hidden,
-                       owners.slices[static_cast<size_t>(tied)]});
+                       &owners.layout->slices[static_cast<size_t>(tied)]});
     }
-    std::vector<Values> group_roots = reduce_to_owners(*owners.group, owners.nodes, items);
+    std::vector<Values> group_roots = reduce_to_owners(*owners.group, owners.layout->nodes, items);
     if (tied >= 0) {  // tree(lookup) + tree(head), in that order, at every pp
       Values& sum = group_roots[static_cast<size_t>(tied)];
       for (size_t i = 0; i < sum.size(); ++i) sum[i] += group_roots.back()[i];
@@ -206,8 +206,8 @@ void Trainer::update(const std::vector<std::vector<Values>>& gradients) {
     if (config_.stage == 0 && owners.group->size() > 1) {  // everybody needs everything
       for (size_t k = 0; k < whole.size(); ++k) {
         std::vector<Buffer> targets;
-        Values all(static_cast<size_t>(owners.numels[k]));
-        for (const Span& slice : owners.slices[k]) {
+        Values all(static_cast<size_t>(owners.layout->numels[k]));
+        for (const Span& slice : owners.layout->slices[k]) {
           targets.push_back(buffer(std::span(all).subspan(static_cast<size_t>(slice.begin),
                                                           static_cast<size_t>(slice.size()))));
         }

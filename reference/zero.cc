@@ -9,49 +9,58 @@
 
 namespace isoshard::reference {
 
-GroupCut cut_group(const std::vector<int64_t>& numels, const ZeroForm& form) {
+namespace {
+
+GroupCut whole_group(const std::vector<int64_t>& numels) {
   GroupCut cut;
-  if (form.stage == 0) {
-    for (size_t i = 0; i < numels.size(); ++i) {
-      cut.pieces.push_back({static_cast<int>(i), 0, numels[i], cut.size});
-      cut.size += numels[i];
-    }
-    return cut;
+  for (size_t i = 0; i < numels.size(); ++i) {
+    cut.pieces.push_back({static_cast<int>(i), 0, numels[i], cut.size});
+    cut.size += numels[i];
   }
-  if (form.stage == 3) {
-    for (size_t i = 0; i < numels.size(); ++i) {
-      const int64_t slot = (numels[i] + form.ranks - 1) / form.ranks;
-      const int64_t begin = std::min(form.rank * slot, numels[i]);
-      const int64_t end = std::min(begin + slot, numels[i]);
-      cut.pieces.push_back({static_cast<int>(i), begin, end - begin, cut.size});
-      cut.size += slot;
-    }
-    return cut;
-  }
-  const FlatBuffer buffer = flat_buffer(numels, {.ranks = form.ranks});
-  const int64_t first = form.rank * buffer.partition, last = first + buffer.partition;
-  for (size_t k = 0; k < buffer.order.size(); ++k) {
-    const int parameter = buffer.order[k];
-    const int64_t from = std::max(buffer.begin[k], first);
-    const int64_t to = std::min(buffer.begin[k] + numels[static_cast<size_t>(parameter)], last);
-    if (from >= to) continue;
-    cut.pieces.push_back({parameter, from - buffer.begin[k], to - from, from - first});
-  }
-  cut.size = buffer.partition;
   return cut;
 }
 
-Span reduced_slice(const std::vector<int64_t>& numels, int parameter, const ZeroForm& form) {
-  const int64_t numel = numels[static_cast<size_t>(parameter)];
-  if (form.stage == 0) {
-    const int64_t slot = (numel + form.ranks - 1) / form.ranks;
-    const int64_t begin = std::min(form.rank * slot, numel);
-    return {begin, std::min(begin + slot, numel)};
+// A slot of every parameter.
+GroupCut slots(const std::vector<int64_t>& numels, int ranks, int rank) {
+  GroupCut cut;
+  for (size_t i = 0; i < numels.size(); ++i) {
+    const int64_t slot = (numels[i] + ranks - 1) / ranks;
+    const int64_t begin = std::min(rank * slot, numels[i]);
+    const int64_t end = std::min(begin + slot, numels[i]);
+    cut.pieces.push_back({static_cast<int>(i), begin, end - begin, cut.size});
+    cut.size += slot;
   }
-  for (const BufferPiece& piece : cut_group(numels, form).pieces) {
-    if (piece.parameter == parameter) return {piece.begin, piece.begin + piece.count};
+  return cut;
+}
+
+// Partitions of the flat buffer.
+std::vector<GroupCut> partitions(const std::vector<int64_t>& numels, int ranks) {
+  const FlatBuffer buffer = flat_buffer(numels, {.ranks = ranks});
+  std::vector<GroupCut> cuts(static_cast<size_t>(ranks), GroupCut{{}, buffer.partition});
+  for (size_t k = 0; k < buffer.order.size(); ++k) {
+    const int parameter = buffer.order[k];
+    const int64_t begin = buffer.begin[k];
+    const int64_t end = begin + numels[static_cast<size_t>(parameter)];
+    for (int64_t at = begin; at < end;) {
+      const int64_t rank = at / buffer.partition;
+      const int64_t to = std::min(end, (rank + 1) * buffer.partition);
+      cuts[static_cast<size_t>(rank)].pieces.push_back(
+          {parameter, at - begin, to - at, at - rank * buffer.partition});
+      at = to;
+    }
   }
-  return {0, 0};
+  return cuts;
+}
+
+}  // namespace
+
+std::vector<GroupCut> cut_group(const std::vector<int64_t>& numels, int stage, int ranks) {
+  if (stage == 1 || stage == 2) return partitions(numels, ranks);
+  std::vector<GroupCut> cuts;
+  for (int rank = 0; rank < ranks; ++rank) {
+    cuts.push_back(stage == 0 ? whole_group(numels) : slots(numels, ranks, rank));
+  }
+  return cuts;
 }
 
 float rounded(float value, DType dtype) {

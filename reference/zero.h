@@ -19,21 +19,13 @@
 
 namespace isoshard::reference {
 
-struct ZeroForm {
-  int stage = 0;
-  int ranks = 1;  // of the partition group
-  int rank = 0;
-};
-
-// Pieces of rank `rank`'s buffer, and its size, for parameters of these sizes.
+// Pieces of one rank's buffer, and its size.
 struct GroupCut {
   std::vector<BufferPiece> pieces;  // `parameter` counts within the list
   int64_t size = 0;
 };
-GroupCut cut_group(const std::vector<int64_t>& numels, const ZeroForm& form);
-
-// The part of a parameter that a member sums up: its piece; at stage 0 a slot of it.
-Span reduced_slice(const std::vector<int64_t>& numels, int parameter, const ZeroForm& form);
+// By rank of `ranks` that share parameters of these sizes.
+std::vector<GroupCut> cut_group(const std::vector<int64_t>& numels, int stage, int ranks);
 
 // Value rounded to a parameter's dtype.
 float rounded(float value, DType dtype);

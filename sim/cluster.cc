@@ -2,6 +2,7 @@
 #include "sim/cluster.h"
 
 #include <algorithm>
+#include <map>
 
 #include "core/check.h"
 #include "core/error.h"
@@ -14,7 +15,7 @@ struct Cluster::State {
   State(const ClusterOptions& options, int ranks)
       : network(options.seed, options.stack_bytes, ranks) {}
   Interconnect network;
-  std::vector<std::shared_ptr<GroupBoard>> boards;
+  std::map<std::pair<std::string, std::vector<int>>, std::shared_ptr<GroupBoard>> boards;
 };
 
 namespace {
@@ -70,12 +71,11 @@ Cluster::Cluster(const Topology& topology, ClusterOptions options)
 Cluster::~Cluster() = default;
 
 std::shared_ptr<GroupBoard> Cluster::board(const std::string& name, const std::vector<int>& ranks) {
-  const std::string printed = name + " " + listed(ranks, 16);
-  for (const std::shared_ptr<GroupBoard>& board : state_->boards) {
-    if (board->ranks() == ranks && board->name() == printed) return board;
+  std::shared_ptr<GroupBoard>& board = state_->boards[{name, ranks}];
+  if (!board) {
+    board = std::make_shared<GroupBoard>(&state_->network, name + " " + listed(ranks, 16), ranks);
   }
-  state_->boards.push_back(std::make_shared<GroupBoard>(&state_->network, printed, ranks));
-  return state_->boards.back();
+  return board;
 }
 
 void Cluster::report_stuck() {
