@@ -6,7 +6,8 @@
 // root) is an Error(kMismatch) that names both call sites; an implementation that cannot tell may
 // wait for ever, the simulated one does not.
 //
-// Reductions of integers, and kMax, do not depend on any order. A kSum of floats is added in rank
+// Reductions of integers, and kMax of numbers, do not depend on any order (that of NaN does, and
+// which of two zeros is taken). A kSum of floats is added in rank
 // order, here and now: bits that must not depend on the ranks go by core/canonical_sum.h instead.
 #pragma once
 

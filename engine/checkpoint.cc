@@ -4,9 +4,11 @@
 #include <algorithm>
 #include <memory>
 
+#include "checkpoint/deepspeed/names.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "core/random.h"
+#include "core/utf8.h"
 #include "engine/rank_load.h"
 #include "reshard/executor.h"
 
@@ -56,11 +58,48 @@ void add_lines(const std::string& text, checkpoint::Manifest* manifest) {
   }
 }
 
+// A tag is one folder below save_dir that nothing else is named by.
+void check_tag(const std::string& tag) {
+  std::string why = why_unsafe_name(tag);
+  if (why.empty() && tag.find('/') != std::string::npos) why = "it names a folder inside another";
+  if (why.empty() && tag[0] == '.') why = "it begins with a dot";
+  if (tag == "latest" || tag == "latest_universal") why = "the pointer has this name";
+  if (why.empty()) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "This cannot be a tag.",
+                        .entry = quote(tag),
+                        .found = why,
+                        .next = "choose another tag"});
+}
+
+// A folder that a save may replace: a checkpoint, or nothing.
+void check_replaceable(Storage& storage, const std::string& folder) {
+  if (!storage.is_directory(folder)) return;
+  bool empty = true;
+  for (const DirectoryEntry& entry : storage.list(folder)) {
+    empty = false;
+    const checkpoint::FileName name = checkpoint::parse_file_name(entry.name);
+    if (name.kind == checkpoint::FileName::Kind::kModel ||
+        name.kind == checkpoint::FileName::Kind::kModelOfRank) {
+      return;
+    }
+  }
+  if (empty) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kExists,
+                        .what = "The tag's folder is there and is no checkpoint.",
+                        .file = folder,
+                        .next = "choose another tag, or move the folder away"});
+}
+
 }  // namespace
 
 TagValidation tag_validation(const Json& config) {
-  std::string text = "warn";
-  if (config.contains("checkpoint")) text = config["checkpoint"].value("tag_validation", text);
+  Json given = "Warn";
+  if (config.contains("checkpoint") && config["checkpoint"].is_object() &&
+      config["checkpoint"].contains("tag_validation")) {
+    given = config["checkpoint"]["tag_validation"];
+  }
+  std::string text = given.is_string() ? given.get<std::string>() : given.dump();
   std::transform(text.begin(), text.end(), text.begin(),
                  [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   if (text == "ignore") return TagValidation::kIgnore;
@@ -95,12 +134,12 @@ bool CheckpointEngine::same_on_all_ranks(const std::string& text) {
   return most[0] == -most[1];
 }
 
-std::string CheckpointEngine::from_rank_zero(std::string text) {
+std::string CheckpointEngine::from_rank(int root, std::string text) {
   int64_t size = static_cast<int64_t>(text.size());
-  parallel_.world->broadcast(buffer(std::span(&size, 1)), 0);
+  parallel_.world->broadcast(buffer(std::span(&size, 1)), root);
   std::vector<uint8_t> bytes(text.begin(), text.end());
   bytes.resize(static_cast<size_t>(size));
-  parallel_.world->broadcast(buffer(std::span(bytes)), 0);
+  parallel_.world->broadcast(buffer(std::span(bytes)), root);
   return std::string(bytes.begin(), bytes.end());
 }
 
@@ -120,6 +159,28 @@ std::vector<std::string> CheckpointEngine::gathered(const std::string& text) {
   std::vector<std::string> result;
   for (const std::vector<uint8_t>& part : parts) result.emplace_back(part.begin(), part.end());
   return result;
+}
+
+// Goes on where no rank has failed; otherwise every rank throws: its own failure, or the first
+// rank's, told as such.
+void CheckpointEngine::agree(const std::exception_ptr& failure, const std::string& act,
+                             const std::string& path, const std::string& safe) {
+  const int rank = first_failure(failure != nullptr);
+  if (rank < 0) return;
+  std::string text;
+  try {
+    if (failure) std::rethrow_exception(failure);
+  } catch (const std::exception& error) {
+    text = error.what();
+  }
+  text = from_rank(rank, text);
+  if (failure) std::rethrow_exception(failure);
+  throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                        .what = "The " + act + " failed on rank " + std::to_string(rank) + ".",
+                        .file = path,
+                        .found = text,
+                        .safe = safe,
+                        .next = "see to that rank's failure"});
 }
 
 void CheckpointEngine::agree_on_tag(const std::string& tag) {
@@ -145,32 +206,29 @@ bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::st
   }
   const std::string tag =
       options.tag.empty() ? "global_step" + std::to_string(state.counters.steps) : options.tag;
+  check_tag(tag);
   agree_on_tag(tag);
   const bool leads = parallel_.rank == 0;
   std::unique_ptr<checkpoint::StagedFolder> staged;
   std::exception_ptr failure;
-  const std::string final_path = save_dir + "/" + from_rank_zero(tag);
+  bool shown = false;
+  const std::string final_path = save_dir + "/" + from_rank(0, tag);
   const auto attempt = [&](auto work) {
     try {
-      if (!failure) work();
-    } catch (const Error&) {
+      work();
+    } catch (const std::exception&) {
       failure = std::current_exception();
     }
-    const int rank = first_failure(failure != nullptr);
-    if (rank < 0) return;
-    staged.reset();  // rank 0 takes the hidden folder away
-    if (failure) std::rethrow_exception(failure);
-    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
-                          .what = "The save failed on rank " + std::to_string(rank) + ".",
-                          .file = final_path,
-                          .safe = "the checkpoint before it, and `latest`, are as they were",
-                          .next = "see that rank's message"});
+    agree(failure, "save", final_path,
+          shown ? "the checkpoint is there; `latest` may be the one before"
+                : "the checkpoint before it, and `latest`, are as they were");
   };
   attempt([&] {
-    if (leads)
-      staged = std::make_unique<checkpoint::StagedFolder>(storage_, final_path, /*overwrite=*/true);
+    if (!leads) return;
+    check_replaceable(storage_, final_path);
+    staged = std::make_unique<checkpoint::StagedFolder>(storage_, final_path, /*overwrite=*/true);
   });
-  const std::string folder = from_rank_zero(leads ? staged->path() : "");
+  const std::string folder = from_rank(0, leads ? staged->path() : "");
   std::string written;
   attempt([&] {
     const RankPlace place{parallel_.topology, parallel_.at};
@@ -195,39 +253,66 @@ bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::st
     file->sync();
     file->close();
     staged->publish();
-    if (options.save_latest) {
-      checkpoint::replace_small_file(storage_, save_dir + "/latest",
-                                     final_path.substr(save_dir.size() + 1));
-    }
+  });
+  shown = true;
+  attempt([&] {
+    if (!leads || !options.save_latest) return;
+    checkpoint::replace_small_file(storage_, save_dir + "/latest",
+                                   final_path.substr(save_dir.size() + 1));
   });
   return true;
 }
 
 LoadResult CheckpointEngine::load_checkpoint(TrainingState* state, const std::string& load_dir,
                                              const LoadOptions& options) {
+  LoadResult result;
+  TrainingState loaded = *state;
+  std::exception_ptr failure;
+  std::string tag;
+  try {
+    if (parallel_.rank == 0) tag = tag_to_load(load_dir, options);
+  } catch (const std::exception&) {
+    failure = std::current_exception();
+  }
+  const std::string safe = "no rank's state was changed";
+  agree(failure, "load", load_dir, safe);
+  tag = from_rank(0, tag);
+  if (tag.empty()) {
+    warn_("Unable to find latest file at " + load_dir +
+          "/latest, if trying to load latest checkpoint please ensure this file exists or pass an "
+          "explicit checkpoint tag when loading a checkpoint.");
+    return result;
+  }
+  try {
+    result = load_rank(storage_, load_dir + "/" + tag, {parallel_.topology, parallel_.at}, options,
+                       &loaded);
+  } catch (const std::exception&) {
+    failure = std::current_exception();
+  }
+  agree(failure, "load", load_dir, safe);
+  *state = std::move(loaded);
+  return result;
+}
+
+// The tag that is there; empty where none is named and there is no `latest`.
+std::string CheckpointEngine::tag_to_load(const std::string& load_dir, const LoadOptions& options) {
   std::string tag = options.tag;
   if (tag.empty()) {
     const std::string latest = load_dir + "/latest";
-    if (!storage_.is_file(latest)) {
-      warn_("Unable to find latest file at " + latest +
-            ", if trying to load latest checkpoint please ensure this file exists or pass an "
-            "explicit checkpoint tag when loading a checkpoint.");
-      return {};
-    }
+    if (!storage_.is_file(latest)) return "";
     tag = text_of(storage_, latest);
   }
   const std::string folder = load_dir + "/" + tag;
-  if (tag.empty() || !storage_.is_directory(folder)) {
-    std::string there;
-    for (const std::string& name : tags_in(storage_, load_dir)) there += " " + quote(name);
-    throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
-                          .what = "There is no such tag (DeepSpeed: an empty AssertionError).",
-                          .file = load_dir,
-                          .entry = quote(tag),
-                          .expected = there.empty() ? "a tag" : "one of:" + there,
-                          .next = "name one of them, or none to take `latest`"});
-  }
-  return load_rank(storage_, folder, {parallel_.topology, parallel_.at}, options, state);
+  const bool plain = why_unsafe_name(tag).empty() && tag.find('/') == std::string::npos;
+  if (plain && storage_.is_directory(folder)) return tag;
+  std::string there;
+  for (const std::string& name : tags_in(storage_, load_dir)) there += " " + quote(name);
+  throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
+                        .what = "There is no such tag (DeepSpeed: an empty AssertionError).",
+                        .file = load_dir,
+                        .entry = quote(tag),
+                        .expected = there.empty() ? "a tag" : "one of:" + there,
+                        .next = "name one of them, or none to take `latest`"});
 }
 
 }  // namespace isoshard::engine

@@ -9,6 +9,7 @@
 // Collective: every rank of the world calls the same functions in the same order.
 #pragma once
 
+#include <exception>
 #include <functional>
 #include <optional>
 #include <string>
@@ -57,7 +58,11 @@ class CheckpointEngine {
   bool save_checkpoint(const TrainingState& state, const std::string& save_dir,
                        const SaveOptions& options);
 
-  // Fills the rank's buffers and counters. The state has the shapes of this run. Without a tag and
+  // Fills the rank's masters, optimizer states and counters, or, where a rank cannot, changes none;
+  // the copies in the parameters' dtype are the caller's to refresh. The state has the shapes of
+  // this run. Without load_optimizer_states, or with load_module_only, masters are the weights as
+  // the parameters' dtype has them and the optimizer is new; at stage 3 too, and of the tag that
+  // was named (DeepSpeed takes `latest`, or nothing: docs/deepspeed_errata.md). Without a tag and
   // `latest`: a warning, and no path. Throws Error(kNotFound) for a named tag that is not there,
   // with those that are; Error(kMismatch) where the checkpoint has other sizes or another number of
   // ranks (DeepSpeed: ZeRORuntimeException).
@@ -66,10 +71,13 @@ class CheckpointEngine {
 
  private:
   void agree_on_tag(const std::string& tag);
+  std::string tag_to_load(const std::string& load_dir, const LoadOptions& options);
   bool same_on_all_ranks(const std::string& text);
   // The rank that failed first in order of numbers, or −1. Collective.
   int first_failure(bool failed);
-  std::string from_rank_zero(std::string text);
+  std::string from_rank(int root, std::string text);
+  void agree(const std::exception_ptr& failure, const std::string& act, const std::string& path,
+             const std::string& safe);
   // By rank; on every rank.
   std::vector<std::string> gathered(const std::string& text);
 

@@ -2,6 +2,7 @@
 #include "engine/pickled.h"
 
 #include <algorithm>
+#include <cstdint>
 #include <cstring>
 
 #include "core/cast.h"
@@ -76,6 +77,10 @@ NodeId json_node(TorchBuilder* builder, const nlohmann::ordered_json& json) {
       return pickle.boolean(json.get<bool>());
     case nlohmann::ordered_json::value_t::number_integer:
     case nlohmann::ordered_json::value_t::number_unsigned:
+      if (json.is_number_unsigned() && json.get<uint64_t>() > uint64_t{INT64_MAX}) {
+        throw Error(ErrorCode::kUsage,
+                    "A number of the config or of client_state is larger than 2^63 − 1.");
+      }
       return pickle.integer(json.get<int64_t>());
     case nlohmann::ordered_json::value_t::number_float:
       return pickle.real(json.get<double>());

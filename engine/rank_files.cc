@@ -222,12 +222,12 @@ class ModelFile : public RankWriter {
           return std::span(values).subspan(static_cast<size_t>(piece.at),
                                            static_cast<size_t>(piece.count));
         };
-        Entries entry;
-        if (state_.counts_steps) entry.emplace_back("step", step_tensor());
-        for (const auto& [name, values] : group.states) {
-          entry.emplace_back(name, tensor(part(values), shape, DType::kFloat32));
-        }
         if (stepped()) {
+          Entries entry;
+          if (state_.counts_steps) entry.emplace_back("step", step_tensor());
+          for (const auto& [name, values] : group.states) {
+            entry.emplace_back(name, tensor(part(values), shape, DType::kFloat32));
+          }
           states.push_back(pickle().integer(number));
           states.push_back(builder_.dict(std::move(entry)));
         }
@@ -377,7 +377,7 @@ class OptimFile : public RankWriter {
                    {"delayed_shift", pickle().integer(scale.hysteresis)},
                    {"cur_hysteresis", pickle().integer(scale.hysteresis_left)},
                    {"consecutive_hysteresis", pickle().boolean(false)},
-                   {"raise_error_at_min_scale", pickle().boolean(true)},
+                   {"raise_error_at_min_scale", pickle().boolean(false)},
                    {"dtype", pickle().global("torch", "float16")}}) {
         fields.emplace_back(key, value);
       }

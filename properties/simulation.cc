@@ -101,7 +101,7 @@ std::string Simulation::donor_of_splits() {
   return folder;
 }
 
-// Reshards the saved files to a leg's topology and stage, unless they are the leg's already.
+// Reshards the saved files to a leg's topology and stage.
 void Simulation::bring_files(const Leg& leg) {
   const checkpoint::ReadOptions options{.workers = 1};
   checkpoint::ShardedState source = checkpoint::read_checkpoint(storage_, saved_, options);
@@ -145,7 +145,8 @@ void Simulation::run(const Leg& leg) {
   not_by_files_ =
       resumes && !by_files ? (reason.empty() ? "the run before has no files" : reason) : "";
   if (by_files) {
-    bring_files(leg);
+    const bool same = last_.topology == leg.topology && last_.stage == leg.stage;
+    if (!same) bring_files(leg);
     ++record_.files_legs;
   }
   const reference::WholeState before = std::move(record_.state);
@@ -179,6 +180,7 @@ void Simulation::run(const Leg& leg) {
     }
   });
   saved_ = reason.empty() ? save_dir : "";
+  last_ = leg;
   std::vector<const TrainingState*> states;
   for (const auto& trainer : trainers) states.push_back(&trainer->state());
   record_.state = reference::whole_state(states);

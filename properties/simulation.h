@@ -77,6 +77,7 @@ class Simulation {
   std::string saved_;  // save_dir of the last leg; empty: there are no files
   std::string not_by_files_;
   TrainingState counted_;  // counters of the last leg
+  Leg last_;
   int legs_ = 0;
 };
 

@@ -87,9 +87,10 @@ SimulationCase draw_case(const Draw& draw, const CaseLimits& limits) {
   }
   // A model that fits none gives way: it gets what the topologies ask for.
   if (possible.empty()) {
-    value.config.model.experts = 8;
-    value.config.model.top_k = 2;
-    value.config.model.layers = 3;
+    const Topology& first = limits.topologies.at(0);
+    value.config.model.experts = 8 % first.expert == 0 ? 8 : first.expert;
+    value.config.model.top_k = std::min<int64_t>(2, value.config.model.experts);
+    value.config.model.layers = std::max(3, first.pipeline);
     for (const Topology& topology : limits.topologies) {
       if (fits(value.config.model, topology)) possible.push_back(topology);
     }
@@ -98,7 +99,7 @@ SimulationCase draw_case(const Draw& draw, const CaseLimits& limits) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "No model that is drawn can have such a topology.",
                           .entry = to_string(limits.topologies.at(0)),
-                          .expected = "pp of 3 at most, ep of 8 at most"});
+                          .next = "name another topology"});
   }
   for (int done = 0; done < limits.steps; done += limits.every) {
     const int64_t pick = draw(0, static_cast<int64_t>(possible.size()) - 1);
@@ -146,7 +147,7 @@ CaseResult run_case(const SimulationCase& value) {
   try {
     for (const Leg& leg : value.legs) {
       simulation.run(leg);
-      ++result.changes;
+      if (&leg != &value.legs.front()) ++result.changes;
     }
     result.reason = difference(single_rank(value.config, value.steps()), simulation.record());
   } catch (const std::exception& failure) {

@@ -91,19 +91,19 @@ void FixedSum::settle() {
     const float x = std::abs(pending_[i]);
     largest_ = std::isfinite(x) ? std::max(largest_, x) : std::numeric_limits<float>::infinity();
     const double scaled = std::ldexp(static_cast<double>(pending_[i]), exponent_);  // exact
-    if (!(std::abs(scaled) < 0x1p62)) {
+    if (!(std::abs(scaled) < limit_)) {
       saturated_ = true;
       continue;
     }
     // From 2^51 on a float's multiple is whole already.
     const double whole = std::abs(scaled) < 0x1p51 ? exact::nearest(scaled) : scaled;
-    int64_t& sum = sums_[static_cast<size_t>(pending_at_) + i];
-    if (__builtin_add_overflow(sum, static_cast<int64_t>(whole), &sum)) saturated_ = true;
+    sums_[static_cast<size_t>(pending_at_) + i] += static_cast<int64_t>(whole);
   }
   pending_.clear();
 }
 
-void FixedSum::restart(int exponent) {
+void FixedSum::restart(int exponent, int64_t leaves) {
+  limit_ = std::ldexp(1.0, 62 - std::bit_width(static_cast<uint64_t>(leaves - 1)));
   std::fill(sums_.begin(), sums_.end(), int64_t{0});
   pending_.clear();
   exponent_ = exponent;

@@ -34,8 +34,9 @@ class FixedSum {
   // Room for `width` values that are added at element `at` by the next call of push() or settle().
   float* push(int64_t at, int64_t width);
   void settle();
-  // Forgets what was added; the exponent of what comes.
-  void restart(int exponent);
+  // Forgets what was added. `leaves` of what comes, multiplied by 2^exponent, are never more than
+  // an int64 holds; a larger element saturates the sum, whoever has it.
+  void restart(int exponent, int64_t leaves);
 
   // The sums of another rank.
   void take(std::vector<int64_t> sums, int exponent) {
@@ -45,7 +46,7 @@ class FixedSum {
 
   // The largest |x| so far; infinite if one was not a number.
   float largest() const { return largest_; }
-  // An element left the range in which `leaves` of them cannot overflow.
+  // An element left that range, and was left out.
   bool saturated() const { return saturated_; }
   const std::vector<int64_t>& sums() const { return sums_; }
   int exponent() const { return exponent_; }
@@ -59,6 +60,7 @@ class FixedSum {
   std::vector<float> pending_;
   int64_t pending_at_ = 0;
   int exponent_ = 0;
+  double limit_ = 0x1p32;  // of one element
   float largest_ = 0.0f;
   bool saturated_ = false;
 };

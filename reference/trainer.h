@@ -61,8 +61,9 @@ class Trainer {
   void initialise();
   StepReport step();
   // Mean loss of samples [first, first + count), which are no part of the training data's order.
-  // With disable_in_eval every rank evaluates on its own, over whole sequences, as many as it was
-  // given; otherwise all ranks share the same ones.
+  // With disable_in_eval every rank evaluates whole sequences on its own, as many as it was given
+  // (the same ones within a tensor-parallel group and a pipeline); otherwise all ranks share one
+  // lot.
   StepReport evaluate(int64_t first, int64_t count);
 
   TrainingState& state() { return state_; }

@@ -51,10 +51,10 @@ void Trainer::run_in_fixed_point(Transformer* model, GradientSet* gradients) {
                                       [&](const auto& entry) { return entry.first == name; });
       const bool there = found != state_.fixed_largest.end();
       const float largest = there ? found->second : 0.0f;
-      known &= there;
-      if (sum == nullptr) continue;
       const bool usable = std::isfinite(largest) && largest > 0;
-      sum->restart(usable ? FixedSum::exponent_for(leaves, largest) : 0);
+      known &= usable;
+      if (sum == nullptr) continue;
+      sum->restart(usable ? FixedSum::exponent_for(leaves, largest) : 0, leaves);
     }
     return known;
   };

@@ -274,8 +274,15 @@ StepReport Trainer::evaluate(int64_t first, int64_t count) {
     total_loss(model.loss(), &report);
     return report;
   }
-  report.tokens = model.loss().tokens;
-  report.loss = static_cast<float>(model.loss().sum.value() /
+  // The last stage's first tensor-parallel rank has the loss of this rank's samples.
+  std::vector<int64_t> words(model.loss().sum.words().begin(), model.loss().sum.words().end());
+  words.push_back(model.loss().tokens);
+  for (Communicator* group : {parallel_.tensor, parallel_.pipeline}) {
+    if (group->size() > 1) group->all_reduce(buffer(std::span(words)), Reduction::kSum);
+  }
+  report.tokens = words.back();
+  words.pop_back();
+  report.loss = static_cast<float>(ExactSum::from_words(words).value() /
                                    static_cast<double>(std::max<int64_t>(1, report.tokens)));
   return report;
 }

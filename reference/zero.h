@@ -3,7 +3,7 @@
 //
 //   stage 0   everybody everything
 //   stage 1   a partition of each group's flat buffer        (stage_1_and_2.py)
-//   stage 2   the same, gradients too: reduced after every micro step
+//   stage 2   the same, gradients too
 //   stage 3   a slot of every parameter, parameters too       (stage3.py)
 //
 // The gradient that a step uses is  round_dtype(root · loss scale / n)  with the root of the

@@ -1,5 +1,6 @@
 // What can go wrong between ranks, placed at an operation of a rank: its n-th call of a
-// communicator or a storage, counted from 0.
+// communicator or a storage, counted from 0 (reads of a file that is open do not count). A fault
+// that does not fit the operation does nothing.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +14,7 @@ enum class FaultKind {
   kDieAfter,      // it ends once its part is done
   kCorrupt,       // one bit of what it hands over is turned over on the way
   kDrop,          // what it sends never arrives (send alone): the other side waits
-  kDuplicate,     // what it sends arrives twice (send alone)
+  kDuplicate,     // what it sends arrives twice (send alone): the next receive gets it again
   kDiskFull,      // the storage operation fails: no space
   kQuota,         // no space within the quota
   kReadOnly,      // the file system is mounted read-only

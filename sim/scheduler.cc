@@ -183,13 +183,6 @@ void Scheduler::block() {
   give_up();
 }
 
-void Scheduler::pause() {
-  CHECK(current_ >= 0, "only a task can wait");
-  if (stopping_) throw TaskStopped{};
-  wake(current_);
-  give_up();
-}
-
 bool Scheduler::ended(int task) const { return tasks_[static_cast<size_t>(task)]->ended; }
 
 std::exception_ptr Scheduler::failure(int task) const {

@@ -1,6 +1,6 @@
 // Tasks that take turns on one thread, each with a stack of its own. Which of those that can go on
 // goes next is drawn from a seed, so a run can be had again to the letter. A task gives up its turn
-// only in block() and pause(); there are no clocks.
+// only in block(); there are no clocks.
 #pragma once
 
 #include <cstdint>
@@ -13,7 +13,7 @@
 
 namespace isoshard::sim {
 
-// Ends a task from outside: thrown by block() and pause() once stop() was called. Not an
+// Ends a task from outside: thrown by block() once stop() was called. Not an
 // std::exception, so that a body which swallows errors does not swallow this by accident.
 struct TaskStopped {};
 
@@ -34,10 +34,10 @@ class Scheduler {
 
   // Of the running task: waits until some other task wakes it.
   void block();
-  // Of the running task: lets others go first, if the draw says so.
-  void pause();
   void wake(int task);
 
+  // stop() is at work: whoever runs now is to unwind.
+  bool stopping() const { return stopping_; }
   int current() const { return current_; }
   int64_t tick() const { return tick_; }  // turns that were given so far
   bool ended(int task) const;

@@ -81,10 +81,13 @@ void Interconnect::die(int rank) {
 }
 
 const Fault* Interconnect::next_operation(int rank) {
+  if (scheduler.stopping()) throw TaskStopped{};
   if (is_dead(rank)) throw RankDied{rank};
   const int64_t number = operations[static_cast<size_t>(rank)]++;
   for (const Fault& fault : faults) {
-    if (fault.rank == rank && fault.operation == number) return &fault;
+    if (fault.rank != rank || fault.operation != number) continue;
+    if (fault.kind == FaultKind::kSlow) scheduler.set_eagerness(rank, 1.0 / 16);
+    return &fault;
   }
   return nullptr;
 }
@@ -242,7 +245,6 @@ void GroupBoard::collective(int member, Call call) {
   if (fault != nullptr) {
     if (fault->kind == FaultKind::kDieBefore) network_->die(rank);
     if (fault->kind == FaultKind::kCorrupt) flip(&call.source, &corrupted, fault->choice);
-    if (fault->kind == FaultKind::kSlow) network_->scheduler.set_eagerness(rank, 1.0 / 16);
   }
   const int64_t sequence = sequence_[static_cast<size_t>(member)];
   Pending& pending = pending_[sequence];
@@ -292,31 +294,44 @@ void GroupBoard::message(int member, Call call) {
   const std::pair<int, int> key = sends ? std::pair(member, peer) : std::pair(peer, member);
   std::deque<Message*>& others = sends ? receives_[key] : sends_[key];
   std::deque<Message*>& own = sends ? sends_[key] : receives_[key];
+  if (fault != nullptr && fault->kind == FaultKind::kDieInside) network_->die(rank);
   call.begin = network_->scheduler.tick();
   Message mine{std::move(call), false};
-  if (!others.empty()) {
+  const auto agree = [&](int64_t count, const std::string& other) {
+    if (count == handed_over(mine.call)) return;
+    throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                          .what = "A send and its receive do not agree.",
+                          .entry = "group " + name_,
+                          .expected = other,
+                          .found = describe(mine.call, 0),
+                          .next = "compare the shapes that the two ranks compute"});
+  };
+  std::deque<std::vector<std::byte>>& copies = copies_[key];
+  if (!sends && !copies.empty()) {
+    const Buffer target = mine.call.target[0];
+    agree(static_cast<int64_t>(copies.front().size()) / item_size_bytes(target.dtype),
+          "a message that came twice");
+    copy(target, {target.dtype, copies.front().data(), target.count});
+    copies.pop_front();
+  } else if (!others.empty()) {
     Message& other = *others.front();
-    const ConstBuffer source = sends ? mine.call.source[0] : other.call.source[0];
-    const Buffer target = sends ? other.call.target[0] : mine.call.target[0];
-    if (source.count != target.count || source.dtype != target.dtype) {
-      throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
-                            .what = "A send and its receive do not agree.",
-                            .entry = "group " + name_,
-                            .expected = describe(other.call, 0),
-                            .found = describe(mine.call, 0),
-                            .next = "compare the shapes that the two ranks compute"});
-    }
-    copy(target, source);
-    if (!(fault != nullptr && fault->kind == FaultKind::kDuplicate)) {
-      others.pop_front();
-      other.done = true;
-      network_->scheduler.wake(ranks_[static_cast<size_t>(peer)]);
-    }
+    agree(dtype_of(other.call) == dtype_of(mine.call) ? handed_over(other.call) : -1,
+          describe(other.call, 0));
+    if (sends)
+      copy(other.call.target[0], mine.call.source[0]);
+    else
+      copy(mine.call.target[0], other.call.source[0]);
+    others.pop_front();
+    other.done = true;
+    network_->scheduler.wake(ranks_[static_cast<size_t>(peer)]);
   } else {
-    if (fault != nullptr && fault->kind == FaultKind::kDieInside) network_->die(rank);
     own.push_back(&mine);
     wait(member, mine.call, 0);
     CHECK(mine.done, "a rank was woken before its message was there");
+  }
+  if (sends && fault != nullptr && fault->kind == FaultKind::kDuplicate) {
+    const ConstBuffer& source = mine.call.source[0];
+    copies.emplace_back(source.data, source.data + source.size_bytes());
   }
   record(member, mine.call, 0);
   if (fault != nullptr && fault->kind == FaultKind::kDieAfter) network_->die(rank);

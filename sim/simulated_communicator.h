@@ -95,6 +95,7 @@ class GroupBoard {
   };
   // By (from, to): calls that wait for the other side.
   std::map<std::pair<int, int>, std::deque<Message*>> sends_, receives_;
+  std::map<std::pair<int, int>, std::deque<std::vector<std::byte>>> copies_;  // of duplicates
 };
 
 class SimulatedCommunicator : public Communicator {

@@ -164,7 +164,95 @@ TEST(Engine, AFlippedBitIsRefused) {
   const Error error = world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
     files.load_checkpoint(&trainer.state(), "/run", {});
   });
-  EXPECT_EQ(error.info().code, ErrorCode::kCorrupt) << error.what();
+  EXPECT_NE(std::string(error.what()).find("its CRC"), std::string::npos) << error.what();
+}
+
+TEST(Engine, TagsThatWouldReachElsewhereAreRefused) {
+  for (const std::string tag : {"../other", "a/b", ".hidden", "latest", "..", "a\nb"}) {
+    World world;
+    const Error error = world.run(
+        [&](sim::Rank&, Trainer& trainer, CheckpointEngine& files) { save(trainer, files, tag); });
+    EXPECT_EQ(error.info().code, ErrorCode::kUsage) << tag;
+  }
+  World world;
+  world.disk.make_directories("/run/logs");
+  world.disk.create("/run/logs/precious")->close();
+  const Error error = world.run(
+      [](sim::Rank&, Trainer& trainer, CheckpointEngine& files) { save(trainer, files, "logs"); });
+  EXPECT_NE(error.info().what.find("no checkpoint"), std::string::npos);
+  EXPECT_TRUE(world.disk.is_file("/run/logs/precious"));
+}
+
+TEST(Engine, AnotherModelIsRefused) {
+  for (int stage = 0; stage <= 3; ++stage) {
+    World world;
+    world.config = small(stage);
+    world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) { save(trainer, files); });
+    world.config.model.hidden = 3;
+    world.config.model.intermediate = 4;
+    const Error error = world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
+      files.load_checkpoint(&trainer.state(), "/run", {});
+    });
+    EXPECT_NE(std::string(error.what()).find("another model"), std::string::npos)
+        << stage << " " << error.what();
+  }
+}
+
+// What the flags of load_checkpoint leave of a run's state, by stage.
+TEST(Engine, FlagsChooseWhatIsLoaded) {
+  for (int stage = 0; stage <= 3; ++stage) {
+    World world;
+    world.config = small(stage);
+    world.config.model.dtype = DType::kBFloat16;
+    world.config.schedule.kind = reference::ScheduleKind::kWarmup;
+    std::vector<TrainingState> saved(2);
+    world.run([&](sim::Rank& rank, Trainer& trainer, CheckpointEngine& files) {
+      for (int i = 0; i < 3; ++i) trainer.step();
+      save(trainer, files);
+      saved[static_cast<size_t>(rank.number())] = trainer.state();
+    });
+    const auto load = [&](const LoadOptions& options) {
+      std::vector<TrainingState> states(2);
+      const Error error =
+          world.run([&](sim::Rank& rank, Trainer& trainer, CheckpointEngine& files) {
+            trainer.step();
+            files.load_checkpoint(&trainer.state(), "/run", options);
+            states[static_cast<size_t>(rank.number())] = trainer.state();
+          });
+      EXPECT_EQ(error.info().what, "") << error.what();
+      return states;
+    };
+    const auto zero = [](const TrainingState& state) {
+      for (const TrainedGroup& group : state.groups) {
+        for (const auto& [name, values] : group.states) {
+          for (const float value : values) {
+            if (value != 0) return false;
+          }
+        }
+      }
+      return true;
+    };
+    const auto rounded = [](const TrainingState& state) {
+      std::vector<float> values;
+      for (const float value : state.groups[0].master) {
+        values.push_back(reference::rounded(value, DType::kBFloat16));
+      }
+      return values;
+    };
+    const TrainingState all = load({})[1];
+    EXPECT_EQ(all.counters, saved[1].counters) << stage;
+    EXPECT_EQ(all.groups[0].settings, saved[1].groups[0].settings) << stage;
+    EXPECT_FALSE(zero(all));
+    const TrainingState weights = load({.load_module_only = true})[1];
+    EXPECT_EQ(weights.groups[0].master, rounded(saved[1])) << stage;
+    EXPECT_TRUE(zero(weights));
+    EXPECT_EQ(weights.counters.steps, 1);
+    const TrainingState fresh = load({.load_optimizer_states = false})[1];
+    EXPECT_EQ(fresh.groups[0].master, rounded(saved[1])) << stage;
+    EXPECT_TRUE(zero(fresh));
+    EXPECT_EQ(fresh.counters.steps, 3);
+    EXPECT_EQ(load({.load_lr_scheduler_states = false})[1].counters.schedule_iteration, 0);
+  }
 }
 
 // A save of a second state over a first: what `latest` leads to afterwards.
@@ -218,6 +306,8 @@ TEST(Engine, AFaultAtEveryPointOfASaveLeavesOldOrNew) {
         const Error error = world.run(body, {{.kind = kind, .rank = rank, .operation = at}});
         const Outcome found = outcome(world, first, second);
         ASSERT_TRUE(found.old_state || found.new_state) << "operation " << at << " of " << rank;
+        const bool disk_fault = kind == FaultKind::kDiskFull || kind == FaultKind::kStaleHandle;
+        if (disk_fault && error.info().what.empty()) continue;  // at a collective it does nothing
         ++cases;
         old_states += found.old_state;
         new_states += found.new_state;

@@ -54,7 +54,7 @@ void expect_same(const TrainConfig& config, const Trained& one, const Topology& 
   EXPECT_EQ(reference::difference(one.state, run.state), "") << where;
 }
 
-TEST(Training, LossFallsOnOneRank) {
+TEST(Training, OneRankSendsNothing) {
   TrainConfig config;
   config.data.masked = 0;
   config.schedule.max_lr = 0.02;

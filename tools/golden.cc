@@ -2,7 +2,9 @@
 //
 //   OUT/ckpt/global_stepN/…, OUT/ckpt/latest     as the ranks of a simulated run have saved it
 //   OUT/golden.h5     whole/NAME/STATE             whole tensors
-//                     ranks/R/NAME/STATE           the run of elements that rank R holds, `begin`
+//                     ranks/R/NAME/STATE           the run of elements that rank R holds of its
+//                                                  shard, from `begin` on; the shard begins at
+//                                                  `split_begin` of axis `split_axis` (−1: whole)
 //                     losses, norms, trace         of the run
 //   OUT/golden.json   what was asked for, the digest of the trace, losses as hexadecimal floats
 #include <cstdio>
@@ -69,6 +71,12 @@ class Golden {
     TargetSpec spec = parse_target(options.topology);
     leg_ = {resolve(spec, Topology{}), spec.stage < 0 ? 1 : spec.stage, options.steps};
     config_.stage = leg_.stage;
+    if (leg_.topology.world() <= 4096 && leg_.steps >= 0 && leg_.steps <= 10000) return;
+    throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                          .what = "A golden folder of that size is not made.",
+                          .expected = "up to 4096 ranks and 10000 steps",
+                          .found = std::to_string(leg_.topology.world()) + " ranks, " +
+                                   std::to_string(leg_.steps) + " steps"});
   }
 
   // Everything under `folder`, which exists.
@@ -132,6 +140,8 @@ class Golden {
                         std::span(values).subspan(static_cast<size_t>(piece.at),
                                                   static_cast<size_t>(piece.count)));
             file.attribute(path, "begin", piece.begin);
+            file.attribute(path, "split_axis", static_cast<int64_t>(p.split_axis));
+            file.attribute(path, "split_begin", p.split_begin);
           };
           add("fp32", group.master);
           for (const auto& [name, values] : group.states) add(name, values);

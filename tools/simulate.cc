@@ -1,6 +1,7 @@
 // isoshard simulate, replay, topologies: made-up runs on simulated ranks, judged against one rank.
 #include <atomic>
 #include <chrono>
+#include <exception>
 #include <iostream>
 #include <mutex>
 #include <thread>
@@ -57,10 +58,16 @@ class Tally {
 
   void run() {
     const auto work = [this] {
-      for (int64_t number = next_++; number < options_.cases; number = next_++) {
-        const SimulationCase value =
-            seeded_case(options_.seed, static_cast<uint64_t>(number), limits_);
-        take(number, run_case(value));
+      try {
+        for (int64_t number = next_++; number < options_.cases; number = next_++) {
+          const SimulationCase value =
+              seeded_case(options_.seed, static_cast<uint64_t>(number), limits_);
+          take(number, run_case(value));
+        }
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!failure_) failure_ = std::current_exception();
+        next_ = options_.cases;
       }
     };
     const int workers = session_.workers > 0
@@ -70,6 +77,7 @@ class Tally {
     for (int i = 1; i < workers; ++i) try_start(&threads, work);
     work();
     for (std::thread& thread : threads) thread.join();
+    if (failure_) std::rethrow_exception(failure_);
     report();
   }
 
@@ -142,6 +150,7 @@ class Tally {
   const std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
   std::atomic<int64_t> next_{0};
   std::mutex mutex_;
+  std::exception_ptr failure_;
   int64_t done_ = 0, failed_ = 0, first_ = -1, events_ = 0, changes_ = 0, files_ = 0;
   uint64_t hashes_ = 0;
   double told_ = 0;
