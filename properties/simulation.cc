@@ -3,6 +3,7 @@
 
 #include <bit>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/reshard_target.h"
 #include "core/random.h"
@@ -134,6 +135,7 @@ void Simulation::run(const Leg& leg) {
   std::string reason;
   reference::LayoutCache layouts;
   cluster.run([&](sim::Rank& rank) {
+    checkpoint::throw_if_cancelled();
     auto& trainer = trainers[static_cast<size_t>(rank.number())];
     trainer = std::make_unique<Trainer>(config, parallel_state(rank), &layouts);
     if (rank.number() == 0) {
@@ -170,6 +172,7 @@ void Simulation::run(const Leg& leg) {
     }
     if (resumes && hooks_.after_load) hooks_.after_load(trainer.get(), rank.number());
     for (int step = 0; step < leg.steps; ++step) {
+      checkpoint::throw_if_cancelled();
       const StepReport report = trainer->step();
       if (hooks_.after_step) hooks_.after_step(trainer.get(), rank.number());
       if (rank.number() == 0) record_.steps.push_back(report);
@@ -199,7 +202,10 @@ Record single_rank(const TrainConfig& config, int steps) {
   cluster.run([&](sim::Rank& rank) {
     Trainer trainer(alone, parallel_state(rank));
     trainer.initialise();
-    for (int step = 0; step < steps; ++step) record.steps.push_back(trainer.step());
+    for (int step = 0; step < steps; ++step) {
+      checkpoint::throw_if_cancelled();
+      record.steps.push_back(trainer.step());
+    }
     record.state = reference::whole_state({&trainer.state()});
   });
   return record;

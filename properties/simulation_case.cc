@@ -2,7 +2,9 @@
 #include "properties/simulation_case.h"
 
 #include <algorithm>
+#include <new>
 
+#include "checkpoint/cancel.h"
 #include "core/error.h"
 #include "core/random.h"
 
@@ -150,7 +152,10 @@ CaseResult run_case(const SimulationCase& value) {
       if (&leg != &value.legs.front()) ++result.changes;
     }
     result.reason = difference(single_rank(value.config, value.steps()), simulation.record());
+  } catch (const std::bad_alloc&) {
+    throw;
   } catch (const std::exception& failure) {
+    checkpoint::throw_if_cancelled();  // then it was no failure
     result.reason = failure.what();
   }
   result.trace_hash = simulation.record().trace_hash;

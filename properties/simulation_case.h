@@ -43,6 +43,7 @@ struct CaseResult {
   int64_t changes = 0;        // of topology and stage
   int64_t files_changes = 0;  // those that went through DeepSpeed's files
 };
+// Throws Error(kInterrupted) after a signal, and std::bad_alloc.
 CaseResult run_case(const SimulationCase& value);
 
 }  // namespace isoshard::properties

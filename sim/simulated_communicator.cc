@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "checkpoint/cancel.h"
 #include "core/check.h"
 #include "core/error.h"
 
@@ -82,6 +83,7 @@ void Interconnect::die(int rank) {
 
 const Fault* Interconnect::next_operation(int rank) {
   if (scheduler.stopping()) throw TaskStopped{};
+  checkpoint::throw_if_cancelled();
   if (is_dead(rank)) throw RankDied{rank};
   const int64_t number = operations[static_cast<size_t>(rank)]++;
   for (const Fault& fault : faults) {

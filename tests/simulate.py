@@ -7,11 +7,13 @@ changed.
 """
 
 import json
+import signal
 import struct
 import subprocess
 import sys
+import time
 
-from program_case import ProgramCase, run_tests
+from program_case import CONFIG, ProgramCase, run_tests
 
 
 # h5py may be another Python's than the one that runs this.
@@ -70,6 +72,35 @@ class Simulate(ProgramCase):
         told = self.run_program(2, "simulate", "--topologies", "dp=3,ep=2").stderr
         self.assertIn("3 mod 2 = 1", told)
         self.run_program(2, "simulate", "--topologies", "dp=3,stage=1")
+        for text in ("world<=8,tp=2", "world<=0", "world<=65", "dp=0", "dp=5000", ""):
+            self.run_program(2, "simulate", "--topologies", text)
+        for text in ("pp=9", "dp=16,ep=16"):
+            self.run_program(0, "simulate", "--topologies", text, "--cases", 2, "--steps", 1)
+
+    def test_numbers_that_cannot_be_meant(self):
+        for option in ("--seed", "--cases", "--steps", "--reshard-every", "--workers"):
+            for text in ("-1", "99999999999999999999", "", "1e3", "x"):
+                self.run_program(2, "simulate", option, text)
+        self.run_program(2, "replay", "--case", "-1")
+        self.run_program(2, "simulate", "--demo", "elastic", "--seed", 9)
+        self.run_program(2, "golden", "--check", "x", "--topology", "dp=2")
+        self.run_program(2, "help", "bogus")
+        for verb in ("simulate", "replay", "topologies", "golden"):
+            self.assertIn("--help", self.run_program(0, verb, "--help").stdout)
+
+    def test_a_signal_ends_it_and_is_no_failed_case(self):
+        for arguments in (["simulate", "--cases", "100000", "--no-progress"],
+                          ["replay", "--case", "1", "--steps", "100000"],
+                          ["golden", "--steps", "10000", "--out", str(self.place / "golden")]):
+            process = subprocess.Popen([str(CONFIG.program), *arguments], stdout=subprocess.PIPE,
+                                       stderr=subprocess.PIPE, text=True)
+            time.sleep(0.7)
+            process.send_signal(signal.SIGTERM)
+            out, error = process.communicate(timeout=30)
+            self.assertEqual(process.returncode, 128 + signal.SIGTERM, (arguments, out, error))
+            self.assertIn("interrupted by signal 15", error)
+            self.assertNotIn("failed", out + error)
+        self.assertEqual([path.name for path in self.place.iterdir()], [])
 
     def golden(self, topology, *more):
         folder = self.place / "golden"
@@ -88,7 +119,7 @@ class Simulate(ProgramCase):
 
     def test_a_golden_folder_is_checked(self):
         folder = self.golden("dp=3,stage=2")
-        self.assertIn("0 differ", self.run_program(0, "golden", "--check", folder).stdout)
+        self.assertIn("0 differ, 0 more", self.run_program(0, "golden", "--check", folder).stdout)
         path = folder / "ckpt" / "global_step3" / "mp_rank_00_model_states.pt"
         data = bytearray(path.read_bytes())
         data[len(data) // 2] ^= 1

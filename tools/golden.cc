@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <iostream>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/format/hdf5.h"
 #include "checkpoint/publication.h"
 #include "core/error.h"
@@ -30,6 +31,7 @@ struct GoldenOptions {
   uint64_t seed = 1;
   std::string out;
   std::string check;
+  bool overwrite = false;
 };
 
 // Models by name; "llama" has the sizes of the recorded AutoTP checkpoints.
@@ -90,6 +92,7 @@ class Golden {
       trainer = std::make_unique<Trainer>(config_, parallel);
       trainer->initialise();
       for (int step = 0; step < leg_.steps; ++step) {
+        checkpoint::throw_if_cancelled();
         const reference::StepReport report = trainer->step();
         if (rank.number() == 0) reports.push_back(report);
       }
@@ -216,6 +219,12 @@ void check(Session* session, GoldenOptions options) {
   Json told;
   try {
     told = Json::parse(read_small_file(disk, folder + "/golden.json", 1 << 20));
+    if (told.at("schema") != 1 || told.at("kind") != "golden") {
+      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                            .what = "This golden folder is of another kind or version.",
+                            .file = folder + "/golden.json",
+                            .expected = "schema 1, kind golden"});
+    }
     options.topology = told.at("topology");
     options.model = told.at("model");
     options.steps = told.at("steps");
@@ -232,7 +241,7 @@ void check(Session* session, GoldenOptions options) {
   std::vector<std::string> expected, found;
   list_files(memory, "/golden", "", &expected);
   list_files(disk, folder, "", &found);
-  int64_t differing = 0;
+  int64_t differing = 0, unexpected = 0;
   for (const std::string& path : expected) {
     if (std::find(found.begin(), found.end(), path) == found.end()) {
       std::cout << "missing    " << path.substr(1) << "\n";
@@ -246,10 +255,10 @@ void check(Session* session, GoldenOptions options) {
   for (const std::string& path : found) {
     if (std::find(expected.begin(), expected.end(), path) != expected.end()) continue;
     std::cout << "unexpected " << quote(path.substr(1)) << "\n";
-    ++differing;
+    ++unexpected;
   }
-  std::cout << expected.size() << " files, " << differing << " differ\n";
-  if (differing > 0) session->status = kAnswerIsNo;
+  std::cout << expected.size() << " files, " << differing << " differ, " << unexpected << " more\n";
+  if (differing + unexpected > 0) session->status = kAnswerIsNo;
 }
 
 }  // namespace
@@ -258,15 +267,22 @@ void add_golden(CLI::App* app, Session* session) {
   CLI::App* verb = app->add_subcommand(
       "golden", "A checkpoint in DeepSpeed's layout and, as HDF5, what must be in it");
   auto options = std::make_shared<GoldenOptions>();
-  verb->add_option("--topology", options->topology, "dp=2,sp=,tp=,stage= (dp=2,stage=1)");
-  verb->add_option("--model", options->model, "llama, llama-fp32 or tiny (llama)");
-  verb->add_option("--steps", options->steps, "Steps that are trained (3)")
-      ->check(CLI::Range(0, 10000));
-  verb->add_option("--seed", options->seed, "Of weights, tokens and the order of events");
+  verb->set_help_flag("-h,--help", "This page");
+  std::vector<CLI::Option*> asked = {
+      verb->add_option("--topology", options->topology,
+                       "dp=,sp=,tp=,stage= (dp=2,stage=1); not sp and tp together, no ep and pp"),
+      verb->add_option("--model", options->model, "llama, llama-fp32 or tiny (llama)"),
+      verb->add_option("--steps", options->steps, "Steps that are trained (3)")
+          ->check(CLI::Range(0, 10000)),
+      verb->add_option("--seed", options->seed, "Of weights, tokens and the order of events (1)")
+          ->check(CLI::Range(0, 999999999))};
   CLI::Option* out = verb->add_option("--out", options->out, "The folder that appears");
   CLI::Option* again = verb->add_option("--check", options->check,
                                         "Make what a golden folder says again, and compare");
   out->excludes(again);
+  for (CLI::Option* option : asked) again->excludes(option);
+  verb->add_flag("--overwrite", options->overwrite, "Replace the folder if it is there")
+      ->excludes(again);
   verb->add_flag("--quiet", session->quiet, "Errors only");
   verb->callback([session, options] {
     if (!options->check.empty()) return check(session, *options);
@@ -275,7 +291,7 @@ void add_golden(CLI::App* app, Session* session) {
                             .what = "Neither a folder to make nor one to check is named.",
                             .expected = "--out DIR or --check DIR"});
     }
-    checkpoint::StagedFolder staged(session->storage, options->out, /*overwrite=*/false);
+    checkpoint::StagedFolder staged(session->storage, options->out, options->overwrite);
     Golden(*options, session->storage).write(staged.path());
     staged.publish();
     session->say("made " + options->out);

@@ -133,7 +133,7 @@ class Tally {
     }
     std::cout << done_ << " cases, " << failed_ << " failed, seed " << options_.seed
               << ", trace hash " << hash << "\n"
-              << limits_.topologies.size() << " topologies, " << changes_
+              << "drawn from " << limits_.topologies.size() << " topologies, " << changes_
               << " changes of topology and stage, " << files_ << " through DeepSpeed's files, "
               << events_ << " events between ranks\n"
               << static_cast<int64_t>(60.0 * static_cast<double>(done_) / seconds)
@@ -199,14 +199,23 @@ void elastic(Session* session) {
   if (!reason.empty()) session->status = kAnswerIsNo;
 }
 
+// Digits alone, so that nothing wraps or stands for 0.
+std::string not_whole(const std::string& text) {
+  const bool digits = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
+  return digits && text.size() <= 9 ? "" : quote(text) + " is no whole number below 10^9";
+}
+
 void add_case_flags(CLI::App* verb, SimulateOptions* options) {
+  verb->set_help_flag("-h,--help", "This page");
   verb->add_option("--topologies", options->topologies,
-                   "'world<=8', a family or a name of `isoshard topologies`, or dp=2,sp=4; several "
+                   "What is drawn from: 'world<=8' (the default), a family or a name of `isoshard "
+                   "topologies`, or dp=2,sp=4; several "
                    "with spaces between");
-  verb->add_option("--seed", options->seed, "Of everything that is drawn");
-  verb->add_option("--steps", options->steps, "Steps of a run (20)");
+  verb->add_option("--seed", options->seed, "Of everything that is drawn (1)")->check(not_whole);
+  verb->add_option("--steps", options->steps, "Steps of a run (20)")->check(not_whole);
   verb->add_option("--reshard-every", options->every,
-                   "Steps between two changes of topology and stage (3)");
+                   "Steps between two changes of topology and stage (3)")
+      ->check(not_whole);
 }
 
 void add_replay(CLI::App* app, Session* session) {
@@ -214,7 +223,7 @@ void add_replay(CLI::App* app, Session* session) {
   auto options = std::make_shared<SimulateOptions>();
   auto number = std::make_shared<int64_t>(0);
   add_case_flags(verb, options.get());
-  verb->add_option("--case", *number, "Its number, from 0 on")->required();
+  verb->add_option("--case", *number, "Its number, from 0 on")->required()->check(not_whole);
   verb->callback([session, options, number] {
     const CaseLimits limits = limits_of(*options);
     const SimulationCase value = seeded_case(options->seed, static_cast<uint64_t>(*number), limits);
@@ -234,13 +243,18 @@ void add_simulate(CLI::App* app, Session* session) {
       "the run on one rank, bit for bit");
   auto options = std::make_shared<SimulateOptions>();
   add_case_flags(verb, options.get());
-  verb->add_option("--cases", options->cases, "How many runs (100)");
-  verb->add_option("--demo", options->demo, "elastic: one run, its losses beside those of one rank")
-      ->check(CLI::IsMember({"elastic"}));
+  verb->add_option("--cases", options->cases, "How many runs (100)")->check(not_whole);
+  CLI::Option* demo = verb->add_option(
+      "--demo", options->demo, "elastic, alone: one run, its losses beside those of one rank");
+  demo->check(CLI::IsMember({"elastic"}));
   verb->add_flag("--json", session->json, "One JSON object a line");
   verb->add_flag("--quiet", session->quiet, "Errors and the summary only");
   verb->add_flag("--no-progress", session->no_progress, "No progress line");
-  verb->add_option("--workers", session->workers, "Runs at a time");
+  verb->add_option("--workers", session->workers, "Runs at a time (all processors)")
+      ->check(CLI::Range(1, 256));
+  for (CLI::Option* other : verb->get_options()) {
+    if (other != demo && other != verb->get_help_ptr()) demo->excludes(other);
+  }
   verb->callback([session, options] {
     if (!options->demo.empty()) return elastic(session);
     const CaseLimits limits = limits_of(*options);
@@ -248,6 +262,7 @@ void add_simulate(CLI::App* app, Session* session) {
   });
   add_replay(app, session);
   CLI::App* list = app->add_subcommand("topologies", "The topologies that simulate knows by name");
+  list->set_help_flag("-h,--help", "This page");
   list->callback([] {
     for (const sim::NamedTopology& entry : sim::catalog()) {
       std::printf("%-32s %3d ranks\n", entry.name.c_str(), entry.topology.world());

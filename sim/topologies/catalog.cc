@@ -2,6 +2,7 @@
 #include "sim/topologies/catalog.h"
 
 #include <algorithm>
+#include <charconv>
 
 #include "core/error.h"
 #include "core/process_group.h"
@@ -16,8 +17,12 @@ bool starts_with(const std::string& text, const std::string& start) {
 std::vector<Topology> select_one(const std::string& text) {
   std::vector<Topology> list;
   if (starts_with(text, "world<=")) {
-    const int world = std::atoi(text.c_str() + 7);
-    if (world >= 1 && world <= 64) return topologies_up_to(world);
+    int world = 0;
+    const char* const end = text.data() + text.size();
+    const auto [stop, failure] = std::from_chars(text.data() + 7, end, world);
+    if (failure == std::errc() && stop == end && world >= 1 && world <= 64) {
+      return topologies_up_to(world);
+    }
   } else if (text.find('=') != std::string::npos) {
     const TargetSpec spec = parse_target(text);
     if (spec.stage >= 0) {
@@ -28,6 +33,13 @@ std::vector<Topology> select_one(const std::string& text) {
     }
     list.push_back(resolve(spec, Topology{}));
     check_topology(list.back());
+    if (list.back().world() > 4096) {
+      throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                            .what = "So many ranks are not simulated.",
+                            .entry = quote(text),
+                            .expected = "up to 4096 ranks",
+                            .found = std::to_string(list.back().world()) + " ranks"});
+    }
   } else {
     for (const NamedTopology& entry : catalog()) {
       if (entry.name == text || starts_with(entry.name, text + ".")) {
