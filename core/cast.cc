@@ -154,6 +154,20 @@ uint16_t half_from_float(float value) {
   return static_cast<uint16_t>(sign | (base + mantissa));
 }
 
+float rounded_to(DType dtype, float value) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return value;
+    case DType::kBFloat16:
+      return float_from_bfloat16(bfloat16_from_float(value));
+    case DType::kFloat16:
+      return float_from_half(half_from_float(value));
+    default:
+      CHECK(false, std::string("nothing is rounded to ") + name(dtype));
+  }
+  return value;
+}
+
 bool can_cast(DType source, DType target) {
   if (source == target) return true;
   const bool known_source = source <= DType::kBool;

@@ -14,6 +14,9 @@ float float_from_half(uint16_t bits);
 uint16_t bfloat16_from_float(float value);  // every NaN becomes 0x7FC0, as torch's scalar path does
 uint16_t half_from_float(float value);
 
+// A float rounded to float32, bfloat16 or float16, as a float; CheckFailure for other dtypes.
+float rounded_to(DType dtype, float value);
+
 // True when cast() knows the pair. Equal types are always known (a copy).
 bool can_cast(DType source, DType target);
 

@@ -7,11 +7,6 @@
 
 namespace isoshard {
 
-bool TraceEvent::operator==(const TraceEvent& o) const {
-  return rank == o.rank && verb == o.verb && group == o.group && sequence == o.sequence &&
-         dtype == o.dtype && count == o.count && peer == o.peer && begin == o.begin && end == o.end;
-}
-
 int CollectiveTrace::group(const std::string& name) {
   const auto found = std::find(groups_.begin(), groups_.end(), name);
   if (found != groups_.end()) return static_cast<int>(found - groups_.begin());

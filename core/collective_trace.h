@@ -21,7 +21,6 @@ struct TraceEvent {
   int64_t begin = 0;  // tick at which the rank came
   int64_t end = 0;    // tick at which it could go on
   CallSite site;
-  bool operator==(const TraceEvent& other) const;
 };
 
 class CollectiveTrace {

@@ -49,11 +49,6 @@ void ExactSum::carry() {
   words_[kAdded] = 1;
 }
 
-void ExactSum::add(const ExactSum& other) {
-  for (size_t i = 0; i < words_.size(); ++i) words_[i] += other.words_[i];
-  if (words_[kAdded] >= kMostAdded) carry();
-}
-
 ExactSum ExactSum::from_words(std::span<const int64_t> words) {
   CHECK(words.size() == kWords, "not the words of a sum");
   ExactSum sum;

@@ -20,7 +20,6 @@ class ExactSum {
   void add(double value);
   // x² of a float has 48 bits and is exact as a double.
   void add_square(float x) { add(static_cast<double>(x) * static_cast<double>(x)); }
-  void add(const ExactSum& other);
 
   // The sum, rounded once to nearest even. NaN if a NaN or both infinities were added.
   double value() const;

@@ -40,7 +40,6 @@ using Setting = std::variant<std::monostate, bool, int64_t, double, std::vector<
 
 // One parameter group of the optimizer, and this rank's buffer of it.
 struct TrainedGroup {
-  std::string name;
   std::vector<std::pair<std::string, Setting>> settings;  // without "params", in torch's order
   double weight_decay = 0.0;
   bool expert = false;

@@ -5,12 +5,14 @@
 #include <memory>
 
 #include "checkpoint/deepspeed/names.h"
+#include "checkpoint/deepspeed/source.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "core/random.h"
 #include "core/utf8.h"
 #include "engine/rank_load.h"
 #include "reshard/executor.h"
+#include "reshard/manifest_check.h"
 
 namespace isoshard::engine {
 namespace {
@@ -23,39 +25,6 @@ std::vector<std::string> tags_in(Storage& storage, const std::string& folder) {
     if (entry.kind == DirectoryEntry::Kind::kDirectory && !hidden) tags.push_back(entry.name);
   }
   return tags;
-}
-
-std::string text_of(Storage& storage, const std::string& path) {
-  std::string text = read_small_file(storage, path, 4096);
-  const auto blank = [](char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; };
-  while (!text.empty() && blank(text.back())) text.pop_back();
-  while (!text.empty() && blank(text.front())) text.erase(text.begin());
-  return text;
-}
-
-// Path, size and hash of what a rank has written, one line each.
-std::string lines_of(const std::vector<reshard::FileHash>& files) {
-  std::string text;
-  for (const reshard::FileHash& file : files) {
-    char hash[48];
-    std::snprintf(hash, sizeof hash, "crc64x2:%016llx%016llx",
-                  static_cast<unsigned long long>(file.ecma),
-                  static_cast<unsigned long long>(file.jones));
-    text += hash + (" " + std::to_string(file.size_bytes)) + " " + file.path + "\n";
-  }
-  return text;
-}
-
-void add_lines(const std::string& text, checkpoint::Manifest* manifest) {
-  for (size_t begin = 0; begin < text.size();) {
-    const size_t end = text.find('\n', begin);
-    const std::string line = text.substr(begin, end - begin);
-    const size_t first = line.find(' '), second = line.find(' ', first + 1);
-    manifest->files.push_back({.path = line.substr(second + 1),
-                               .size_bytes = std::stoll(line.substr(first + 1)),
-                               .hash = line.substr(0, first)});
-    begin = end + 1;
-  }
 }
 
 // A tag is one folder below save_dir that nothing else is named by.
@@ -229,22 +198,27 @@ bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::st
     staged = std::make_unique<checkpoint::StagedFolder>(storage_, final_path, /*overwrite=*/true);
   });
   const std::string folder = from_rank(0, leads ? staged->path() : "");
-  std::string written;
+  checkpoint::Manifest written{.files = {}, .program_version = ISOSHARD_VERSION};
   attempt([&] {
     const RankPlace place{parallel_.topology, parallel_.at};
     const checkpoint::ShardedState nothing;
     const reshard::ReshardPlan plan = reshard::make_plan(
         nothing,
         rank_files(state, place, {.config = config_, .client_state = options.client_state}));
-    written = lines_of(
-        reshard::execute(storage_, nothing, plan, folder, {.workers = 1, .sync_files = true})
-            .files);
+    const reshard::StreamResult done =
+        reshard::execute(storage_, nothing, plan, folder, {.workers = 1, .sync_files = true});
+    for (const reshard::FileHash& file : done.files) {
+      written.files.push_back(reshard::manifest_file(file));
+    }
   });
-  const std::vector<std::string> lines = gathered(written);
+  const std::vector<std::string> parts = gathered(checkpoint::to_json(written));
   attempt([&] {
     if (!leads) return;
-    checkpoint::Manifest manifest{.files = {}, .program_version = "0.1.0"};
-    for (const std::string& text : lines) add_lines(text, &manifest);
+    checkpoint::Manifest manifest{.files = {}, .program_version = ISOSHARD_VERSION};
+    for (const std::string& part : parts) {
+      const checkpoint::Manifest its = checkpoint::parse_manifest(part, "a rank's files");
+      manifest.files.insert(manifest.files.end(), its.files.begin(), its.files.end());
+    }
     const std::string text = checkpoint::to_json(manifest);
     if (staged->in_place()) staged->settle();
     const std::unique_ptr<WritableFile> file =
@@ -300,7 +274,7 @@ std::string CheckpointEngine::tag_to_load(const std::string& load_dir, const Loa
   if (tag.empty()) {
     const std::string latest = load_dir + "/latest";
     if (!storage_.is_file(latest)) return "";
-    tag = text_of(storage_, latest);
+    tag = checkpoint::pointer_text(storage_, latest);
   }
   const std::string folder = load_dir + "/" + tag;
   const bool plain = why_unsafe_name(tag).empty() && tag.find('/') == std::string::npos;

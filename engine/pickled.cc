@@ -3,70 +3,17 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 
+#include "checkpoint/deepspeed/patterns.h"
+#include "checkpoint/deepspeed/reshard_target.h"
+#include "core/affine_map.h"
 #include "core/cast.h"
-#include "core/check.h"
 #include "core/error.h"
 
 namespace isoshard::engine {
-namespace {
 
 using checkpoint::NodeId;
 using checkpoint::TorchBuilder;
-
-NodeId integers(TorchBuilder* builder, const std::vector<int64_t>& values) {
-  std::vector<NodeId> items;
-  for (const int64_t value : values) items.push_back(builder->pickle.integer(value));
-  return builder->pickle.list(std::move(items));
-}
-
-// Python's re.escape between ^ and $, of a parameter's name.
-std::string exact_pattern(const std::string& name) {
-  std::string text = "^";
-  for (const char c : name) {
-    const bool plain = (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') ||
-                       c == '_' || static_cast<unsigned char>(c) >= 0x80;
-    if (!plain) text += '\\';
-    text += c;
-  }
-  return text + "$";
-}
-
-// Products of the sizes behind, as DeepSpeed counts them: 0 behind an empty axis, not 1 as torch.
-Shape plain_stride(const Shape& shape) {
-  Shape stride(shape.size(), 1);
-  for (size_t axis = shape.size(); axis-- > 1;) stride[axis - 1] = stride[axis] * shape[axis];
-  return stride;
-}
-
-// One piece: where a rank's shard lies in the whole.
-NodeId rank_map(TorchBuilder* builder, const TrainedParameter& p, int rank, int ranks) {
-  Shape shard = p.whole;
-  int64_t begin = 0;
-  std::vector<int64_t> holders;
-  if (p.split_widths.empty()) {
-    for (int other = 0; other < ranks; ++other) holders.push_back(other);
-  } else {
-    const size_t axis = static_cast<size_t>(p.split_axis);
-    shard[axis] = p.split_widths[static_cast<size_t>(rank)];
-    for (int other = 0; other < rank; ++other) begin += p.split_widths[static_cast<size_t>(other)];
-    begin *= plain_stride(p.whole)[axis];
-    holders = {rank};
-  }
-  const auto address = [&](int64_t offset, const Shape& of) {
-    return builder->pickle.list(
-        {builder->pickle.integer(offset), integers(builder, plain_stride(of))});
-  };
-  const NodeId piece = builder->dict({{"shape", integers(builder, shard)},
-                                      {"source", address(begin, p.whole)},
-                                      {"dest", address(0, shard)},
-                                      {"locations", integers(builder, holders)}});
-  return builder->dict(
-      {{"shard_shape", integers(builder, shard)}, {"pieces", builder->pickle.list({piece})}});
-}
-
-}  // namespace
 
 NodeId json_node(TorchBuilder* builder, const nlohmann::ordered_json& json) {
   checkpoint::Pickle& pickle = builder->pickle;
@@ -124,16 +71,8 @@ int value_storage(TorchBuilder* builder, std::span<const float> values, DType dt
                                .copy = {},
                                .literal = {}};
   fill.literal.resize(values.size() * static_cast<size_t>(item_size_bytes(dtype)));
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (dtype == DType::kFloat32) {
-      std::memcpy(fill.literal.data() + 4 * i, &values[i], 4);
-      continue;
-    }
-    CHECK(dtype == DType::kBFloat16 || dtype == DType::kFloat16, "not a dtype of parameters");
-    const uint16_t bits =
-        dtype == DType::kBFloat16 ? bfloat16_from_float(values[i]) : half_from_float(values[i]);
-    std::memcpy(fill.literal.data() + 2 * i, &bits, 2);
-  }
+  cast(DType::kFloat32, std::as_bytes(values), dtype,
+       std::as_writable_bytes(std::span(fill.literal)));
   return builder->add_storage(std::move(fill));
 }
 
@@ -143,7 +82,7 @@ NodeId split_info_node(TorchBuilder* builder, const TrainingState& state, int ra
   std::vector<std::pair<std::string, NodeId>> maps, replica_maps;  // as DeepSpeed has them
   int64_t words = 0;
   for (const TrainedParameter& p : state.parameters) {
-    const std::string pattern = exact_pattern(p.name);
+    const std::string pattern = checkpoint::exact_pattern(p.name);
     if (p.split_widths.empty())
       replicas.push_back(pattern);
     else if (p.split_axis == 1)
@@ -151,14 +90,12 @@ NodeId split_info_node(TorchBuilder* builder, const TrainingState& state, int ra
     else if (p.name == "lm_head.weight")
       vocabulary.push_back(pattern);
     if (p.name == "lm_head.weight") words = p.whole[0];
-    std::vector<NodeId> by_rank;
-    for (int rank = 0; rank < ranks; ++rank) {
-      by_rank.push_back(pickle.integer(rank));
-      by_rank.push_back(rank_map(builder, p, rank, ranks));
-    }
+    const AffineMap map =
+        p.split_widths.empty()
+            ? replicated_map(p.whole, ranks)
+            : split_map(p.whole, static_cast<size_t>(p.split_axis), {p.split_widths});
     auto& list = p.split_widths.empty() ? replica_maps : maps;
-    list.emplace_back(pattern, builder->dict({{"logical_shape", integers(builder, p.whole)},
-                                              {"ranks", pickle.dict(std::move(by_rank))}}));
+    list.emplace_back(pattern, checkpoint::map_node(builder, map));
   }
   maps.insert(maps.end(), replica_maps.begin(), replica_maps.end());
   const auto sorted = [&](std::vector<std::string> patterns) {

@@ -5,6 +5,7 @@
 #include <set>
 
 #include "checkpoint/deepspeed/fields.h"
+#include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/format/crc.h"
 #include "core/cast.h"
@@ -297,10 +298,7 @@ void load_module(RankReader& reader, TrainingState* state) {
 // Masters rounded to the parameters' dtype, which is what a load of weights leaves.
 void round_masters(TrainingState* state) {
   for (TrainedGroup& group : state->groups) {
-    for (float& value : group.master) {
-      if (state->dtype == DType::kBFloat16) value = float_from_bfloat16(bfloat16_from_float(value));
-      if (state->dtype == DType::kFloat16) value = float_from_half(half_from_float(value));
-    }
+    for (float& value : group.master) value = rounded_to(state->dtype, value);
   }
   state->counters.optimizer_steps = 0;
 }
@@ -346,31 +344,6 @@ void check_model(RankReader& reader, const TrainingState& state) {
   }
 }
 
-// DeepSpeed's own keys, all of them, and those that load_checkpoint takes out.
-const std::set<std::string> kOwnKeys = {"module",
-                                        "buffer_names",
-                                        "optimizer",
-                                        "param_shapes",
-                                        "frozen_param_shapes",
-                                        "shared_params",
-                                        "frozen_param_fragments",
-                                        "lr_scheduler",
-                                        "data_sampler",
-                                        "random_ltd",
-                                        "sparse_tensor_module_names",
-                                        "skipped_steps",
-                                        "global_steps",
-                                        "global_samples",
-                                        "dp_world_size",
-                                        "mp_world_size",
-                                        "checkpoint_parallel_dimensions",
-                                        "ds_config",
-                                        "ds_version",
-                                        "universal_checkpoint_info",
-                                        "num_experts",
-                                        "ds_autoep_layers",
-                                        "folding"};
-
 Json client_state(const Fields& fields, const LoadOptions& options) {
   std::set<std::string> left_out = {"module"};
   if (!options.load_module_only) {
@@ -379,13 +352,14 @@ Json client_state(const Fields& fields, const LoadOptions& options) {
   }
   if (options.load_lr_scheduler_states) left_out.insert("lr_scheduler");
   if (options.load_optimizer_states) left_out.insert("optimizer");
-  if (options.clean_client_state) left_out = kOwnKeys;
   Json state = Json::object();
   int64_t left = 100'000;
   const std::vector<NodeId>& entries = entries_of(fields, fields.root(), "the model file");
   for (size_t i = 0; i + 1 < entries.size(); i += 2) {
     const std::string key = fields.text(entries[i], "a key of the model file");
-    if (left_out.count(key) == 0) {
+    const bool left_behind =
+        options.clean_client_state ? checkpoint::is_engine_key(key) : left_out.count(key) != 0;
+    if (!left_behind) {
       state[key] = json_of(fields.pickle(), entries[i + 1], 0, &left);
     }
   }

@@ -6,6 +6,7 @@
 #include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/reshard_target.h"
+#include "core/hex_float.h"
 #include "core/random.h"
 #include "reshard/executor.h"
 
@@ -17,12 +18,6 @@ using engine::Json;
 using reference::StepReport;
 using reference::TrainConfig;
 using reference::Trainer;
-
-std::string hex(double value) {
-  char text[40];
-  std::snprintf(text, sizeof text, "%a", value);
-  return text;
-}
 
 constexpr const char* kFixed = "isoshard_fixed_exponents";
 
@@ -124,6 +119,13 @@ void Simulation::bring_files(const Leg& leg) {
   latest->close();
 }
 
+// Why the engine writes no files for a leg of this run; empty: it does.
+std::string Simulation::files_unsupported(const Leg& leg) const {
+  TrainingState state{.dtype = config_.model.dtype, .stage = leg.stage};
+  if (config_.model.experts > 0) state.groups.push_back({.expert = true});
+  return engine::files_unsupported(state, leg.topology);
+}
+
 void Simulation::run(const Leg& leg) {
   TrainConfig config = config_;
   config.stage = leg.stage;
@@ -132,20 +134,8 @@ void Simulation::run(const Leg& leg) {
   ++legs_;
   sim::Cluster cluster(leg.topology, {.seed = keyed_random(seed_, {static_cast<uint64_t>(legs_)})});
   std::vector<std::unique_ptr<Trainer>> trainers(static_cast<size_t>(leg.topology.world()));
-  std::string reason;
-  reference::LayoutCache layouts;
-  cluster.run([&](sim::Rank& rank) {
-    checkpoint::throw_if_cancelled();
-    auto& trainer = trainers[static_cast<size_t>(rank.number())];
-    trainer = std::make_unique<Trainer>(config, parallel_state(rank), &layouts);
-    if (rank.number() == 0) {
-      reason = engine::files_unsupported(trainer->state(), leg.topology);
-    }
-    rank.group(GroupKind::kWorld).barrier();
-  });
+  const std::string reason = files_unsupported(leg);
   if (!reason.empty()) by_files = false;
-  not_by_files_ =
-      resumes && !by_files ? (reason.empty() ? "the run before has no files" : reason) : "";
   if (by_files) {
     const bool same = last_.topology == leg.topology && last_.stage == leg.stage;
     if (!same) bring_files(leg);
@@ -153,6 +143,7 @@ void Simulation::run(const Leg& leg) {
   }
   const reference::WholeState before = std::move(record_.state);
   const std::string save_dir = "/saved" + std::to_string(legs_);
+  reference::LayoutCache layouts;
   cluster.run([&](sim::Rank& rank) {
     const ParallelState parallel = parallel_state(rank);
     auto& trainer = trainers[static_cast<size_t>(rank.number())];
@@ -217,11 +208,11 @@ std::string difference(const Record& expected, const Record& found) {
     const StepReport &a = expected.steps[i], &b = found.steps[i];
     const std::string at = "step " + std::to_string(i + 1) + ": ";
     if (std::bit_cast<uint32_t>(a.loss) != std::bit_cast<uint32_t>(b.loss)) {
-      return at + "loss " + hex(b.loss) + ", on one rank " + hex(a.loss);
+      return at + "loss " + hex_float(b.loss) + ", on one rank " + hex_float(a.loss);
     }
     if (a.tokens != b.tokens) return at + "another number of tokens with a loss";
     if (std::bit_cast<uint64_t>(a.norm) != std::bit_cast<uint64_t>(b.norm)) {
-      return at + "norm " + hex(b.norm) + ", on one rank " + hex(a.norm);
+      return at + "norm " + hex_float(b.norm) + ", on one rank " + hex_float(a.norm);
     }
     if (a.skipped != b.skipped) return at + "skipped on one side only";
   }

@@ -58,14 +58,12 @@ class Simulation {
   Simulation(const reference::TrainConfig& config, uint64_t seed, Hooks hooks = {});
   ~Simulation();
 
-  // Throws what fails. Files are read and written in `storage()`.
+  // Throws what fails.
   void run(const Leg& leg);
   const Record& record() const { return record_; }
-  Storage& storage() { return storage_; }
-  // Why the last change of topology did not go through files; empty if it did.
-  const std::string& not_by_files() const { return not_by_files_; }
 
  private:
+  std::string files_unsupported(const Leg& leg) const;
   void bring_files(const Leg& leg);
   std::string donor_of_splits();
 
@@ -74,8 +72,7 @@ class Simulation {
   Hooks hooks_;
   checkpoint::MemoryStorage storage_;
   Record record_;
-  std::string saved_;  // save_dir of the last leg; empty: there are no files
-  std::string not_by_files_;
+  std::string saved_;      // save_dir of the last leg; empty: there are no files
   TrainingState counted_;  // counters of the last leg
   Leg last_;
   int legs_ = 0;

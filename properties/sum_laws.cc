@@ -6,6 +6,7 @@
 
 #include "core/canonical_sum.h"
 #include "core/exact_sum.h"
+#include "core/hex_float.h"
 #include "core/process_group.h"
 #include "core/random.h"
 #include "properties/training_laws.h"
@@ -36,12 +37,6 @@ float drawn_value(uint64_t word) {
     default:
       return static_cast<float>(static_cast<int64_t>(word >> 30) - (int64_t{1} << 33)) * 0x1p-20f;
   }
-}
-
-std::string text(float value) {
-  char buffer[48];
-  std::snprintf(buffer, sizeof buffer, "%a", static_cast<double>(value));
-  return buffer;
 }
 
 }  // namespace
@@ -94,8 +89,8 @@ std::string sums_do_not_know_owners(const Draw& draw, TrainingMutant mutant) {
   }
   const float expected = node(leaves, 7, 0).value_or(0.0f);
   if (std::bit_cast<uint32_t>(root) == std::bit_cast<uint32_t>(expected)) return "";
-  return std::to_string(count) + " leaves of " + std::to_string(owners) + " owners: " + text(root) +
-         ", by the definition " + text(expected);
+  return std::to_string(count) + " leaves of " + std::to_string(owners) +
+         " owners: " + hex_float(root) + ", by the definition " + hex_float(expected);
 }
 
 // Groups of every kind cover the ranks, each rank in the one that it names, and the expert and

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "core/exact_sum.h"
+#include "core/hex_float.h"
 #include "sim/topologies/catalog.h"
 
 namespace isoshard::properties {
@@ -21,12 +22,6 @@ SimulationCase draw_short(const Draw& draw, int world, int legs, int steps) {
 }
 
 bool same(double a, double b) { return std::bit_cast<uint64_t>(a) == std::bit_cast<uint64_t>(b); }
-
-std::string hex(double value) {
-  char text[40];
-  std::snprintf(text, sizeof text, "%a", value);
-  return text;
-}
 
 // Mean over the data-parallel ranks of each one's mean: what is wrong with a loss that ranks
 // average.
@@ -73,7 +68,8 @@ std::string loss_does_not_know_ranks(const Draw& draw, TrainingMutant mutant) {
   }
   const float expected = single_rank(value.config, 1).steps[0].loss;
   if (same(loss, expected)) return "";
-  return to_string(value.legs[0]) + ": loss " + hex(loss) + ", on one rank " + hex(expected);
+  return to_string(value.legs[0]) + ": loss " + hex_float(loss) + ", on one rank " +
+         hex_float(expected);
 }
 
 // Stages 0, 1, 2 and 3 of one topology take the same steps.
@@ -130,7 +126,8 @@ std::string norms_count_each_element_once(const Draw& draw, TrainingMutant mutan
   }
   const double expected = std::sqrt(squares.value()), found = simulation.record().steps[0].norm;
   if (same(expected, found)) return "";
-  return to_string(value.legs[0]) + ": norm " + hex(found) + ", of the gradients " + hex(expected);
+  return to_string(value.legs[0]) + ": norm " + hex_float(found) + ", of the gradients " +
+         hex_float(expected);
 }
 
 // Step, save, reshard to a random topology and stage, load, step, …: the run on one rank.

@@ -1,8 +1,6 @@
 // See data.h.
 #include "reference/data.h"
 
-#include <algorithm>
-
 #include "core/numbers.h"
 #include "core/random.h"
 
@@ -49,26 +47,21 @@ int64_t position_of(const DataConfig& data, int64_t sample, int64_t position) {
 
 BatchPlan plan_batch(const DataConfig& data, int data_ranks) {
   BatchPlan plan(static_cast<size_t>(data_ranks));
-  const int64_t base = data.batch / data_ranks, rest = data.batch % data_ranks;
   const int64_t steps = div_ceil(div_ceil(data.batch, data_ranks), data.micro_batch);
   for (int rank = 0; rank < data_ranks; ++rank) {
-    const int64_t first = rank * base + std::min<int64_t>(rank, rest);
-    const int64_t count = base + (rank < rest ? 1 : 0);
+    const Span run = even_share(data.batch, data_ranks, rank);
     std::vector<std::vector<int64_t>>& own = plan[static_cast<size_t>(rank)];
     own.resize(static_cast<size_t>(steps));
-    for (int64_t k = 0; k < count; ++k) {
+    for (int64_t k = 0; k < run.size(); ++k) {
       own[static_cast<size_t>(k / data.micro_batch)].push_back(data.strided ? rank + k * data_ranks
-                                                                            : first + k);
+                                                                            : run.begin + k);
     }
   }
   return plan;
 }
 
 Span positions_of(const DataConfig& data, int sequence_ranks, int rank) {
-  const int64_t base = data.sequence_length / sequence_ranks;
-  const int64_t rest = data.sequence_length % sequence_ranks;
-  const int64_t begin = rank * base + std::min<int64_t>(rank, rest);
-  return {begin, begin + base + (rank < rest ? 1 : 0)};
+  return even_share(data.sequence_length, sequence_ranks, rank);
 }
 
 std::vector<LeafRange> token_leaves(const DataConfig& data, const std::vector<int64_t>& samples,

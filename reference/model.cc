@@ -2,6 +2,7 @@
 // deepspeed/module_inject/auto_ep.
 #include "reference/model.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "core/check.h"
@@ -61,10 +62,14 @@ std::vector<ParameterInfo> parameters_of(const ModelConfig& c) {
   return list;
 }
 
+Span even_share(int64_t total, int ranks, int rank) {
+  const int64_t base = total / ranks, rest = total % ranks;
+  const int64_t begin = rank * base + std::min<int64_t>(rank, rest);
+  return {begin, begin + base + (rank < rest ? 1 : 0)};
+}
+
 Span layers_of_stage(const ModelConfig& config, int stages, int stage) {
-  const int64_t base = config.layers / stages, rest = config.layers % stages;
-  const int64_t begin = stage * base + std::min<int64_t>(stage, rest);
-  return {begin, begin + base + (stage < rest ? 1 : 0)};
+  return even_share(config.layers, stages, stage);
 }
 
 bool held_by_stage(const ModelConfig& config, const ParameterInfo& info, int stages, int stage) {

@@ -43,6 +43,9 @@ struct Span {
   bool operator==(const Span&) const = default;
 };
 
+// Rank `rank`'s run of an axis that ranks share evenly; the remainder goes to the first.
+Span even_share(int64_t total, int ranks, int rank);
+
 enum class Split {
   kReplicated,
   kColumn,  // tensor-parallel ranks share axis 0

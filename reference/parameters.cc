@@ -2,25 +2,12 @@
 #include "reference/parameters.h"
 
 #include <algorithm>
-#include <cstring>
 
 #include "core/cast.h"
 #include "core/check.h"
-#include "reference/zero.h"
+#include "core/numbers.h"
 
 namespace isoshard::reference {
-namespace {
-
-std::vector<uint16_t> narrowed(const Values& values, DType dtype) {
-  std::vector<uint16_t> bits;
-  for (const float value : values) {
-    bits.push_back(dtype == DType::kBFloat16 ? bfloat16_from_float(value) : half_from_float(value));
-  }
-  return bits;
-}
-
-}  // namespace
-
 Parameters::Parameters(const ModelConfig& config, const ParallelState& parallel,
                        TrainingState* state)
     : parallel_(parallel), state_(state) {
@@ -54,29 +41,21 @@ void Parameters::gather(Communicator& group, const Values& own, std::vector<Valu
     (*target)[0] = own;
     return;
   }
-  if (state_->dtype == DType::kFloat32) {
-    std::vector<Buffer> buffers;
-    for (Values& values : *target) buffers.push_back(buffer(std::span(values)));
-    group.all_gather(const_buffer(std::span<const float>(own)), buffers);
-    return;
-  }
-  const std::vector<uint16_t> sent = narrowed(own, state_->dtype);
-  std::vector<std::vector<uint16_t>> received;
-  for (const Values& values : *target) received.emplace_back(values.size());
+  const DType dtype = state_->dtype;
+  const auto packed = [&](size_t count) {
+    return std::vector<std::byte>(count * static_cast<size_t>(item_size_bytes(dtype)));
+  };
+  std::vector<std::byte> sent = packed(own.size());
+  cast(DType::kFloat32, std::as_bytes(std::span(own)), dtype, sent);
+  std::vector<std::vector<std::byte>> received;
+  for (const Values& values : *target) received.push_back(packed(values.size()));
   std::vector<Buffer> buffers;
-  for (std::vector<uint16_t>& bits : received) {
-    Buffer bytes = buffer(std::span(bits));
-    bytes.dtype = state_->dtype;
-    buffers.push_back(bytes);
-  }
-  ConstBuffer source = const_buffer(std::span<const uint16_t>(sent));
-  source.dtype = state_->dtype;
-  group.all_gather(source, buffers);
   for (size_t p = 0; p < received.size(); ++p) {
-    for (size_t i = 0; i < received[p].size(); ++i) {
-      (*target)[p][i] = state_->dtype == DType::kBFloat16 ? float_from_bfloat16(received[p][i])
-                                                          : float_from_half(received[p][i]);
-    }
+    buffers.push_back({dtype, received[p].data(), static_cast<int64_t>((*target)[p].size())});
+  }
+  group.all_gather({dtype, sent.data(), static_cast<int64_t>(own.size())}, buffers);
+  for (size_t p = 0; p < received.size(); ++p) {
+    cast(dtype, received[p], DType::kFloat32, std::as_writable_bytes(std::span((*target)[p])));
   }
 }
 
@@ -90,13 +69,13 @@ const Values& Parameters::use(int number) {
   if (!values.empty() || count == 0) return values;
   const TrainedGroup& group = state_->groups[static_cast<size_t>(parameter.group)];
   Communicator& owners = this->owners(parameter.expert);
-  const int64_t slot = (count + owners.size() - 1) / owners.size();
+  const int64_t slot = div_ceil(count, owners.size());
   Values own(static_cast<size_t>(slot), 0.0f);
   for (const BufferPiece& piece : group.pieces) {
     if (piece.parameter != local.state) continue;
     for (int64_t i = 0; i < piece.count; ++i) {
       own[static_cast<size_t>(i)] =
-          rounded(group.master[static_cast<size_t>(piece.at + i)], state_->dtype);
+          rounded_to(state_->dtype, group.master[static_cast<size_t>(piece.at + i)]);
     }
   }
   std::vector<Values> slots(static_cast<size_t>(owners.size()), Values(own.size()));

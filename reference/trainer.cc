@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/cast.h"
 #include "core/check.h"
 
 namespace isoshard::reference {
@@ -54,11 +55,10 @@ void Trainer::make_state() {
   state_.scheduled = config_.schedule.kind != ScheduleKind::kConstant;
   state_.clip = config_.clip;
   if (model.tied) state_.aliases.emplace_back("lm_head.weight", "model.embed_tokens.weight");
-  state_.groups.push_back({.name = "dense", .weight_decay = config_.optimizer.weight_decay});
-  if (config_.split_decay) state_.groups.push_back({.name = "norms"});
+  state_.groups.push_back({.weight_decay = config_.optimizer.weight_decay});
+  if (config_.split_decay) state_.groups.push_back({});
   if (model.experts > 0) {
-    state_.groups.push_back(
-        {.name = "experts", .weight_decay = config_.optimizer.weight_decay, .expert = true});
+    state_.groups.push_back({.weight_decay = config_.optimizer.weight_decay, .expert = true});
   }
   for (const ParameterInfo& info : parameters_of(model)) {
     if (!held_by_stage(model, info, t.pipeline, parallel_.at.pipeline)) continue;
@@ -131,13 +131,13 @@ std::vector<TreeNode> Trainer::expert_nodes(int rank) const {
     const Coordinate at = coordinate_of(t, peer);
     std::vector<LeafRange> leaves;
     for (const std::vector<int64_t>& micro : plan_[static_cast<size_t>(at.data)]) {
-      for (const LeafRange& range :
-           lane_leaves(config_.data, micro, positions_of(config_.data, t.sequence, at.sequence),
-                       t.tensor, at.tensor)) {
-        leaves.push_back(range);
-      }
+      const std::vector<LeafRange> sent =
+          lane_leaves(config_.data, micro, positions_of(config_.data, t.sequence, at.sequence),
+                      t.tensor, at.tensor);
+      leaves.insert(leaves.end(), sent.begin(), sent.end());
     }
-    for (const TreeNode& node : frontier(leaves)) nodes.push_back(node);
+    const std::vector<TreeNode> own = frontier(leaves);
+    nodes.insert(nodes.end(), own.begin(), own.end());
   }
   std::sort(nodes.begin(), nodes.end(),
             [](const TreeNode& a, const TreeNode& b) { return a.first_leaf() < b.first_leaf(); });
@@ -198,8 +198,8 @@ void Trainer::initialise() {
       const ParameterInfo& info = *std::find_if(infos.begin(), infos.end(),
                                                 [&](const auto& i) { return i.name == p.name; });
       for (int64_t i = 0; i < piece.count; ++i) {
-        group.master[static_cast<size_t>(piece.at + i)] = rounded(
-            initial_value(config_.model, info, whole_element(p, piece.begin + i)), state_.dtype);
+        group.master[static_cast<size_t>(piece.at + i)] = rounded_to(
+            state_.dtype, initial_value(config_.model, info, whole_element(p, piece.begin + i)));
       }
     }
   }
@@ -234,25 +234,27 @@ void Trainer::refresh_parameters() {
     const TrainedGroup& group = state_.groups[g];
     const Owners& owners = owners_[g];
     Values own(group.master.size());
-    for (size_t i = 0; i < own.size(); ++i) own[i] = rounded(group.master[i], state_.dtype);
-    std::vector<Values> all;
-    for (const GroupCut& cut : owners.layout->cuts) all.emplace_back(static_cast<size_t>(cut.size));
-    if (state_.stage == 0)
-      all[static_cast<size_t>(owners.group->rank())] = own;
-    else
-      parameters_->gather(*owners.group, own, &all);
+    for (size_t i = 0; i < own.size(); ++i) own[i] = rounded_to(state_.dtype, group.master[i]);
     for (const int number : group.parameters) {
       TrainedParameter& p = state_.parameters[static_cast<size_t>(number)];
-      p.values.assign(static_cast<size_t>(numel(p.shape)), 0.0f);
+      p.values.resize(static_cast<size_t>(numel(p.shape)));
     }
-    for (size_t member = 0; member < all.size(); ++member) {
-      if (state_.stage == 0 && static_cast<int>(member) != owners.group->rank()) continue;
-      for (const BufferPiece& piece : owners.layout->cuts[member].pieces) {
+    const auto take = [&](const std::vector<BufferPiece>& pieces, const Values& values) {
+      for (const BufferPiece& piece : pieces) {  // `parameter` counts within the group
         TrainedParameter& p = state_.parameters[static_cast<size_t>(
             group.parameters[static_cast<size_t>(piece.parameter)])];
-        std::copy_n(all[member].begin() + piece.at, piece.count, p.values.begin() + piece.begin);
+        std::copy_n(values.begin() + piece.at, piece.count, p.values.begin() + piece.begin);
       }
+    };
+    const std::vector<GroupCut>& cuts = owners.layout->cuts;
+    if (state_.stage == 0) {  // everybody has everything
+      take(cuts[static_cast<size_t>(owners.group->rank())].pieces, own);
+      continue;
     }
+    std::vector<Values> all;
+    for (const GroupCut& cut : cuts) all.emplace_back(static_cast<size_t>(cut.size));
+    parameters_->gather(*owners.group, own, &all);
+    for (size_t member = 0; member < all.size(); ++member) take(cuts[member].pieces, all[member]);
   }
 }
 

@@ -3,6 +3,7 @@
 // batches and the order in which ranks come to their collectives.
 #pragma once
 
+#include <initializer_list>
 #include <map>
 #include <memory>
 #include <utility>
@@ -84,10 +85,13 @@ class Trainer {
   void make_owners(LayoutCache* cache);
   std::vector<TreeNode> dense_nodes(const Coordinate& at) const;
   std::vector<TreeNode> expert_nodes(int rank) const;
+  // This rank's frontier of a group's gradients; group 0 is dense.
+  const std::vector<TreeNode>& own_nodes(int group) const;
   MicroBatch micro_batch(const std::vector<int64_t>& places) const;
   GradientSet empty_gradients() const;
   void run_model(Transformer* model, GradientSet* gradients);
-  void exchange_tied(Contribution* lookup, Contribution* head, bool* has_lookup, bool* has_head);
+  void exchange_tied(Contribution* lookup, Contribution* head);
+  static void add_head(int tied, std::vector<Values>* roots);
   std::vector<std::vector<Values>> reduce(GradientSet* gradients);
   std::vector<std::vector<Values>> reduce_in_fixed_point(GradientSet* gradients);
   // The sums of a gradient set by name of their tensor; the head of a tied embedding has its own.
@@ -96,7 +100,9 @@ class Trainer {
   FixedSum exchange_fixed(const FixedSum& own, bool first);
   bool settle_exponents(GradientSet* gradients);
   void run_in_fixed_point(Transformer* model, GradientSet* gradients);
-  void total_loss(const LossSum& loss, StepReport* report);
+  static void sum_over(Communicator& group, std::vector<int64_t>* words);
+  void total_loss(const LossSum& loss, std::initializer_list<Communicator*> groups,
+                  StepReport* report);
   bool finish_gradients(std::vector<std::vector<Values>>* roots, StepReport* report);
   void update(const std::vector<std::vector<Values>>& gradients);
 

@@ -25,7 +25,8 @@ std::vector<std::pair<std::string, FixedSum*>> Trainer::fixed_sums(GradientSet* 
 bool Trainer::settle_exponents(GradientSet* gradients) {
   std::vector<float> most;
   float saturated = 0;
-  for (const auto& [name, sum] : fixed_sums(gradients)) {
+  const auto sums = fixed_sums(gradients);
+  for (const auto& [name, sum] : sums) {
     if (sum != nullptr) sum->settle();
     most.push_back(sum == nullptr ? 0.0f : sum->largest());
     if (sum != nullptr && sum->saturated()) saturated = 1;
@@ -35,9 +36,8 @@ bool Trainer::settle_exponents(GradientSet* gradients) {
     parallel_.world->all_reduce(buffer(std::span(most)), Reduction::kMax);
   }
   state_.fixed_largest.clear();
-  size_t at = 0;
-  for (const auto& [name, sum] : fixed_sums(gradients)) {
-    state_.fixed_largest.emplace_back(name, most[at++]);
+  for (size_t i = 0; i < sums.size(); ++i) {
+    state_.fixed_largest.emplace_back(sums[i].first, most[i]);
   }
   return most.back() == 0;
 }
@@ -96,11 +96,7 @@ std::vector<std::vector<Values>> Trainer::reduce_in_fixed_point(GradientSet* gra
     }
     if (tied_at >= 0) items.push_back({head, &owners.layout->slices[static_cast<size_t>(tied_at)]});
     std::vector<Values> group_roots = reduce_fixed(*owners.group, items);
-    if (tied_at >= 0) {
-      Values& sum = group_roots[static_cast<size_t>(tied_at)];
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] += group_roots.back()[i];
-      group_roots.pop_back();
-    }
+    if (tied_at >= 0) add_head(tied_at, &group_roots);
     roots.push_back(std::move(group_roots));
   }
   // A summand that is not a number has no fixed point: all of its tensor is none then.

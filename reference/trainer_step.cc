@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "core/cast.h"
 #include "core/check.h"
 #include "reference/trainer.h"
 
@@ -13,11 +14,13 @@ MicroBatch Trainer::micro_batch(const std::vector<int64_t>& places) const {
   return micro;
 }
 
+const std::vector<TreeNode>& Trainer::own_nodes(int group) const {
+  const Owners& owners = owners_[static_cast<size_t>(group)];
+  return owners.layout->nodes[static_cast<size_t>(owners.group->rank())];
+}
+
 GradientSet Trainer::empty_gradients() const {
   GradientSet set;
-  const std::vector<TreeNode> dense = dense_nodes(parallel_.at);
-  const std::vector<TreeNode> expert =
-      config_.model.experts > 0 ? expert_nodes(parallel_.rank) : std::vector<TreeNode>();
   set.own.resize(static_cast<size_t>(parameters_->count()));
   for (int i = 0; i < parameters_->count(); ++i) {
     const LocalParameter& local = parameters_->local(i);
@@ -26,10 +29,12 @@ GradientSet Trainer::empty_gradients() const {
     const int64_t rows = by_row ? local.shape[0] : 1;
     const int64_t width = numel(local.shape) / std::max<int64_t>(rows, 1);
     set.own[static_cast<size_t>(i)].emplace(
-        config_.reduce, local.info.split == Split::kExpert ? expert : dense, rows, width);
+        config_.reduce, own_nodes(state_.parameters[static_cast<size_t>(local.state)].group), rows,
+        width);
   }
   if (config_.model.tied && parallel_.last_stage()) {
-    set.head.emplace(config_.reduce, dense, 1, config_.model.vocabulary * config_.model.hidden);
+    set.head.emplace(config_.reduce, own_nodes(0), 1,
+                     config_.model.vocabulary * config_.model.hidden);
   }
   return set;
 }
@@ -53,13 +58,12 @@ void Trainer::run_backward(Transformer* model, GradientSet* gradients) {
 }
 
 // First and last stage hand each other their half of the tied embedding's gradient.
-void Trainer::exchange_tied(Contribution* lookup, Contribution* head, bool* has_lookup,
-                            bool* has_head) {
+void Trainer::exchange_tied(Contribution* lookup, Contribution* head) {
   if (parallel_.topology.pipeline == 1 || !(parallel_.first_stage() || parallel_.last_stage())) {
     return;
   }
   const int64_t v = config_.model.vocabulary, h = config_.model.hidden;
-  const std::vector<TreeNode> nodes = dense_nodes(parallel_.at);
+  const std::vector<TreeNode>& nodes = own_nodes(0);
   const auto shaped = [&](int64_t rows, int64_t width) {
     Partial empty{.nodes = nodes,
                   .present = std::vector<uint8_t>(nodes.size()),
@@ -83,30 +87,31 @@ void Trainer::exchange_tied(Contribution* lookup, Contribution* head, bool* has_
     *head = shaped(1, v * h);
     send(*lookup, last);
     receive(head, last);
-    *has_head = true;
   } else {
     *lookup = shaped(v, h);
     receive(lookup, 0);
     send(*head, 0);
-    *has_lookup = true;
   }
+}
+
+// The last root is the head's: lookup + head, in that order, at every pp.
+void Trainer::add_head(int tied, std::vector<Values>* roots) {
+  const Values head = std::move(roots->back());
+  roots->pop_back();
+  Values& sum = (*roots)[static_cast<size_t>(tied)];
+  for (size_t i = 0; i < sum.size(); ++i) sum[i] += head[i];
 }
 
 // By group and parameter: the roots of this rank's slices.
 std::vector<std::vector<Values>> Trainer::reduce(GradientSet* gradients) {
   Contribution lookup, head;
-  bool has_lookup = false, has_head = false;
   const int embedding = parameters_->find("model.embed_tokens.weight");
   if (config_.model.tied) {
     if (parallel_.first_stage()) {
       lookup = gradients->own[static_cast<size_t>(embedding)]->finish();
-      has_lookup = true;
     }
-    if (parallel_.last_stage()) {
-      head = gradients->head->finish();
-      has_head = true;
-    }
-    exchange_tied(&lookup, &head, &has_lookup, &has_head);
+    if (parallel_.last_stage()) head = gradients->head->finish();
+    exchange_tied(&lookup, &head);
   }
   std::vector<std::vector<Values>> roots;
   for (size_t g = 0; g < state_.groups.size(); ++g) {
@@ -132,22 +137,22 @@ std::vector<std::vector<Values>> Trainer::reduce(GradientSet* gradients) {
                        &owners.layout->slices[static_cast<size_t>(tied)]});
     }
     std::vector<Values> group_roots = reduce_to_owners(*owners.group, owners.layout->nodes, items);
-    if (tied >= 0) {  // tree(lookup) + tree(head), in that order, at every pp
-      Values& sum = group_roots[static_cast<size_t>(tied)];
-      for (size_t i = 0; i < sum.size(); ++i) sum[i] += group_roots.back()[i];
-      group_roots.pop_back();
-    }
+    if (tied >= 0) add_head(tied, &group_roots);
     roots.push_back(std::move(group_roots));
   }
   return roots;
 }
 
-void Trainer::total_loss(const LossSum& loss, StepReport* report) {
+// A group of one sends nothing.
+void Trainer::sum_over(Communicator& group, std::vector<int64_t>* words) {
+  if (group.size() > 1) group.all_reduce(buffer(std::span(*words)), Reduction::kSum);
+}
+
+void Trainer::total_loss(const LossSum& loss, std::initializer_list<Communicator*> groups,
+                         StepReport* report) {
   std::vector<int64_t> words(loss.sum.words().begin(), loss.sum.words().end());
   words.push_back(loss.tokens);
-  if (parallel_.world->size() > 1) {
-    parallel_.world->all_reduce(buffer(std::span(words)), Reduction::kSum);
-  }
+  for (Communicator* group : groups) sum_over(*group, &words);
   report->tokens = words.back();
   words.pop_back();
   const double total = ExactSum::from_words(words).value();
@@ -170,15 +175,15 @@ bool Trainer::finish_gradients(std::vector<std::vector<Values>>* roots, StepRepo
       const bool tied_copy =
           config_.model.tied && p.name == "model.embed_tokens.weight" && !parallel_.first_stage();
       for (float& value : (*roots)[g][k]) {
-        value = rounded(value * factor, state_.dtype);
+        value = rounded_to(state_.dtype, value * factor);
         if (!std::isfinite(value)) overflow = 1;
         if (!shared && !tied_copy) squares.add_square(value);
       }
     }
   }
   std::vector<int64_t> words(squares.words().begin(), squares.words().end());
+  sum_over(*parallel_.world, &words);
   if (parallel_.world->size() > 1) {
-    parallel_.world->all_reduce(buffer(std::span(words)), Reduction::kSum);
     parallel_.world->all_reduce(buffer(std::span(&overflow, 1)), Reduction::kMax);
   }
   report->norm = std::sqrt(ExactSum::from_words(words).value()) / state_.loss_scale.scale;
@@ -244,7 +249,7 @@ StepReport Trainer::step() {
   Transformer model(config_.model, config_.data, parallel_, parameters_.get());
   GradientSet gradients = empty_gradients();
   run_model(&model, &gradients);
-  total_loss(model.loss(), &report);
+  total_loss(model.loss(), {parallel_.world}, &report);
   std::vector<std::vector<Values>> roots =
       config_.reduce == ReduceMode::kFixed ? reduce_in_fixed_point(&gradients) : reduce(&gradients);
   report.skipped = !finish_gradients(&roots, &report);
@@ -270,20 +275,11 @@ StepReport Trainer::evaluate(int64_t first, int64_t count) {
     micro.places.push_back(i);
   }
   model.forward(micro, -1);
-  if (!bypass) {
-    total_loss(model.loss(), &report);
-    return report;
-  }
-  // The last stage's first tensor-parallel rank has the loss of this rank's samples.
-  std::vector<int64_t> words(model.loss().sum.words().begin(), model.loss().sum.words().end());
-  words.push_back(model.loss().tokens);
-  for (Communicator* group : {parallel_.tensor, parallel_.pipeline}) {
-    if (group->size() > 1) group->all_reduce(buffer(std::span(words)), Reduction::kSum);
-  }
-  report.tokens = words.back();
-  words.pop_back();
-  report.loss = static_cast<float>(ExactSum::from_words(words).value() /
-                                   static_cast<double>(std::max<int64_t>(1, report.tokens)));
+  // In the bypass a rank's samples are its own, and their loss on its last stage.
+  if (bypass)
+    total_loss(model.loss(), {parallel_.tensor, parallel_.pipeline}, &report);
+  else
+    total_loss(model.loss(), {parallel_.world}, &report);
   return report;
 }
 

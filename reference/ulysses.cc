@@ -6,16 +6,6 @@
 #include "core/check.h"
 
 namespace isoshard::reference {
-namespace {
-
-Span even_share(int64_t total, int ranks, int rank) {
-  const int64_t base = total / ranks, rest = total % ranks;
-  const int64_t begin = rank * base + std::min<int64_t>(rank, rest);
-  return {begin, begin + base + (rank < rest ? 1 : 0)};
-}
-
-}  // namespace
-
 std::vector<HeadShare> share_heads(int64_t heads, int64_t kv_heads, int ranks) {
   std::vector<HeadShare> shares;
   if (kv_heads == 0) return std::vector<HeadShare>(static_cast<size_t>(ranks));
@@ -145,7 +135,7 @@ Values Ulysses::to_tokens(const Values& heads, int64_t samples) {
 
 // Nodes of the sum over the query heads of one key-value head that a rank can add up by itself.
 std::vector<TreeNode> Ulysses::group_nodes(int rank, int64_t kv_head) const {
-  const int64_t each = shape_.heads / shape_.kv_heads;
+  const int64_t each = heads_of_a_group();
   const Span& own = shares_[static_cast<size_t>(rank)].query;
   const int64_t begin = std::clamp(own.begin - kv_head * each, int64_t{0}, each);
   const int64_t end = std::clamp(own.end - kv_head * each, int64_t{0}, each);
@@ -156,7 +146,7 @@ std::vector<TreeNode> Ulysses::group_nodes(int rank, int64_t kv_head) const {
 // of each key-value head.
 Values Ulysses::sum_to_tokens(const Values& per_query_head, int64_t samples) {
   const int64_t d = shape_.head_size, own = own_tokens(), length = shape_.length();
-  const int64_t each = shape_.kv_heads == 0 ? 1 : shape_.heads / shape_.kv_heads;
+  const int64_t each = heads_of_a_group();
   const HeadShare& mine = shares_[static_cast<size_t>(rank())];
   std::vector<std::vector<float>> source(static_cast<size_t>(ranks()));
   std::vector<int64_t> counts(static_cast<size_t>(ranks()), 0);
@@ -212,56 +202,49 @@ Values Ulysses::sum_to_tokens(const Values& per_query_head, int64_t samples) {
   return out;
 }
 
+// What this rank's query head `head` of a sample attends with.
+HeadInputs Ulysses::head_inputs(const UlyssesState& state, int64_t sample, int64_t head) const {
+  const int64_t length = shape_.length(), size = length * shape_.head_size;
+  const HeadShare& mine = shares_[static_cast<size_t>(rank())];
+  const int64_t kv = (mine.query.begin + head) / heads_of_a_group() - mine.key_value.begin;
+  const int64_t kv_at = (sample * mine.key_value.size() + kv) * size;
+  return {.query = state.query.data() + (sample * mine.query.size() + head) * size,
+          .key = state.key.data() + kv_at,
+          .value = state.value.data() + kv_at,
+          .length = length,
+          .size = shape_.head_size,
+          .positions = state.document_positions.data() + sample * length,
+          .causal = shape_.causal};
+}
+
 Values Ulysses::forward(const Values& query, const Values& key, const Values& value,
                         UlyssesState* state) {
-  const int64_t d = shape_.head_size, length = shape_.length(), samples = state->samples;
-  const HeadShare& mine = shares_[static_cast<size_t>(rank())];
-  const int64_t each = shape_.kv_heads == 0 ? 1 : shape_.heads / shape_.kv_heads;
+  const int64_t samples = state->samples;
   state->query = to_heads(query, shape_.heads, false, samples);
   state->key = to_heads(key, shape_.kv_heads, true, samples);
   state->value = to_heads(value, shape_.kv_heads, true, samples);
   state->outputs.clear();
   Values context;
   for (int64_t b = 0; b < samples; ++b) {
-    for (int64_t head = 0; head < mine.query.size(); ++head) {
-      const int64_t kv = (mine.query.begin + head) / each - mine.key_value.begin;
-      const int64_t kv_at = (b * mine.key_value.size() + kv) * length * d;
-      const HeadInputs in{
-          .query = state->query.data() + (b * mine.query.size() + head) * length * d,
-          .key = state->key.data() + kv_at,
-          .value = state->value.data() + kv_at,
-          .length = length,
-          .size = d,
-          .positions = state->document_positions.data() + b * length,
-          .causal = shape_.causal};
-      state->outputs.push_back(attention_forward(in));
-      context.insert(context.end(), state->outputs.back().context.begin(),
-                     state->outputs.back().context.end());
+    for (int64_t head = 0; head < shares_[static_cast<size_t>(rank())].query.size(); ++head) {
+      state->outputs.push_back(attention_forward(head_inputs(*state, b, head)));
+      const Values& own = state->outputs.back().context;
+      context.insert(context.end(), own.begin(), own.end());
     }
   }
   return to_tokens(context, samples);
 }
 
 UlyssesGradients Ulysses::backward(const Values& context_gradient, const UlyssesState& state) {
-  const int64_t d = shape_.head_size, length = shape_.length(), samples = state.samples;
-  const HeadShare& mine = shares_[static_cast<size_t>(rank())];
-  const int64_t each = shape_.kv_heads == 0 ? 1 : shape_.heads / shape_.kv_heads;
+  const int64_t samples = state.samples, heads = shares_[static_cast<size_t>(rank())].query.size();
   const Values upstream = to_heads(context_gradient, shape_.heads, false, samples);
   Values dq, dk, dv;
   for (int64_t b = 0; b < samples; ++b) {
-    for (int64_t head = 0; head < mine.query.size(); ++head) {
-      const int64_t number = b * mine.query.size() + head;
-      const int64_t kv = (mine.query.begin + head) / each - mine.key_value.begin;
-      const int64_t kv_at = (b * mine.key_value.size() + kv) * length * d;
-      const HeadInputs in{.query = state.query.data() + number * length * d,
-                          .key = state.key.data() + kv_at,
-                          .value = state.value.data() + kv_at,
-                          .length = length,
-                          .size = d,
-                          .positions = state.document_positions.data() + b * length,
-                          .causal = shape_.causal};
-      const HeadGradients g = attention_backward(in, state.outputs[static_cast<size_t>(number)],
-                                                 upstream.data() + number * length * d);
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t number = b * heads + head;
+      const HeadGradients g = attention_backward(
+          head_inputs(state, b, head), state.outputs[static_cast<size_t>(number)],
+          upstream.data() + number * shape_.length() * shape_.head_size);
       dq.insert(dq.end(), g.query.begin(), g.query.end());
       dk.insert(dk.end(), g.key.begin(), g.key.end());
       dv.insert(dv.end(), g.value.begin(), g.value.end());

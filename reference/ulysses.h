@@ -75,6 +75,11 @@ class Ulysses {
   Values to_heads(const Values& tokens, int64_t heads, bool key_value, int64_t samples);
   Values to_tokens(const Values& heads, int64_t samples);
   Values sum_to_tokens(const Values& per_query_head, int64_t samples);
+  // Query heads of a key-value head; a tensor-parallel rank may have neither.
+  int64_t heads_of_a_group() const {
+    return shape_.kv_heads == 0 ? 1 : shape_.heads / shape_.kv_heads;
+  }
+  HeadInputs head_inputs(const UlyssesState& state, int64_t sample, int64_t head) const;
   std::vector<TreeNode> group_nodes(int rank, int64_t kv_head) const;
 
   Communicator* group_;

@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <cstdio>
+#include <span>
 
 #include "core/check.h"
 
@@ -19,32 +20,40 @@ std::string text(float value) {
 
 class Assembly {
  public:
-  void put(const TrainedParameter& p, const std::string& state, int64_t at, float value) {
-    const std::pair<std::string, std::string> key{p.name, state};
-    std::vector<float>& whole = values_[key];
-    std::vector<bool>& held = held_[key];
-    whole.resize(static_cast<size_t>(numel(p.whole)));
-    held.resize(whole.size());
-    const size_t element = static_cast<size_t>(whole_element(p, at));
-    CHECK(!held[element] || bits(whole[element]) == bits(value),
-          "ranks disagree on " + p.name + " " + state + " at " + std::to_string(element) + ": " +
-              text(whole[element]) + " and " + text(value));
-    whole[element] = value;
-    held[element] = true;
+  // values[k] is element `begin` + k of the parameter's shard.
+  void put(const TrainedParameter& p, const std::string& state, int64_t begin,
+           std::span<const float> values) {
+    Tensor& tensor = tensors_[{p.name, state}];
+    tensor.values.resize(static_cast<size_t>(numel(p.whole)));
+    tensor.held.resize(tensor.values.size());
+    for (size_t k = 0; k < values.size(); ++k) {
+      const size_t element = static_cast<size_t>(whole_element(p, begin + static_cast<int64_t>(k)));
+      float& whole = tensor.values[element];
+      CHECK(!tensor.held[element] || bits(whole) == bits(values[k]),
+            "ranks disagree on " + p.name + " " + state + " at " + std::to_string(element) + ": " +
+                text(whole) + " and " + text(values[k]));
+      whole = values[k];
+      tensor.held[element] = true;
+    }
   }
   WholeState finish() {
-    for (const auto& [key, held] : held_) {
-      for (size_t i = 0; i < held.size(); ++i) {
-        CHECK(held[i],
+    WholeState state;
+    for (auto& [key, tensor] : tensors_) {
+      for (size_t i = 0; i < tensor.held.size(); ++i) {
+        CHECK(tensor.held[i],
               "no rank holds " + key.first + " " + key.second + " at " + std::to_string(i));
       }
+      state[key] = std::move(tensor.values);
     }
-    return values_;
+    return state;
   }
 
  private:
-  WholeState values_;
-  std::map<std::pair<std::string, std::string>, std::vector<bool>> held_;
+  struct Tensor {
+    std::vector<float> values;
+    std::vector<bool> held;
+  };
+  std::map<std::pair<std::string, std::string>, Tensor> tensors_;
 };
 
 }  // namespace
@@ -66,19 +75,17 @@ WholeState whole_state(const std::vector<const TrainingState*>& ranks) {
     for (const TrainedGroup& group : rank->groups) {
       for (const BufferPiece& piece : group.pieces) {
         const TrainedParameter& p = rank->parameters[static_cast<size_t>(piece.parameter)];
-        for (int64_t i = 0; i < piece.count; ++i) {
-          const size_t at = static_cast<size_t>(piece.at + i);
-          assembly.put(p, "fp32", piece.begin + i, group.master[at]);
-          for (const auto& [name, values] : group.states) {
-            assembly.put(p, name, piece.begin + i, values[at]);
-          }
-        }
+        const auto put = [&](const std::string& name, const std::vector<float>& values) {
+          assembly.put(p, name, piece.begin,
+                       std::span(values).subspan(static_cast<size_t>(piece.at),
+                                                 static_cast<size_t>(piece.count)));
+        };
+        put("fp32", group.master);
+        for (const auto& [name, values] : group.states) put(name, values);
       }
     }
     for (const TrainedParameter& p : rank->parameters) {
-      for (size_t i = 0; i < p.values.size(); ++i) {
-        assembly.put(p, "param", static_cast<int64_t>(i), p.values[i]);
-      }
+      if (!p.values.empty()) assembly.put(p, "param", 0, p.values);
     }
   }
   return assembly.finish();

@@ -3,8 +3,7 @@
 
 #include <algorithm>
 
-#include "core/cast.h"
-#include "core/check.h"
+#include "core/numbers.h"
 #include "reference/zero_partition.h"
 
 namespace isoshard::reference {
@@ -24,7 +23,7 @@ GroupCut whole_group(const std::vector<int64_t>& numels) {
 GroupCut slots(const std::vector<int64_t>& numels, int ranks, int rank) {
   GroupCut cut;
   for (size_t i = 0; i < numels.size(); ++i) {
-    const int64_t slot = (numels[i] + ranks - 1) / ranks;
+    const int64_t slot = div_ceil(numels[i], ranks);
     const int64_t begin = std::min(rank * slot, numels[i]);
     const int64_t end = std::min(begin + slot, numels[i]);
     cut.pieces.push_back({static_cast<int>(i), begin, end - begin, cut.size});
@@ -61,20 +60,6 @@ std::vector<GroupCut> cut_group(const std::vector<int64_t>& numels, int stage, i
     cuts.push_back(stage == 0 ? whole_group(numels) : slots(numels, ranks, rank));
   }
   return cuts;
-}
-
-float rounded(float value, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return value;
-    case DType::kBFloat16:
-      return float_from_bfloat16(bfloat16_from_float(value));
-    case DType::kFloat16:
-      return float_from_half(half_from_float(value));
-    default:
-      CHECK(false, "not a dtype of parameters");
-  }
-  return value;
 }
 
 }  // namespace isoshard::reference

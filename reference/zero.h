@@ -27,7 +27,4 @@ struct GroupCut {
 // By rank of `ranks` that share parameters of these sizes.
 std::vector<GroupCut> cut_group(const std::vector<int64_t>& numels, int stage, int ranks);
 
-// Value rounded to a parameter's dtype.
-float rounded(float value, DType dtype);
-
 }  // namespace isoshard::reference

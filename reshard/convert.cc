@@ -309,9 +309,7 @@ class Conversion {
     checkpoint::Manifest manifest;
     manifest.program_version = certificate.value("program", "");
     for (const FileHash& file : result_.stream.files) {
-      manifest.files.push_back(
-          {file.path, file.size_bytes,
-           "crc64x2:" + checkpoint::hex16(file.ecma) + checkpoint::hex16(file.jones)});
+      manifest.files.push_back(manifest_file(file));
     }
     write_text("certificate.json", text);
     staged_.settle();

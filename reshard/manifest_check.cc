@@ -58,6 +58,10 @@ std::map<std::string, int64_t> files_in(Storage& storage, const std::string& fol
   return files;
 }
 
+std::string hash_text(uint64_t ecma, uint64_t jones) {
+  return "crc64x2:" + checkpoint::hex16(ecma) + checkpoint::hex16(jones);
+}
+
 class FileCheck {
  public:
   enum class Outcome { kEqual, kDiffers, kUnchecked };
@@ -76,7 +80,7 @@ class FileCheck {
     if (file.hash.starts_with("crc64x2:")) {
       const auto crc = known.find(file.path);
       const LeafCrc crcs = crc != known.end() ? crc->second : crc_of_file(storage, path);
-      found = "crc64x2:" + checkpoint::hex16(crcs.ecma) + checkpoint::hex16(crcs.jones);
+      found = hash_text(crcs.ecma, crcs.jones);
     } else if (file.hash.starts_with("sha256:") && size <= kSha256Bytes) {
       found = "sha256:" + checkpoint::sha256_hex(read_small_file(storage, path, kSha256Bytes));
     } else {
@@ -112,6 +116,10 @@ FileCrcs file_crcs(const checkpoint::ShardedState& state, const StreamOptions& o
     crcs[state.files[file].relative] = result.whole_files[i];
   }
   return crcs;
+}
+
+ManifestFile manifest_file(const FileHash& file) {
+  return {file.path, file.size_bytes, hash_text(file.ecma, file.jones)};
 }
 
 ManifestReport check_manifest(Storage& storage, const std::string& folder,

@@ -26,6 +26,9 @@ struct ManifestReport {
   }
 };
 
+// The manifest's entry of a file that was written.
+checkpoint::ManifestFile manifest_file(const FileHash& file);
+
 // Whole-file CRCs by path relative to the folder; files not in it are read here.
 using FileCrcs = std::map<std::string, LeafCrc>;
 

@@ -44,16 +44,6 @@ Communicator& Rank::group(GroupKind kind) {
   return *groups_.back().second;
 }
 
-Communicator& Rank::group(const std::string& name, const std::vector<int>& ranks) {
-  const std::string key = name + " " + listed(ranks, ranks.size());
-  for (const auto& [known, group] : groups_) {
-    if (known == key) return *group;
-  }
-  groups_.emplace_back(
-      key, std::make_unique<SimulatedCommunicator>(cluster_->board(name, ranks), number_));
-  return *groups_.back().second;
-}
-
 Storage& Rank::storage(Storage& disk) {
   storages_.push_back(std::make_unique<SimulatedStorage>(disk, cluster_->state_->network, number_));
   return *storages_.back();

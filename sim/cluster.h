@@ -34,8 +34,6 @@ class Rank {
   const Topology& topology() const;
   // This rank's communicator of that group; the same object every time.
   Communicator& group(GroupKind kind);
-  // Of any list of ranks that holds this one, ascending.
-  Communicator& group(const std::string& name, const std::vector<int>& ranks);
   // This rank's way to a disk that others may share too; the object lives as long as the rank.
   Storage& storage(Storage& disk);
   // Communicator and storage operations of this rank so far: where a fault can be placed.
@@ -63,7 +61,6 @@ class Cluster {
 
   const Topology& topology() const { return topology_; }
   const CollectiveTrace& trace() const { return trace_; }
-  CollectiveTrace& trace() { return trace_; }
   // Ranks that died by a fault in the last run.
   const std::vector<int>& dead() const { return dead_; }
 

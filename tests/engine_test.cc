@@ -2,6 +2,7 @@
 #include <gtest/gtest.h>
 
 #include "checkpoint/memory_storage.h"
+#include "core/cast.h"
 #include "core/error.h"
 #include "engine/checkpoint.h"
 #include "properties/simulation.h"
@@ -235,7 +236,7 @@ TEST(Engine, FlagsChooseWhatIsLoaded) {
     const auto rounded = [](const TrainingState& state) {
       std::vector<float> values;
       for (const float value : state.groups[0].master) {
-        values.push_back(reference::rounded(value, DType::kBFloat16));
+        values.push_back(rounded_to(DType::kBFloat16, value));
       }
       return values;
     };

@@ -6,7 +6,9 @@
 #include <mutex>
 #include <thread>
 
+#include "checkpoint/format/crc.h"
 #include "core/error.h"
+#include "core/hex_float.h"
 #include "core/random.h"
 #include "core/threads.h"
 #include "properties/simulation_case.h"
@@ -116,8 +118,7 @@ class Tally {
                 << "\n"
                 << replay_command(options_, first_) << "\n";
     }
-    char hash[32];
-    std::snprintf(hash, sizeof hash, "%016llx", static_cast<unsigned long long>(mix(hashes_)));
+    const std::string hash = checkpoint::hex16(mix(hashes_));
     if (session_.json) {
       session_.print_json({{"kind", "simulation"},
                            {"cases", done_},
@@ -158,12 +159,6 @@ class Tally {
   std::string reason_;
 };
 
-std::string hex(float value) {
-  char text[40];
-  std::snprintf(text, sizeof text, "%a", static_cast<double>(value));
-  return text;
-}
-
 // Two columns of losses: one rank, and a run that changes its topology every few steps.
 void elastic(Session* session) {
   reference::TrainConfig config;
@@ -187,8 +182,8 @@ void elastic(Session* session) {
   std::cout << "step  one rank         elastic\n";
   for (const properties::Leg& leg : legs) {
     for (int i = 0; i < leg.steps; ++i, ++at) {
-      std::printf("%4zu  %-15s  %-15s  %s\n", at + 1, hex(one.steps[at].loss).c_str(),
-                  hex(simulation.record().steps[at].loss).c_str(), to_string(leg).c_str());
+      std::printf("%4zu  %-15s  %-15s  %s\n", at + 1, hex_float(one.steps[at].loss).c_str(),
+                  hex_float(simulation.record().steps[at].loss).c_str(), to_string(leg).c_str());
     }
   }
   std::fflush(stdout);

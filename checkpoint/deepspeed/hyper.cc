@@ -9,6 +9,7 @@
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/format/crc.h"
 #include "core/error.h"
+#include "core/hex_float.h"
 #include "core/polynomial.h"
 
 namespace isoshard::checkpoint {
@@ -96,11 +97,7 @@ class Renderer {
     }
     return digits;
   }
-  static json real(double value) {
-    char buffer[40];
-    std::snprintf(buffer, sizeof buffer, "%a", value);
-    return {{"float", buffer}};
-  }
+  static json real(double value) { return {{"float", hex_float(value)}}; }
   json text(NodeId node) const {
     const std::string& value = pickle_.text(node);
     charge_text(value.size());

@@ -80,14 +80,6 @@ SourcePlace tag_place(Storage& storage, const std::string& save_folder, const st
   return place;
 }
 
-std::string pointer_text(Storage& storage, const std::string& path) {
-  std::string text = read_small_file(storage, path, 4096);
-  const auto blank = [](char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; };
-  while (!text.empty() && blank(text.back())) text.pop_back();
-  while (!text.empty() && blank(text.front())) text.erase(0, 1);
-  return text;
-}
-
 // A file that is a part of a checkpoint says nothing alone.
 void refuse_part(Storage& storage, const std::string& path) {
   const std::string name = base_name(path), folder = parent_folder(path);
@@ -136,6 +128,14 @@ SourcePlace weights_place(const std::string& folder, const std::vector<Directory
 }
 
 }  // namespace
+
+std::string pointer_text(Storage& storage, const std::string& path) {
+  std::string text = read_small_file(storage, path, 4096);
+  const auto blank = [](char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; };
+  while (!text.empty() && blank(text.back())) text.pop_back();
+  while (!text.empty() && blank(text.front())) text.erase(0, 1);
+  return text;
+}
 
 std::string join(const std::string& folder, const std::string& name) {
   if (folder.empty() || folder == ".") return name;

@@ -23,6 +23,9 @@ struct SourcePlace {
 // `tag` may be empty. Throws Error(kNotFound) that lists the tags there are.
 SourcePlace resolve_source(Storage& storage, const std::string& path, const std::string& tag);
 
+// What `latest` or `latest_universal` says, without blanks at both ends.
+std::string pointer_text(Storage& storage, const std::string& path);
+
 std::string join(const std::string& folder, const std::string& name);
 std::string base_name(const std::string& path);
 std::string parent_folder(const std::string& path);  // "." for a plain name
