@@ -182,6 +182,7 @@ void cast(DType source_dtype, std::span<const std::byte> source, DType target_dt
   const int64_t target_item = item_size_bytes(target_dtype);
   const int64_t count = static_cast<int64_t>(source.size()) / source_item;
   CHECK(count * target_item == static_cast<int64_t>(target.size()), "cast sizes");
+  if (count == 0) return;
   if (source_dtype == target_dtype) {
     std::memcpy(target.data(), source.data(), source.size());
     return;

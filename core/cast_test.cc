@@ -224,7 +224,10 @@ TEST(Cast, AnUnknownPairOrAWrongSizeIsOurBug) {
   EXPECT_THROW(cast(DType::kFloat32, source, DType::kBFloat16, target), CheckFailure);
 }
 
-TEST(Cast, NothingBecomesNothing) { cast(DType::kFloat32, {}, DType::kBFloat16, {}); }
+TEST(Cast, NothingBecomesNothing) {
+  cast(DType::kFloat32, {}, DType::kBFloat16, {});
+  cast(DType::kFloat32, {}, DType::kFloat32, {});
+}
 
 }  // namespace
 }  // namespace isoshard

@@ -23,6 +23,8 @@ std::string small_splits(const Case&, Mutant mutant) {
 }
 std::string heads_alone(const Case&, Mutant mutant) { return heads_keep_their_ratio(mutant); }
 
+void PrintTo(const Duel& duel, std::ostream* out) { *out << name(duel.mutant); }
+
 const Duel kDuels[] = {
     {Mutant::kCeilWidths, small_splits},
     {Mutant::kCutHeads, heads_alone},

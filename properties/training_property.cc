@@ -39,6 +39,8 @@ struct Duel {
   TrainingLaw law = nullptr;
 };
 
+void PrintTo(const Duel& duel, std::ostream* out) { *out << name(duel.mutant); }
+
 const Duel kDuels[] = {
     {TrainingMutant::kRankOrderSum, sums_do_not_know_owners},
     {TrainingMutant::kAbsentIsZero, sums_do_not_know_owners},
