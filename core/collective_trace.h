@@ -17,7 +17,7 @@ struct TraceEvent {
   int64_t sequence = 0;  // of the call within the group, as this rank counts
   DType dtype = DType::kFloat32;
   int64_t count = 0;  // elements that this rank hands over, all peers together
-  int peer = -1;      // root, or the other side of send and receive; −1: all
+  int peer = -1;      // rank of the root, or of the other side of a message; −1: all
   int64_t begin = 0;  // tick at which the rank came
   int64_t end = 0;    // tick at which it could go on
   CallSite site;

@@ -36,7 +36,8 @@ struct TrainedParameter {
 };
 
 // A setting of the optimizer, as torch keeps it in param_groups.
-using Setting = std::variant<std::monostate, bool, int64_t, double, std::vector<double>>;
+using Setting =
+    std::variant<std::monostate, bool, int64_t, double, std::vector<double>, std::string>;
 
 // One parameter group of the optimizer, and this rank's buffer of it.
 struct TrainedGroup {

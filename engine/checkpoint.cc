@@ -11,7 +11,8 @@
 #include "core/random.h"
 #include "core/utf8.h"
 #include "engine/rank_load.h"
-#include "reshard/executor.h"
+#include "engine/universal_load.h"
+#include "reshard/literal_file.h"
 #include "reshard/manifest_check.h"
 
 namespace isoshard::engine {
@@ -60,6 +61,29 @@ void check_replaceable(Storage& storage, const std::string& folder) {
                         .next = "choose another tag, or move the folder away"});
 }
 
+constexpr const char* kAsItWas = "the checkpoint before it, and `latest`, are as they were";
+
+// Names in the tag's folder that a side file may have.
+void check_side_files(const std::vector<SideFile>& files) {
+  for (const SideFile& file : files) {
+    std::string why = why_unsafe_name(file.name);
+    if (why.empty() && file.name.find('/') != std::string::npos) why = "it names another folder";
+    if (why.empty() && file.name[0] == '.') why = "it begins with a dot";
+    if (why.empty() &&
+        (checkpoint::parse_file_name(file.name).kind != checkpoint::FileName::Kind::kOther ||
+         file.name.ends_with("_states.pt") || file.name == checkpoint::kManifestName)) {
+      why = "a file of the checkpoint has such a name";
+    }
+    if (why.empty()) continue;
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "This cannot be a side file's name.",
+                          .file = file.path,
+                          .entry = quote(file.name),
+                          .found = why,
+                          .next = "choose another name"});
+  }
+}
+
 }  // namespace
 
 TagValidation tag_validation(const Json& config) {
@@ -81,6 +105,12 @@ TagValidation tag_validation(const Json& config) {
                         .expected = "Ignore, Warn or Fail",
                         .found = quote(text),
                         .next = "correct the config"});
+}
+
+bool loads_universal(const Json& config) {
+  const auto section = config.find("checkpoint");
+  return section != config.end() && section->is_object() &&
+         section->value("load_universal", Json(false)) == Json(true);
 }
 
 CheckpointEngine::CheckpointEngine(Storage& storage, const ParallelState& parallel, Json config,
@@ -167,8 +197,25 @@ void CheckpointEngine::agree_on_tag(const std::string& tag) {
   }
 }
 
-bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::string& save_dir,
-                                       const SaveOptions& options) {
+bool PendingSave::write_next(Storage& storage) {
+  if (finished_ || next_ == files_.size() || failure_) {
+    finished_ = true;
+    return false;
+  }
+  try {
+    const checkpoint::FileBlueprint file = std::move(files_[next_++]);
+    written_.push_back(
+        reshard::manifest_file(reshard::write_literal_file(storage, file, folder_, true)));
+  } catch (const std::exception&) {
+    failure_ = std::current_exception();
+  }
+  finished_ = next_ == files_.size() || failure_;
+  return !finished_;
+}
+
+std::unique_ptr<PendingSave> CheckpointEngine::begin_save(const TrainingState& state,
+                                                          const std::string& save_dir,
+                                                          const SaveOptions& options) {
   if (save_dir.empty()) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "save_dir must be a non-empty string (DeepSpeed: ValueError)."});
@@ -177,63 +224,100 @@ bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::st
       options.tag.empty() ? "global_step" + std::to_string(state.counters.steps) : options.tag;
   check_tag(tag);
   agree_on_tag(tag);
-  const bool leads = parallel_.rank == 0;
-  std::unique_ptr<checkpoint::StagedFolder> staged;
+  auto pending = std::make_unique<PendingSave>();
+  pending->save_dir_ = save_dir;
+  pending->tag_ = from_rank(0, tag);
+  pending->save_latest_ = options.save_latest;
+  pending->side_files_ = options.side_files;
+  const std::string final_path = save_dir + "/" + pending->tag_;
   std::exception_ptr failure;
-  bool shown = false;
-  const std::string final_path = save_dir + "/" + from_rank(0, tag);
+  try {
+    if (parallel_.rank == 0) {
+      check_side_files(options.side_files);
+      check_replaceable(storage_, final_path);
+      pending->staged_ =
+          std::make_shared<checkpoint::StagedFolder>(storage_, final_path, /*overwrite=*/true);
+    }
+    pending->files_ = rank_files(state, {parallel_.topology, parallel_.at},
+                                 {.config = config_,
+                                  .client_state = options.client_state,
+                                  .exclude_frozen = options.exclude_frozen_parameters});
+    for (const checkpoint::FileBlueprint& file : pending->files_) {
+      pending->size_bytes_ += static_cast<int64_t>(file.head.size());
+      for (const auto& fill : file.storages) pending->size_bytes_ += fill.size_bytes();
+    }
+  } catch (const std::exception&) {
+    failure = std::current_exception();
+  }
+  agree(failure, "save", final_path, kAsItWas);
+  pending->folder_ = from_rank(0, pending->staged_ ? pending->staged_->path() : "");
+  return pending;
+}
+
+// Rank 0: side files, the manifest, and one rename.
+void CheckpointEngine::publish(PendingSave* pending, const std::vector<std::string>& parts) {
+  checkpoint::Manifest manifest{.files = {}, .program_version = ISOSHARD_VERSION};
+  for (const std::string& part : parts) {
+    const checkpoint::Manifest its = checkpoint::parse_manifest(part, "a rank's files");
+    manifest.files.insert(manifest.files.end(), its.files.begin(), its.files.end());
+  }
+  for (const SideFile& file : pending->side_files_) {
+    checkpoint::copy_file(storage_, file.path, pending->folder_ + "/" + file.name);
+  }
+  const std::string text = checkpoint::to_json(manifest);
+  if (pending->staged_->in_place()) pending->staged_->settle();
+  const std::unique_ptr<WritableFile> file =
+      storage_.create(pending->folder_ + "/" + checkpoint::kManifestName);
+  file->write_at(0, std::as_bytes(std::span(text)));
+  file->sync();
+  file->close();
+  pending->staged_->publish();
+}
+
+void CheckpointEngine::commit_save(PendingSave* pending, const std::function<bool()>& wait) {
+  const bool leads = parallel_.rank == 0;
+  const std::string final_path = pending->save_dir_ + "/" + pending->tag_;
+  const char* safe = kAsItWas;
+  std::exception_ptr failure;
   const auto attempt = [&](auto work) {
     try {
       work();
     } catch (const std::exception&) {
       failure = std::current_exception();
     }
-    agree(failure, "save", final_path,
-          shown ? "the checkpoint is there; `latest` may be the one before"
-                : "the checkpoint before it, and `latest`, are as they were");
+    agree(failure, "save", final_path, safe);
   };
   attempt([&] {
-    if (!leads) return;
-    check_replaceable(storage_, final_path);
-    staged = std::make_unique<checkpoint::StagedFolder>(storage_, final_path, /*overwrite=*/true);
-  });
-  const std::string folder = from_rank(0, leads ? staged->path() : "");
-  checkpoint::Manifest written{.files = {}, .program_version = ISOSHARD_VERSION};
-  attempt([&] {
-    const RankPlace place{parallel_.topology, parallel_.at};
-    const checkpoint::ShardedState nothing;
-    const reshard::ReshardPlan plan = reshard::make_plan(
-        nothing,
-        rank_files(state, place, {.config = config_, .client_state = options.client_state}));
-    const reshard::StreamResult done =
-        reshard::execute(storage_, nothing, plan, folder, {.workers = 1, .sync_files = true});
-    for (const reshard::FileHash& file : done.files) {
-      written.files.push_back(reshard::manifest_file(file));
+    if (!wait() || !pending->finished()) {
+      throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                            .what = "The writer of this rank's files has not finished in time.",
+                            .file = final_path,
+                            .found = std::to_string(pending->next_) + " of " +
+                                     std::to_string(pending->files_.size()) + " files begun",
+                            .safe = kAsItWas,
+                            .next = "see whether the writer lives; save again"});
     }
+    if (pending->failure_) std::rethrow_exception(pending->failure_);
   });
+  const checkpoint::Manifest written{.files = pending->written_,
+                                     .program_version = ISOSHARD_VERSION};
   const std::vector<std::string> parts = gathered(checkpoint::to_json(written));
   attempt([&] {
-    if (!leads) return;
-    checkpoint::Manifest manifest{.files = {}, .program_version = ISOSHARD_VERSION};
-    for (const std::string& part : parts) {
-      const checkpoint::Manifest its = checkpoint::parse_manifest(part, "a rank's files");
-      manifest.files.insert(manifest.files.end(), its.files.begin(), its.files.end());
-    }
-    const std::string text = checkpoint::to_json(manifest);
-    if (staged->in_place()) staged->settle();
-    const std::unique_ptr<WritableFile> file =
-        storage_.create(folder + "/" + checkpoint::kManifestName);
-    file->write_at(0, std::as_bytes(std::span(text)));
-    file->sync();
-    file->close();
-    staged->publish();
+    if (leads) publish(pending, parts);
   });
-  shown = true;
+  safe = "the checkpoint is there; `latest` may be the one before";
   attempt([&] {
-    if (!leads || !options.save_latest) return;
-    checkpoint::replace_small_file(storage_, save_dir + "/latest",
-                                   final_path.substr(save_dir.size() + 1));
+    if (!leads || !pending->save_latest_) return;
+    checkpoint::replace_small_file(storage_, pending->save_dir_ + "/latest", pending->tag_);
   });
+}
+
+bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::string& save_dir,
+                                       const SaveOptions& options) {
+  const std::unique_ptr<PendingSave> pending = begin_save(state, save_dir, options);
+  while (pending->write_next(storage_)) {
+  }
+  commit_save(pending.get(), [] { return true; });
   return true;
 }
 
@@ -258,8 +342,11 @@ LoadResult CheckpointEngine::load_checkpoint(TrainingState* state, const std::st
     return result;
   }
   try {
-    result = load_rank(storage_, load_dir + "/" + tag, {parallel_.topology, parallel_.at}, options,
-                       &loaded);
+    const std::string folder = load_dir + "/" + tag;
+    result =
+        loads_universal(config_)
+            ? load_universal(storage_, folder, options, &loaded)
+            : load_rank(storage_, folder, {parallel_.topology, parallel_.at}, options, &loaded);
   } catch (const std::exception&) {
     failure = std::current_exception();
   }
@@ -272,7 +359,15 @@ LoadResult CheckpointEngine::load_checkpoint(TrainingState* state, const std::st
 std::string CheckpointEngine::tag_to_load(const std::string& load_dir, const LoadOptions& options) {
   std::string tag = options.tag;
   if (tag.empty()) {
-    const std::string latest = load_dir + "/latest";
+    const bool universal = loads_universal(config_);
+    const std::string latest = load_dir + (universal ? "/latest_universal" : "/latest");
+    if (!storage_.is_file(latest) && universal) {
+      throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
+                            .what = "There is no universal checkpoint (DeepSpeed: ValueError, "
+                                    "\"Invalid for universal checkpoint\").",
+                            .file = latest,
+                            .next = "isoshard convert --to universal, or name a tag"});
+    }
     if (!storage_.is_file(latest)) return "";
     tag = checkpoint::pointer_text(storage_, latest);
   }

@@ -9,12 +9,16 @@
 // Collective: every rank of the world calls the same functions in the same order.
 #pragma once
 
+#include <atomic>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "checkpoint/manifest.h"
+#include "checkpoint/publication.h"
 #include "core/parallel_state.h"
 #include "core/storage.h"
 #include "core/training_state.h"
@@ -24,23 +28,67 @@ namespace isoshard::engine {
 
 // config["checkpoint"]["tag_validation"]: what happens where ranks give different tags.
 enum class TagValidation { kIgnore, kWarn, kFail };
+// config["checkpoint"]["load_universal"]: load_checkpoint reads the universal form of any topology
+// and stage, which `latest_universal` names.
+bool loads_universal(const Json& config);
 // Throws Error(kUsage) for another text, as DeepSpeedConfigError.
 TagValidation tag_validation(const Json& config);
+
+// A file that rank 0 carries into the tag's folder, such as a tokenizer's.
+struct SideFile {
+  std::string name;  // there; no '/' in it, and none of DeepSpeed's names
+  std::string path;  // where it is now
+};
 
 struct SaveOptions {
   std::string tag;  // empty: "global_step<N>"
   Json client_state = Json::object();
   bool save_latest = true;
+  bool exclude_frozen_parameters = false;
+  std::vector<SideFile> side_files = {};
+};
+
+// A save that has begun: the rank's files as they were at the call. The run may go on, and change
+// its state, while they are written.
+class PendingSave {
+ public:
+  // Writes one file more, on any thread, but one at a time. False: there is none left, or one has
+  // failed, which commit_save() tells. Throws no Error.
+  bool write_next(Storage& storage);
+  bool finished() const { return finished_; }
+  const std::string& tag() const { return tag_; }
+  int64_t size_bytes() const { return size_bytes_; }  // of what this rank's files will hold
+
+ private:
+  friend class CheckpointEngine;
+  std::string save_dir_, tag_, folder_;
+  std::shared_ptr<checkpoint::StagedFolder> staged_;  // on rank 0
+  std::vector<checkpoint::FileBlueprint> files_;
+  std::vector<checkpoint::ManifestFile> written_;
+  size_t next_ = 0;
+  int64_t size_bytes_ = 0;
+  std::atomic<bool> finished_{false};
+  std::exception_ptr failure_;
+  bool save_latest_ = true;
+  std::vector<SideFile> side_files_;
 };
 
 struct LoadOptions {
-  std::string tag;  // empty: what `latest` says
+  std::string tag;                 // empty: what `latest` says
+  bool load_module_strict = true;  // false: parameters that the file has not are as they were
   bool load_optimizer_states = true;
   bool load_lr_scheduler_states = true;
   bool load_module_only = false;
   // --clean-client-state: only what the caller gave to save; otherwise, as in DeepSpeed, whatever
   // of the file's own keys it does not take out.
   bool clean_client_state = false;
+  // In place of the module's own loading, of stages 0 to 2 and where the optimizer's states are not
+  // loaded: what the file's module holds under a name (nothing: it is not there), and the parameter
+  // whose whole shard is to be filled.
+  using Source = std::function<std::optional<std::vector<float>>(const std::string& name)>;
+  std::function<void(const Source& source, const TrainedParameter& parameter,
+                     std::vector<float>* values)>
+      custom_load_fn = {};
 };
 
 struct LoadResult {
@@ -58,6 +106,15 @@ class CheckpointEngine {
   bool save_checkpoint(const TrainingState& state, const std::string& save_dir,
                        const SaveOptions& options);
 
+  // The same in three parts, for a writer beside the run (DeepSpeed's decoupled checkpoint engine):
+  // begin_save returns once the snapshot is taken, and `latest` moves in commit_save. Both are
+  // collective. `wait` returns whether this rank's writer has finished, at the latest at the
+  // caller's deadline; where one has not, or has failed, the commit fails on every rank, and
+  // nothing is visible of it.
+  std::unique_ptr<PendingSave> begin_save(const TrainingState& state, const std::string& save_dir,
+                                          const SaveOptions& options);
+  void commit_save(PendingSave* pending, const std::function<bool()>& wait);
+
   // Fills the rank's masters, optimizer states and counters, or, where a rank cannot, changes none;
   // the copies in the parameters' dtype are the caller's to refresh. The state has the shapes of
   // this run. Without load_optimizer_states, or with load_module_only, masters are the weights as
@@ -71,6 +128,7 @@ class CheckpointEngine {
 
  private:
   void agree_on_tag(const std::string& tag);
+  void publish(PendingSave* pending, const std::vector<std::string>& parts);
   std::string tag_to_load(const std::string& load_dir, const LoadOptions& options);
   bool same_on_all_ranks(const std::string& text);
   // The rank that failed first in order of numbers, or −1. Collective.

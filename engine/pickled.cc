@@ -56,6 +56,7 @@ NodeId setting_node(TorchBuilder* builder, const Setting& setting) {
   if (const bool* truth = std::get_if<bool>(&setting)) return pickle.boolean(*truth);
   if (const int64_t* whole = std::get_if<int64_t>(&setting)) return pickle.integer(*whole);
   if (const double* number = std::get_if<double>(&setting)) return pickle.real(*number);
+  if (const auto* text = std::get_if<std::string>(&setting)) return pickle.string(*text);
   if (const auto* numbers = std::get_if<std::vector<double>>(&setting)) {
     std::vector<NodeId> items;
     for (const double number : *numbers) items.push_back(pickle.real(number));

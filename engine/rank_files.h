@@ -5,6 +5,9 @@
 //   stage 0      mp_rank_XX_model_states.pt, with the optimizer; of the first rank that shares it
 //   stages 1, 2  the same without the optimizer; each rank its zero_pp_rank_D_…_optim_states.pt
 //   stage 3      each rank both: zero_pp_rank_D_mp_rank_XX_{model,optim}_states.pt
+//
+// AutoEP (engine/expert_files.h) adds a file an expert at stages 0 to 2, and at stage 0 an
+// optimizer file an expert-parallel rank.
 #pragma once
 
 #include <nlohmann/json.hpp>
@@ -21,8 +24,9 @@ using Json = nlohmann::ordered_json;
 
 // What a save holds besides the rank's state.
 struct SaveContent {
-  Json config;        // the DeepSpeed config, as the user gave it
-  Json client_state;  // an object
+  Json config;                  // the DeepSpeed config, as the user gave it
+  Json client_state;            // an object
+  bool exclude_frozen = false;  // exclude_frozen_parameters of save_checkpoint
   std::string version = "0.19.8";
 };
 
@@ -32,6 +36,9 @@ struct RankPlace {
   Coordinate at;
   int zero_rank() const { return at.data * topology.sequence + at.sequence; }
   int mp_rank() const { return at.tensor; }
+  int expert_data_ranks() const {
+    return topology.zero_ranks() * topology.tensor / topology.expert;
+  }
 };
 
 // "" if DeepSpeed has files for such a run and the engine writes them; otherwise the reason.
@@ -42,5 +49,11 @@ std::string files_unsupported(const TrainingState& state, const Topology& topolo
 std::vector<checkpoint::FileBlueprint> rank_files(const TrainingState& state,
                                                   const RankPlace& place,
                                                   const SaveContent& content);
+
+// Its two files; each knows the stage.
+checkpoint::FileBlueprint model_file(const TrainingState& state, const RankPlace& place,
+                                     const SaveContent& content);
+checkpoint::FileBlueprint optim_file(const TrainingState& state, const RankPlace& place,
+                                     const SaveContent& content);
 
 }  // namespace isoshard::engine

@@ -10,30 +10,10 @@
 #include <vector>
 
 #include "checkpoint/memory_storage.h"
-#include "core/topology.h"
-#include "engine/checkpoint.h"
-#include "reference/trainer.h"
+#include "properties/file_bridge.h"
 #include "reference/whole_state.h"
-#include "sim/cluster.h"
 
 namespace isoshard::properties {
-
-// Some steps on one topology.
-struct Leg {
-  Topology topology;
-  int stage = 0;
-  int steps = 3;
-  bool operator==(const Leg&) const = default;
-};
-
-// "dp2.sp2 stage 3".
-std::string to_string(const Leg& leg);
-
-// The DeepSpeed config of a run.
-engine::Json deepspeed_config(const reference::TrainConfig& config, const Topology& topology,
-                              int stage);
-
-ParallelState parallel_state(sim::Rank& rank);
 
 // What a run has shown so far.
 struct Record {
@@ -48,6 +28,8 @@ struct Record {
 struct Hooks {
   std::function<void(reference::Trainer*, int rank)> after_load;
   std::function<void(reference::Trainer*, int rank)> after_step;
+  // Of each cluster that has ended, also where it failed.
+  OnTrace on_trace;
 };
 
 // A run that goes from leg to leg. Between two legs the state goes through DeepSpeed's files, saved
@@ -63,14 +45,11 @@ class Simulation {
   const Record& record() const { return record_; }
 
  private:
-  std::string files_unsupported(const Leg& leg) const;
-  void bring_files(const Leg& leg);
-  std::string donor_of_splits();
-
   reference::TrainConfig config_;
   uint64_t seed_;
   Hooks hooks_;
   checkpoint::MemoryStorage storage_;
+  FileBridge bridge_;
   Record record_;
   std::string saved_;      // save_dir of the last leg; empty: there are no files
   TrainingState counted_;  // counters of the last leg
@@ -81,6 +60,9 @@ class Simulation {
 // The same number of steps on one rank, without a break.
 Record single_rank(const reference::TrainConfig& config, int steps);
 
+// "" if loss, norm and their like of a step are the same, bit for bit.
+std::string step_difference(const reference::StepReport& expected,
+                            const reference::StepReport& found);
 // "" if losses, norms and the state are the same, bit for bit; otherwise the first difference.
 std::string difference(const Record& expected, const Record& found);
 

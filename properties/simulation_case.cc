@@ -40,6 +40,23 @@ ModelConfig draw_model(const Draw& draw) {
   return m;
 }
 
+bool fits(const ModelConfig& model, const Topology& topology) {
+  try {
+    reference::check_model(model, topology);
+    return true;
+  } catch (const Error&) {
+    return false;
+  }
+}
+
+}  // namespace
+
+int SimulationCase::steps() const {
+  int total = 0;
+  for (const Leg& leg : legs) total += leg.steps;
+  return total;
+}
+
 TrainConfig draw_config(const Draw& draw) {
   TrainConfig c;
   c.model = draw_model(draw);
@@ -63,46 +80,34 @@ TrainConfig draw_config(const Draw& draw) {
   return c;
 }
 
-bool fits(const ModelConfig& model, const Topology& topology) {
-  try {
-    reference::check_model(model, topology);
-    return true;
-  } catch (const Error&) {
-    return false;
-  }
-}
-
-}  // namespace
-
-int SimulationCase::steps() const {
-  int total = 0;
-  for (const Leg& leg : legs) total += leg.steps;
-  return total;
-}
-
-SimulationCase draw_case(const Draw& draw, const CaseLimits& limits) {
-  SimulationCase value{.config = draw_config(draw)};
-  value.seed = static_cast<uint64_t>(draw(1, 1'000'000));
+std::vector<Topology> fitting(const std::vector<Topology>& topologies, TrainConfig* config) {
   std::vector<Topology> possible;
-  for (const Topology& topology : limits.topologies) {
-    if (fits(value.config.model, topology)) possible.push_back(topology);
+  for (const Topology& topology : topologies) {
+    if (fits(config->model, topology)) possible.push_back(topology);
   }
   // A model that fits none gives way: it gets what the topologies ask for.
   if (possible.empty()) {
-    const Topology& first = limits.topologies.at(0);
-    value.config.model.experts = 8 % first.expert == 0 ? 8 : first.expert;
-    value.config.model.top_k = std::min<int64_t>(2, value.config.model.experts);
-    value.config.model.layers = std::max(3, first.pipeline);
-    for (const Topology& topology : limits.topologies) {
-      if (fits(value.config.model, topology)) possible.push_back(topology);
+    const Topology& first = topologies.at(0);
+    config->model.experts = 8 % first.expert == 0 ? 8 : first.expert;
+    config->model.top_k = std::min<int64_t>(2, config->model.experts);
+    config->model.layers = std::max(3, first.pipeline);
+    for (const Topology& topology : topologies) {
+      if (fits(config->model, topology)) possible.push_back(topology);
     }
   }
   if (possible.empty()) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "No model that is drawn can have such a topology.",
-                          .entry = to_string(limits.topologies.at(0)),
+                          .entry = to_string(topologies.at(0)),
                           .next = "name another topology"});
   }
+  return possible;
+}
+
+SimulationCase draw_case(const Draw& draw, const CaseLimits& limits) {
+  SimulationCase value{.config = draw_config(draw)};
+  value.seed = static_cast<uint64_t>(draw(1, 1'000'000));
+  const std::vector<Topology> possible = fitting(limits.topologies, &value.config);
   for (int done = 0; done < limits.steps; done += limits.every) {
     const int64_t pick = draw(0, static_cast<int64_t>(possible.size()) - 1);
     value.legs.push_back({possible[static_cast<size_t>(pick)], static_cast<int>(draw(0, 3)),
@@ -116,9 +121,9 @@ SimulationCase seeded_case(uint64_t seed, uint64_t number, const CaseLimits& lim
   return draw_case([&](int64_t low, int64_t high) { return random.between(low, high); }, limits);
 }
 
-std::string text_of(const SimulationCase& value) {
-  const ModelConfig& m = value.config.model;
-  const reference::DataConfig& d = value.config.data;
+std::string text_of(const TrainConfig& config) {
+  const ModelConfig& m = config.model;
+  const reference::DataConfig& d = config.data;
   const auto text = [](int64_t number) { return std::to_string(number); };
   std::string out = "model   " + std::string(name(m.dtype)) + ", vocabulary " + text(m.vocabulary) +
                     ", hidden " + text(m.hidden) + ", heads " + text(m.heads) + "/" +
@@ -134,18 +139,23 @@ std::string text_of(const SimulationCase& value) {
   out += "\ndata    length " + text(d.sequence_length) + ", batch " + text(d.batch) + ", micro " +
          text(d.micro_batch) + (d.strided ? ", strided" : "") + (d.packed ? ", packed" : "") +
          ", masked 1 in " + text(d.masked);
-  out += "\ntrain   " + std::string(reference::name(value.config.optimizer.kind)) +
-         (value.config.clip > 0 ? ", clipped" : "") +
-         (value.config.split_decay ? ", norms apart" : "") +
-         (value.config.reduce == reference::ReduceMode::kFixed ? ", sums in fixed point" : "");
-  out += "\nlegs   ";
-  for (const Leg& leg : value.legs) out += " " + to_string(leg) + " ×" + text(leg.steps) + ";";
+  out += "\ntrain   " + std::string(reference::name(config.optimizer.kind)) +
+         (config.clip > 0 ? ", clipped" : "") + (config.split_decay ? ", norms apart" : "") +
+         (config.reduce == reference::ReduceMode::kFixed ? ", sums in fixed point" : "");
   return out;
 }
 
-CaseResult run_case(const SimulationCase& value) {
+std::string text_of(const SimulationCase& value) {
+  std::string out = text_of(value.config) + "\nlegs   ";
+  for (const Leg& leg : value.legs) {
+    out += " " + to_string(leg) + " ×" + std::to_string(leg.steps) + ";";
+  }
+  return out;
+}
+
+CaseResult run_case(const SimulationCase& value, const OnTrace& on_trace) {
   CaseResult result;
-  Simulation simulation(value.config, value.seed);
+  Simulation simulation(value.config, value.seed, {.on_trace = on_trace});
   try {
     for (const Leg& leg : value.legs) {
       simulation.run(leg);

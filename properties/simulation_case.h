@@ -27,13 +27,22 @@ struct CaseLimits {
   int every = 3;  // steps between two changes of topology and stage
 };
 
+reference::TrainConfig draw_config(const Draw& draw);
+
+// Those of the topologies that the model can have; a model that can have none gets what the first
+// asks for. Error(kUsage) if that does not help.
+std::vector<Topology> fitting(const std::vector<Topology>& topologies,
+                              reference::TrainConfig* config);
+
 // Topologies that the drawn model cannot have are passed over; Error(kUsage) if that leaves none.
 SimulationCase draw_case(const Draw& draw, const CaseLimits& limits);
 
 // Case `number` of a seed.
 SimulationCase seeded_case(uint64_t seed, uint64_t number, const CaseLimits& limits);
 
-// The model, the data and the legs, in a line each.
+// The model, the data and how it is trained, in a line each.
+std::string text_of(const reference::TrainConfig& config);
+// The same, and the legs.
 std::string text_of(const SimulationCase& value);
 
 struct CaseResult {
@@ -44,6 +53,6 @@ struct CaseResult {
   int64_t files_changes = 0;  // those that went through DeepSpeed's files
 };
 // Throws Error(kInterrupted) after a signal, and std::bad_alloc.
-CaseResult run_case(const SimulationCase& value);
+CaseResult run_case(const SimulationCase& value, const OnTrace& on_trace = {});
 
 }  // namespace isoshard::properties

@@ -46,10 +46,11 @@ float mean_of_means(const TrainConfig& config, int ranks) {
 
 std::string name(TrainingMutant mutant) {
   constexpr const char* kNames[] = {
-      "None",          "RankOrderSum",  "AbsentIsZero",    "NeighbourHeads",
-      "LostToken",     "UnsummedGroup", "ShiftedPosition", "SampleTwice",
-      "ForgottenRank", "MeanOfMeans",   "FirstShardNorm",  "StaleMoments",
-      "StaleCounter",  "DroppedTail",   "EvalMovesData",   "OtherSeed"};
+      "None",           "RankOrderSum",    "AbsentIsZero",  "NeighbourHeads", "LostToken",
+      "UnsummedGroup",  "ShiftedPosition", "SampleTwice",   "ForgottenRank",  "MeanOfMeans",
+      "FirstShardNorm", "StaleMoments",    "StaleCounter",  "DroppedTail",    "EvalMovesData",
+      "OtherSeed",      "QuietedNan",      "ReversedPeers", "SmallGroup",     "SummedMicros",
+      "FrozenShard",    "DegreeInFiles",   "EarlyPointer",  "EqualLots",      "SkewedPlan"};
   return kNames[static_cast<size_t>(mutant)];
 }
 

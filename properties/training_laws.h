@@ -26,6 +26,15 @@ enum class TrainingMutant {
   kDroppedTail,      // the last element of a rank's buffer is not stepped
   kEvalMovesData,    // an evaluation takes samples from the training data's order
   kOtherSeed,        // the second run has another order of events
+  kQuietedNan,       // a value on its way goes through arithmetic
+  kReversedPeers,    // what comes back is taken from the ranks in reverse
+  kSmallGroup,       // gradients are reduced over the data-parallel ranks alone
+  kSummedMicros,     // gradients of micro batches are summed, not averaged
+  kFrozenShard,      // the last rank's shard is not stepped
+  kDegreeInFiles,    // the files say how many sequence-parallel ranks there were
+  kEarlyPointer,     // `latest` is moved before the files are written
+  kEqualLots,        // every rank evaluates as many samples, though told otherwise
+  kSkewedPlan,       // a plan takes the neighbour's element
 };
 
 std::string name(TrainingMutant mutant);
@@ -48,5 +57,16 @@ std::string norms_count_each_element_once(const Draw& draw, TrainingMutant mutan
 std::string a_resumed_run_is_one_run(const Draw& draw, TrainingMutant mutant);
 std::string the_seed_is_the_run(const Draw& draw, TrainingMutant mutant);
 std::string evaluation_changes_nothing(const Draw& draw, TrainingMutant mutant);
+// Exchanges and groups.
+std::string an_exchange_has_an_inverse(const Draw& draw, TrainingMutant mutant);
+std::string gradients_are_of_all_their_ranks(const Draw& draw, TrainingMutant mutant);
+std::string micro_batches_are_nothing(const Draw& draw, TrainingMutant mutant);
+std::string splits_are_the_unsplit(const Draw& draw, TrainingMutant mutant);
+std::string uneven_evaluation_is_told(const Draw& draw, TrainingMutant mutant);
+// The engine's files.
+std::string files_do_not_know_sequences(const Draw& draw, TrainingMutant mutant);
+std::string a_death_leaves_old_or_new(const Draw& draw, TrainingMutant mutant);
+// Plans between any two of all topologies of up to 8 ranks and stages.
+std::string every_topology_is_planned(const Draw& draw, TrainingMutant mutant);
 
 }  // namespace isoshard::properties

@@ -7,7 +7,9 @@
 
 #include "core/random.h"
 #include "properties/check_property.h"
+#include "properties/lifecycle.h"
 #include "properties/training_laws.h"
+#include "sim/topologies/catalog.h"
 
 namespace isoshard::properties {
 namespace {
@@ -33,6 +35,49 @@ TEST(Training, NormsCountEachElementOnce) { check_training_law(norms_count_each_
 TEST(Training, AResumedRunIsOneRun) { check_training_law(a_resumed_run_is_one_run, 5); }
 TEST(Training, TheSeedIsTheRun) { check_training_law(the_seed_is_the_run, 10); }
 TEST(Training, EvaluationChangesNothing) { check_training_law(evaluation_changes_nothing, 5); }
+TEST(Training, UnevenEvaluationIsTold) { check_training_law(uneven_evaluation_is_told, 5); }
+TEST(Training, GradientsAreOfAllTheirRanks) {
+  check_training_law(gradients_are_of_all_their_ranks, 5);
+}
+TEST(Training, MicroBatchesAreNothing) { check_training_law(micro_batches_are_nothing, 5); }
+TEST(Training, SplitsAreTheUnsplit) { check_training_law(splits_are_the_unsplit, 5); }
+TEST(Exchange, HasAnInverse) { check_training_law(an_exchange_has_an_inverse, 1); }
+TEST(Files, DoNotKnowSequences) { check_training_law(files_do_not_know_sequences, 5); }
+TEST(Files, ADeathLeavesOldOrNew) { check_training_law(a_death_leaves_old_or_new, 3); }
+TEST(Pairs, SampledTopologiesArePlanned) { check_training_law(every_topology_is_planned, 1); }
+
+// RapidCheck's state machine, whose state is the run on one rank.
+TEST(Lifecycle, IsOneRun) {
+  const auto body = [] {
+    const LifeCase value =
+        draw_life(drawn_by_rapidcheck, {.topologies = sim::topologies_up_to(8), .steps = 8},
+                  parse_faults("all"));
+    return run_life(value).reason;
+  };
+  check_body(body, 10);
+}
+
+// The mutants of lives: each is noticed by one of some seeded lives, which hold without it.
+class LifeMutants : public testing::TestWithParam<LifeMutant> {};
+
+TEST_P(LifeMutants, IsKilled) {
+  const CaseLimits limits{.topologies = sim::topologies_up_to(4), .steps = 8};
+  constexpr int kMost = 200;
+  for (uint64_t number = 0; number < kMost; ++number) {
+    const LifeCase value = seeded_life(11, number, limits, parse_faults("death"));
+    const std::string reason = run_life(value, GetParam()).reason;
+    if (reason.empty()) continue;
+    EXPECT_EQ(run_life(value).reason, "") << "the law fails without the mutant too";
+    std::cout << "killed by case " << number << ": " << reason << "\n";
+    return;
+  }
+  FAIL() << "the mutant survives " << kMost << " cases";
+}
+
+INSTANTIATE_TEST_SUITE_P(All, LifeMutants,
+                         testing::Values(LifeMutant::kStaleSurvivor, LifeMutant::kColdMoments,
+                                         LifeMutant::kLostPointer),
+                         [](const auto& info) { return name(info.param); });
 
 struct Duel {
   TrainingMutant mutant = TrainingMutant::kNone;
@@ -57,6 +102,15 @@ const Duel kDuels[] = {
     {TrainingMutant::kStaleCounter, a_resumed_run_is_one_run},
     {TrainingMutant::kOtherSeed, the_seed_is_the_run},
     {TrainingMutant::kEvalMovesData, evaluation_changes_nothing},
+    {TrainingMutant::kQuietedNan, an_exchange_has_an_inverse},
+    {TrainingMutant::kReversedPeers, an_exchange_has_an_inverse},
+    {TrainingMutant::kSmallGroup, gradients_are_of_all_their_ranks},
+    {TrainingMutant::kSummedMicros, micro_batches_are_nothing},
+    {TrainingMutant::kFrozenShard, splits_are_the_unsplit},
+    {TrainingMutant::kEqualLots, uneven_evaluation_is_told},
+    {TrainingMutant::kDegreeInFiles, files_do_not_know_sequences},
+    {TrainingMutant::kEarlyPointer, a_death_leaves_old_or_new},
+    {TrainingMutant::kSkewedPlan, every_topology_is_planned},
 };
 
 std::string outcome(const Duel& duel, uint64_t seed, TrainingMutant mutant) {

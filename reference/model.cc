@@ -45,12 +45,15 @@ std::vector<ParameterInfo> parameters_of(const ModelConfig& c) {
       add_dense_mlp(at + "mlp.", c.hidden, c.intermediate, layer, &list);
     } else {
       const int64_t e = c.experts, f = c.expert_intermediate;
-      list.push_back({at + "mlp.gate.weight", {e, c.hidden}, Split::kReplicated, layer});
+      list.push_back({.name = at + "mlp.router.gate.weight",
+                      .shape = {e, c.hidden},
+                      .layer = layer,
+                      .appended = true});
       list.push_back({at + "mlp.experts.w1", {e, f, c.hidden}, Split::kExpert, layer});
       list.push_back({at + "mlp.experts.w2", {e, c.hidden, f}, Split::kExpert, layer});
       list.push_back({at + "mlp.experts.w3", {e, f, c.hidden}, Split::kExpert, layer});
       if (c.shared_expert)
-        add_dense_mlp(at + "mlp.shared_expert.", c.hidden, c.intermediate, layer, &list);
+        add_dense_mlp(at + "mlp.shared_experts.", c.hidden, c.intermediate, layer, &list);
     }
     for (const char* norm : {"input_layernorm.weight", "post_attention_layernorm.weight"}) {
       list.push_back({at + norm, {c.hidden}, Split::kReplicated, layer, false});

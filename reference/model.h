@@ -59,9 +59,13 @@ struct ParameterInfo {
   Split split = Split::kReplicated;
   int layer = 0;       // number of the layer; −1: the embedding; layers: norm and head
   bool decays = true;  // weight decay; not for norms
+  // A parameter that AutoEP makes in place of the model's own: it comes behind the others of its
+  // optimizer group.
+  bool appended = false;
 };
 
-// In the module's order. Experts are AutoEP's stacks w1, w2, w3.
+// In the module's order. A layer of experts is as AutoEP makes it: router, the stacks w1, w2, w3,
+// and shared_experts.
 std::vector<ParameterInfo> parameters_of(const ModelConfig& config);
 
 // Layers [first, second) of a pipeline stage; the first has the embedding too, the last the head.

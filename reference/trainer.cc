@@ -60,6 +60,7 @@ void Trainer::make_state() {
   if (model.experts > 0) {
     state_.groups.push_back({.weight_decay = config_.optimizer.weight_decay, .expert = true});
   }
+  std::vector<TrainedGroup> appended(state_.groups.size());
   for (const ParameterInfo& info : parameters_of(model)) {
     if (!held_by_stage(model, info, t.pipeline, parallel_.at.pipeline)) continue;
     const Span shard = shard_of(model, info, t, parallel_.at.tensor, parallel_.at.expert);
@@ -76,15 +77,31 @@ void Trainer::make_state() {
     }
     p.group = p.expert ? static_cast<int>(state_.groups.size()) - 1
                        : (config_.split_decay && !info.decays ? 1 : 0);
-    state_.groups[static_cast<size_t>(p.group)].parameters.push_back(
+    (info.appended ? appended : state_.groups)[static_cast<size_t>(p.group)].parameters.push_back(
         static_cast<int>(state_.parameters.size()));
     state_.parameters.push_back(std::move(p));
   }
-  for (TrainedGroup& group : state_.groups) group.settings = settings(group.weight_decay);
+  for (size_t g = 0; g < appended.size(); ++g) {
+    std::vector<int>& list = state_.groups[g].parameters;
+    list.insert(list.end(), appended[g].parameters.begin(), appended[g].parameters.end());
+  }
+  for (TrainedGroup& group : state_.groups) group.settings = settings(group);
 }
 
 // The entries of param_groups as torch's optimizers have them, the rate of the next step first.
-std::vector<std::pair<std::string, Setting>> Trainer::settings(double weight_decay) const {
+std::vector<std::pair<std::string, Setting>> Trainer::settings(const TrainedGroup& group) const {
+  std::vector<std::pair<std::string, Setting>> all;
+  if (config_.model.experts > 0) {  // deepspeed/moe/utils.py
+    all.emplace_back("name", group.expert ? "ep_size_" + std::to_string(parallel_.topology.expert)
+                                          : std::string("dense-params"));
+    if (group.expert) all.emplace_back("moe", true);
+  }
+  for (auto& setting : optimizer_settings(group.weight_decay)) all.push_back(std::move(setting));
+  return all;
+}
+
+std::vector<std::pair<std::string, Setting>> Trainer::optimizer_settings(
+    double weight_decay) const {
   const OptimizerConfig& o = config_.optimizer;
   const double lr = learning_rate(config_.schedule, state_.counters.schedule_iteration);
   const std::vector<double> betas = {o.beta1, o.beta2};
@@ -224,7 +241,7 @@ void Trainer::adopt(const WholeState& whole, const TrainingState& counted) {
   state_.counters = counted.counters;
   state_.loss_scale = counted.loss_scale;
   state_.fixed_largest = counted.fixed_largest;
-  for (TrainedGroup& group : state_.groups) group.settings = settings(group.weight_decay);
+  for (TrainedGroup& group : state_.groups) group.settings = settings(group);
   refresh_parameters();
 }
 

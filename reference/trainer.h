@@ -80,7 +80,8 @@ class Trainer {
     std::shared_ptr<const OwnerLayout> layout;
   };
   void make_state();
-  std::vector<std::pair<std::string, Setting>> settings(double weight_decay) const;
+  std::vector<std::pair<std::string, Setting>> settings(const TrainedGroup& group) const;
+  std::vector<std::pair<std::string, Setting>> optimizer_settings(double weight_decay) const;
   OwnerLayout owner_layout(const TrainedGroup& group, const std::vector<int>& ranks) const;
   void make_owners(LayoutCache* cache);
   std::vector<TreeNode> dense_nodes(const Coordinate& at) const;

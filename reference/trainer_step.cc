@@ -240,7 +240,7 @@ void Trainer::update(const std::vector<std::vector<Values>>& gradients) {
   }
   ++state_.counters.optimizer_steps;
   ++state_.counters.schedule_iteration;
-  for (TrainedGroup& group : state_.groups) group.settings = settings(group.weight_decay);
+  for (TrainedGroup& group : state_.groups) group.settings = settings(group);
   refresh_parameters();
 }
 

@@ -240,7 +240,7 @@ Values Transformer::experts(int layer, const Values& x, Activations* a) {
   Layer& l = a->layers[static_cast<size_t>(layer - layers_.begin)];
   const std::string name = at(layer) + "mlp.";
   const int64_t h = model_.hidden, k = model_.top_k;
-  const Values logits = project(number(name + "gate.weight"), x, a->tokens);
+  const Values logits = project(number(name + "router.gate.weight"), x, a->tokens);
   l.routing = route(logits, a->tokens, model_.experts, k);
   l.experts =
       std::make_unique<Experts>(*parallel_.expert, *parallel_.tensor,
@@ -261,7 +261,7 @@ Values Transformer::experts(int layer, const Values& x, Activations* a) {
     }
     sum.finish(std::span(y).subspan(static_cast<size_t>(t * h), static_cast<size_t>(h)));
   }
-  if (model_.shared_expert) add(&y, mlp(name + "shared_expert.", x, a->tokens, &l.dense));
+  if (model_.shared_expert) add(&y, mlp(name + "shared_experts.", x, a->tokens, &l.dense));
   return y;
 }
 
@@ -298,9 +298,9 @@ Values Transformer::experts_backward(int layer, const Values& dy, Activations* a
     sum.finish(std::span(dx).subspan(static_cast<size_t>(t * h), static_cast<size_t>(h)));
   }
   const Values dlogits = route_backward(l.routing, dweight, a->tokens, model_.experts, k);
-  add(&dx, project_backward(number(name + "gate.weight"), l.normal2, dlogits, *a, gradients));
+  add(&dx, project_backward(number(name + "router.gate.weight"), l.normal2, dlogits, *a, gradients));
   if (model_.shared_expert) {
-    add(&dx, mlp_backward(name + "shared_expert.", l.normal2, dy, l.dense, *a, gradients));
+    add(&dx, mlp_backward(name + "shared_experts.", l.normal2, dy, l.dense, *a, gradients));
   }
   return dx;
 }

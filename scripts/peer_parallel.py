@@ -164,6 +164,10 @@ SIMULATED = [
     ("dp=2,tp=2,stage=1", {**LLAMA, "autotp": 2}, 4),
     ("dp=1,tp=4,stage=1", {**LLAMA, "autotp": 4}, 4),
     ("dp=2,tp=2,stage=3", {**LLAMA, "autotp": 2, "stage": 3}, 4),
+    ("dp=4,ep=2,stage=0", {**MIXTRAL, "autoep": 2, "stage": 0}, 4),
+    ("dp=2,ep=2,stage=1", {**MIXTRAL, "autoep": 2}, 2),
+    ("dp=4,ep=2,stage=2", {**MIXTRAL, "autoep": 2, "stage": 2}, 4),
+    ("dp=4,ep=2,stage=3", {**MIXTRAL, "autoep": 2, "stage": 3}, 4),
 ]
 
 
@@ -323,7 +327,8 @@ class Runner:
     def simulated(self, topology, case, world):
         """What is wrong when real engines load what simulated ranks wrote, and save it again."""
         folder = os.path.join(self.work, re.sub(r"\W+", "_", topology))
-        made = self.isoshard("golden", "--topology", topology, "--out", folder, "--quiet")
+        made = self.isoshard("golden", "--topology", topology, "--model", case["model"], "--out",
+                             folder, "--quiet")
         out = os.path.join(folder, "out")
         ours = os.path.join(folder, "ckpt")
         failed = made.stderr if made.returncode else run_ranks(case, world, ours, out)

@@ -23,6 +23,8 @@ enum class FaultKind {
   kSlow,          // it gets one turn in sixteen from there on
 };
 
+const char* name(FaultKind kind);  // "death before", "disk full"
+
 struct Fault {
   FaultKind kind = FaultKind::kDieBefore;
   int rank = 0;

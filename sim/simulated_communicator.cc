@@ -117,7 +117,7 @@ void GroupBoard::record(int member, const Call& call, int64_t sequence) {
                         .sequence = sequence,
                         .dtype = dtype_of(call),
                         .count = handed_over(call),
-                        .peer = call.peer,
+                        .peer = call.peer < 0 ? -1 : ranks_[static_cast<size_t>(call.peer)],
                         .begin = call.begin,
                         .end = network_->scheduler.tick(),
                         .site = call.site});

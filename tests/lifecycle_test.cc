@@ -54,6 +54,27 @@ TEST(Lifecycle, FloatSixteenScalesAndSkips) {
   EXPECT_EQ(simulation.record().files_legs, 2);
 }
 
+TEST(Lifecycle, ExpertsThroughFiles) {
+  for (const bool shared : {false, true}) {
+    reference::TrainConfig config;
+    config.model.experts = 4;
+    config.model.shared_expert = shared;
+    config.model.dtype = shared ? DType::kFloat32 : DType::kBFloat16;
+    config.clip = 1.0;
+    config.split_decay = shared;
+    expect_one_rank(config,
+                    {{{.data = 2, .expert = 2}, 1},
+                     {{.data = 4, .expert = 2}, 2},
+                     {{.data = 4, .expert = 4}, 3},
+                     {{.data = 2}, 0},
+                     {{.data = 6, .expert = 2}, 0},
+                     {{.data = 2, .sequence = 2, .expert = 4}, 1},
+                     {{.data = 3}, 3},
+                     {{.data = 4, .expert = 2}, 3}},
+                    7);
+  }
+}
+
 TEST(Lifecycle, ExpertsAndPipelinesInMemory) {
   reference::TrainConfig config;
   config.model.experts = 4;

@@ -17,6 +17,7 @@
 #include "core/error.h"
 #include "core/hex_float.h"
 #include "properties/simulation.h"
+#include "tools/sample_model.h"
 #include "tools/session.h"
 
 namespace isoshard::tools {
@@ -36,36 +37,10 @@ struct GoldenOptions {
   bool overwrite = false;
 };
 
-// Models by name; "llama" has the sizes of the recorded AutoTP checkpoints.
-TrainConfig model_of(const GoldenOptions& options) {
-  TrainConfig config;
-  reference::ModelConfig& m = config.model;
-  m.seed = options.seed;
-  config.data.seed = options.seed;
-  config.clip = 1.0;
-  if (options.model == "tiny") return config;
-  m.vocabulary = 64;
-  m.hidden = 32;
-  m.head_size = 8;
-  m.intermediate = 48;
-  m.dtype = DType::kBFloat16;
-  config.data.batch = 8;
-  if (options.model == "llama") return config;
-  if (options.model == "llama-fp32") {
-    m.dtype = DType::kFloat32;
-    return config;
-  }
-  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                        .what = "There is no such model.",
-                        .entry = quote(options.model),
-                        .expected = "llama, llama-fp32 or tiny",
-                        .next = "correct --model"});
-}
-
 class Golden {
  public:
   Golden(const GoldenOptions& options, Storage& storage)
-      : options_(options), storage_(storage), config_(model_of(options)) {
+      : options_(options), storage_(storage), config_(sample_model(options.model, options.seed)) {
     TargetSpec spec = parse_target(options.topology);
     leg_ = {resolve(spec, Topology{}), spec.stage < 0 ? 1 : spec.stage, options.steps};
     config_.stage = leg_.stage;
@@ -260,8 +235,8 @@ void add_golden(CLI::App* app, Session* session) {
   verb->set_help_flag("-h,--help", "This page");
   std::vector<CLI::Option*> asked = {
       verb->add_option("--topology", options->topology,
-                       "dp=,sp=,tp=,stage= (dp=2,stage=1); not sp and tp together, no ep and pp"),
-      verb->add_option("--model", options->model, "llama, llama-fp32 or tiny (llama)"),
+                       "dp=,sp=,tp=,ep=,stage= (dp=2,stage=1); neither pp nor two of sp, tp, ep"),
+      verb->add_option("--model", options->model, "llama, llama-fp32, mixtral or tiny (llama)"),
       verb->add_option("--steps", options->steps, "Steps that are trained (3)")
           ->check(CLI::Range(0, 10000)),
       verb->add_option("--seed", options->seed, "Of weights, tokens and the order of events (1)")

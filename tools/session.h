@@ -63,6 +63,7 @@ void add_migrate(CLI::App* app, Session* session);
 void add_export(CLI::App* app, Session* session);
 void add_simulate(CLI::App* app, Session* session);
 void add_golden(CLI::App* app, Session* session);
+void add_trace(CLI::App* app, Session* session);
 void add_deepspeed_aliases(CLI::App* app, Session* session);
 
 }  // namespace isoshard::tools

@@ -3,24 +3,28 @@
 #include <chrono>
 #include <exception>
 #include <iostream>
+#include <map>
 #include <mutex>
+#include <set>
 #include <thread>
 
 #include "checkpoint/format/crc.h"
+#include "checkpoint/publication.h"
 #include "core/error.h"
 #include "core/hex_float.h"
 #include "core/random.h"
 #include "core/threads.h"
-#include "properties/simulation_case.h"
+#include "properties/lifecycle.h"
 #include "sim/topologies/catalog.h"
+#include "tools/report.h"
 #include "tools/session.h"
+#include "tools/trace_picture.h"
 
 namespace isoshard::tools {
 namespace {
 
 using properties::CaseLimits;
 using properties::CaseResult;
-using properties::SimulationCase;
 
 struct SimulateOptions {
   std::string topologies = "world<=8";
@@ -28,8 +32,41 @@ struct SimulateOptions {
   int64_t cases = 100;
   int steps = 20;
   int every = 3;
+  std::string faults;
+  std::string report;
   std::string demo;
 };
+
+// A case by its number, in words and run: legs, or with --faults a life.
+std::string case_text(const SimulateOptions& options, const CaseLimits& limits, int64_t number) {
+  const uint64_t which = static_cast<uint64_t>(number);
+  if (options.faults.empty()) return text_of(seeded_case(options.seed, which, limits));
+  return text_of(properties::seeded_life(options.seed, which, limits,
+                                         properties::parse_faults(options.faults)));
+}
+
+// The topologies and stages that a case passes through.
+std::vector<properties::Leg> case_legs(const SimulateOptions& options, const CaseLimits& limits,
+                                       int64_t number) {
+  const uint64_t which = static_cast<uint64_t>(number);
+  if (options.faults.empty()) return seeded_case(options.seed, which, limits).legs;
+  const properties::LifeCase life = properties::seeded_life(
+      options.seed, which, limits, properties::parse_faults(options.faults));
+  std::vector<properties::Leg> legs = {life.first};
+  for (const properties::LifeCommand& command : life.commands) {
+    if (command.kind == properties::LifeCommand::Kind::kReshard) legs.push_back(command.leg);
+  }
+  return legs;
+}
+
+properties::LifeResult case_result(const SimulateOptions& options, const CaseLimits& limits,
+                                   int64_t number, const properties::OnTrace& on_trace = {}) {
+  const uint64_t which = static_cast<uint64_t>(number);
+  if (options.faults.empty()) return {run_case(seeded_case(options.seed, which, limits), on_trace)};
+  return run_life(properties::seeded_life(options.seed, which, limits,
+                                          properties::parse_faults(options.faults)),
+                  properties::LifeMutant::kNone, on_trace);
+}
 
 CaseLimits limits_of(const SimulateOptions& options) {
   if (options.cases < 1 || options.steps < 1 || options.every < 1) {
@@ -37,19 +74,30 @@ CaseLimits limits_of(const SimulateOptions& options) {
                           .what = "There is nothing to simulate.",
                           .expected = "--cases, --steps and --reshard-every of 1 or more"});
   }
+  if (!options.faults.empty()) properties::parse_faults(options.faults);
   return {sim::select_topologies(options.topologies), options.steps, options.every};
 }
 
-std::string replay_command(const SimulateOptions& options, int64_t number) {
-  std::string text = "isoshard replay --seed " + std::to_string(options.seed) + " --case " +
-                     std::to_string(number);
+std::string case_flags(const SimulateOptions& options) {
+  std::string text;
   const SimulateOptions plain;
   if (options.topologies != plain.topologies) {
     text += " --topologies '" + options.topologies + "'";
   }
   if (options.steps != plain.steps) text += " --steps " + std::to_string(options.steps);
   if (options.every != plain.every) text += " --reshard-every " + std::to_string(options.every);
+  if (!options.faults.empty()) text += " --faults " + options.faults;
   return text;
+}
+
+std::string replay_command(const SimulateOptions& options, int64_t number) {
+  return "isoshard replay --seed " + std::to_string(options.seed) + " --case " +
+         std::to_string(number) + case_flags(options);
+}
+
+std::string simulate_command(const SimulateOptions& options) {
+  return "isoshard simulate --seed " + std::to_string(options.seed) + " --cases " +
+         std::to_string(options.cases) + case_flags(options);
 }
 
 // What all cases together have shown.
@@ -62,9 +110,7 @@ class Tally {
     const auto work = [this] {
       try {
         for (int64_t number = next_++; number < options_.cases; number = next_++) {
-          const SimulationCase value =
-              seeded_case(options_.seed, static_cast<uint64_t>(number), limits_);
-          take(number, run_case(value));
+          take(number, case_result(options_, limits_, number));
         }
       } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -84,13 +130,28 @@ class Tally {
   }
 
  private:
-  void take(int64_t number, const CaseResult& result) {
+  void take(int64_t number, const properties::LifeResult& result) {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++done_;
     hashes_ += keyed_random(static_cast<uint64_t>(number), {result.trace_hash});  // any order
     events_ += result.events;
     changes_ += result.changes;
     files_ += result.files_changes;
+    saves_ += result.saves;
+    failed_saves_ += result.failed_saves;
+    crashes_ += result.crashes;
+    redone_ += result.redone;
+    if (!options_.report.empty()) {
+      std::set<std::pair<std::string, int>> passed;
+      for (const properties::Leg& leg : case_legs(options_, limits_, number)) {
+        passed.insert({isoshard::to_string(leg.topology), leg.stage});
+      }
+      for (const auto& [topology, stage] : passed) {
+        auto& [cases, failed] = matrix_[topology][static_cast<size_t>(stage)];
+        ++cases;
+        failed += result.reason.empty() ? 0 : 1;
+      }
+    }
     if (!result.reason.empty()) {
       ++failed_;
       if (first_ < 0 || number < first_) {
@@ -111,34 +172,66 @@ class Tally {
   void report() {
     if (line_) std::cerr << "\n";
     const double seconds = elapsed();
+    if (!options_.report.empty()) write_report(seconds);
     if (failed_ > 0) {
       session_.status = kAnswerIsNo;
       std::cerr << "case " << first_ << " failed: " << reason_ << "\n"
-                << text_of(seeded_case(options_.seed, static_cast<uint64_t>(first_), limits_))
-                << "\n"
+                << case_text(options_, limits_, first_) << "\n"
                 << replay_command(options_, first_) << "\n";
     }
     const std::string hash = checkpoint::hex16(mix(hashes_));
     if (session_.json) {
-      session_.print_json({{"kind", "simulation"},
-                           {"cases", done_},
-                           {"failed", failed_},
-                           {"seed", options_.seed},
-                           {"trace_hash", hash},
-                           {"seconds", seconds},
-                           {"topologies", limits_.topologies.size()},
-                           {"changes", changes_},
-                           {"changes_through_files", files_},
-                           {"events", events_}});
+      nlohmann::ordered_json line = {{"kind", "simulation"},
+                                     {"cases", done_},
+                                     {"failed", failed_},
+                                     {"seed", options_.seed},
+                                     {"trace_hash", hash},
+                                     {"seconds", seconds},
+                                     {"topologies", limits_.topologies.size()},
+                                     {"changes", changes_},
+                                     {"changes_through_files", files_},
+                                     {"events", events_}};
+      if (!options_.faults.empty()) {
+        line["saves"] = saves_;
+        line["failed_saves"] = failed_saves_;
+        line["crashes"] = crashes_;
+        line["steps_done_again"] = redone_;
+      }
+      session_.print_json(line);
       return;
     }
     std::cout << done_ << " cases, " << failed_ << " failed, seed " << options_.seed
               << ", trace hash " << hash << "\n"
               << "drawn from " << limits_.topologies.size() << " topologies, " << changes_
               << " changes of topology and stage, " << files_ << " through DeepSpeed's files, "
-              << events_ << " events between ranks\n"
-              << static_cast<int64_t>(60.0 * static_cast<double>(done_) / seconds)
+              << events_ << " events between ranks\n";
+    if (!options_.faults.empty()) {
+      std::cout << crashes_ << " sessions ended by a fault, " << redone_ << " steps done again, "
+                << saves_ << " saves, " << failed_saves_ << " failed by a disk\n";
+    }
+    std::cout << static_cast<int64_t>(60.0 * static_cast<double>(done_) / seconds)
               << " cases a minute\n";
+  }
+
+  void write_report(double seconds) {
+    SimulationReport page{.command = simulate_command(options_),
+                          .cases = done_,
+                          .failed = failed_,
+                          .seconds = seconds,
+                          .matrix = matrix_};
+    page.shown = std::max<int64_t>(first_, 0);
+    page.text = case_text(options_, limits_, page.shown);
+    page.replay = replay_command(options_, page.shown);
+    page.reason = failed_ > 0 ? reason_ : "";
+    page.counters = std::to_string(changes_) + " changes of topology and stage, " +
+                    std::to_string(files_) + " through DeepSpeed's files, " +
+                    std::to_string(events_) + " events between ranks";
+    case_result(options_, limits_, page.shown,
+                [&](const CollectiveTrace& trace, const properties::Leg& leg) {
+                  page.leg = to_string(leg);
+                  page.picture = svg_picture(trace, 1500);
+                });
+    checkpoint::replace_small_file(session_.storage, options_.report, report_html(page));
   }
 
   double elapsed() const {
@@ -153,6 +246,8 @@ class Tally {
   std::mutex mutex_;
   std::exception_ptr failure_;
   int64_t done_ = 0, failed_ = 0, first_ = -1, events_ = 0, changes_ = 0, files_ = 0;
+  int64_t saves_ = 0, failed_saves_ = 0, crashes_ = 0, redone_ = 0;
+  std::map<std::string, std::array<std::pair<int64_t, int64_t>, 4>> matrix_;
   uint64_t hashes_ = 0;
   double told_ = 0;
   bool line_ = false;
@@ -211,6 +306,9 @@ void add_case_flags(CLI::App* verb, SimulateOptions* options) {
   verb->add_option("--reshard-every", options->every,
                    "Steps between two changes of topology and stage (3)")
       ->check(not_whole);
+  verb->add_option("--faults", options->faults,
+                   "Lives instead: steps, evaluations, saves, loads and reshards in any order, and "
+                   "faults at any operation: all, or some of death,disk,drop,slow");
 }
 
 void add_replay(CLI::App* app, Session* session) {
@@ -221,9 +319,8 @@ void add_replay(CLI::App* app, Session* session) {
   verb->add_option("--case", *number, "Its number, from 0 on")->required()->check(not_whole);
   verb->callback([session, options, number] {
     const CaseLimits limits = limits_of(*options);
-    const SimulationCase value = seeded_case(options->seed, static_cast<uint64_t>(*number), limits);
-    std::cout << text_of(value) << "\n";
-    const CaseResult result = run_case(value);
+    std::cout << case_text(*options, limits, *number) << "\n";
+    const CaseResult result = case_result(*options, limits, *number);
     std::cout << (result.reason.empty() ? "equal to the run on one rank" : result.reason) << "\n";
     if (!result.reason.empty()) session->status = kAnswerIsNo;
   });
@@ -239,6 +336,9 @@ void add_simulate(CLI::App* app, Session* session) {
   auto options = std::make_shared<SimulateOptions>();
   add_case_flags(verb, options.get());
   verb->add_option("--cases", options->cases, "How many runs (100)")->check(not_whole);
+  verb->add_option(
+      "--report", options->report,
+      "Write a page (HTML) of what ran and of the first failing case; replaced if there");
   CLI::Option* demo = verb->add_option(
       "--demo", options->demo, "elastic, alone: one run, its losses beside those of one rank");
   demo->check(CLI::IsMember({"elastic"}));

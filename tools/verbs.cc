@@ -15,6 +15,7 @@ void add_verbs(CLI::App* app, Session* session) {
   add_export(app, session);
   add_simulate(app, session);
   add_golden(app, session);
+  add_trace(app, session);
   add_deepspeed_aliases(app, session);
 }
 

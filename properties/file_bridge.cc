@@ -1,0 +1,118 @@
+// See file_bridge.h.
+#include "properties/file_bridge.h"
+
+#include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/deepspeed/reshard_target.h"
+#include "reshard/executor.h"
+
+namespace isoshard::properties {
+namespace {
+
+using engine::CheckpointEngine;
+using engine::Json;
+using reference::TrainConfig;
+using reference::Trainer;
+
+constexpr const char* kFixed = "isoshard_fixed_exponents";
+
+}  // namespace
+
+Json client_state(const TrainingState& state) {
+  Json json = Json::object();
+  for (const auto& [tensor, largest] : state.fixed_largest) {
+    json[kFixed][tensor] = static_cast<double>(largest);
+  }
+  return json;
+}
+
+void take_client_state(const Json& json, TrainingState* state) {
+  state->fixed_largest.clear();
+  if (!json.contains(kFixed)) return;
+  for (const auto& [tensor, largest] : json.at(kFixed).items()) {
+    state->fixed_largest.emplace_back(tensor, static_cast<float>(largest.get<double>()));
+  }
+}
+
+std::string to_string(const Leg& leg) {
+  return isoshard::to_string(leg.topology) + " stage " + std::to_string(leg.stage);
+}
+
+ParallelState parallel_state(sim::Rank& rank) {
+  return {.topology = rank.topology(),
+          .rank = rank.number(),
+          .at = coordinate_of(rank.topology(), rank.number()),
+          .world = &rank.group(GroupKind::kWorld),
+          .zero = &rank.group(GroupKind::kZero),
+          .sequence = &rank.group(GroupKind::kSequence),
+          .tensor = &rank.group(GroupKind::kTensor),
+          .pipeline = &rank.group(GroupKind::kPipeline),
+          .expert = &rank.group(GroupKind::kExpert),
+          .expert_data = &rank.group(GroupKind::kExpertData)};
+}
+
+Json deepspeed_config(const TrainConfig& config, const Topology& topology, int stage) {
+  const reference::OptimizerConfig& o = config.optimizer;
+  Json json;
+  json["train_micro_batch_size_per_gpu"] = config.data.micro_batch;
+  json["train_batch_size"] = config.data.batch;
+  json["gradient_clipping"] = config.clip;
+  json["zero_optimization"] = {{"stage", stage}};
+  Json params = {{"lr", o.lr}, {"weight_decay", o.weight_decay}};
+  if (o.kind == reference::OptimizerKind::kAdamW) params["torch_adam"] = true;
+  if (o.kind == reference::OptimizerKind::kSgd) params["momentum"] = o.momentum;
+  json["optimizer"] = {{"type", reference::name(o.kind)}, {"params", params}};
+  if (config.model.dtype == DType::kBFloat16) json["bf16"] = {{"enabled", true}};
+  if (config.model.dtype == DType::kFloat16) json["fp16"] = {{"enabled", true}};
+  if (topology.tensor > 1) json["tensor_parallel"] = {{"autotp_size", topology.tensor}};
+  if (topology.sequence > 1) json["sequence_parallel_size"] = topology.sequence;
+  if (config.model.experts > 0) {
+    json["expert_parallel"] = {{"enabled", true}, {"autoep_size", topology.expert}};
+  }
+  return json;
+}
+
+// A run of one tensor-parallel rank does not record how its tensors are cut: one of two does.
+std::string FileBridge::donor_of_splits() {
+  const std::string folder = "/donor";
+  if (storage_.is_directory(folder)) return folder;
+  TrainConfig config = config_;
+  config.stage = 1;
+  sim::Cluster cluster({.tensor = 2}, {.seed = seed_});
+  cluster.run([&](sim::Rank& rank) {
+    const ParallelState parallel = parallel_state(rank);
+    Trainer trainer(config, parallel);
+    trainer.initialise();
+    CheckpointEngine(storage_, parallel, deepspeed_config(config, rank.topology(), 1),
+                     [](const std::string&) {})
+        .save_checkpoint(trainer.state(), folder, {});
+  });
+  return folder;
+}
+
+void FileBridge::bring(const std::string& from, const std::string& to, const Leg& leg) {
+  const checkpoint::ReadOptions options{.workers = 1};
+  checkpoint::ShardedState source = checkpoint::read_checkpoint(storage_, from, options);
+  if (leg.topology.tensor > 1 && source.splits.empty()) {
+    checkpoint::adopt_splits(&source,
+                             checkpoint::read_checkpoint(storage_, donor_of_splits(), options));
+  }
+  const checkpoint::ReshardOptions reshard_options{
+      .allow_dropped = {}, .splits = {.kv_heads = config_.model.kv_heads}, .stages = {}};
+  const checkpoint::TargetFiles target =
+      checkpoint::reshard_blueprints(source, leg.topology, leg.stage, reshard_options);
+  const std::string folder = to + "/" + source.tag;
+  storage_.make_directories(folder);
+  const reshard::ReshardPlan plan = reshard::make_plan(source, target.files);
+  reshard::execute(storage_, source, plan, folder, {.workers = 1});
+  const std::unique_ptr<WritableFile> latest = storage_.create(to + "/latest");
+  latest->write_at(0, std::as_bytes(std::span(source.tag)));
+  latest->close();
+}
+
+std::string FileBridge::unsupported(const Leg& leg) const {
+  TrainingState state{.dtype = config_.model.dtype, .stage = leg.stage};
+  if (config_.model.experts > 0) state.groups.push_back({.expert = true});
+  return engine::files_unsupported(state, leg.topology);
+}
+
+}  // namespace isoshard::properties

@@ -1,0 +1,81 @@
+// The life of a run: it trains, evaluates, saves, loses ranks, disks and messages, resumes from its
+// last checkpoint, and moves to another topology and stage. A model-based test: the model is the
+// run on one rank, which nothing happens to.
+//
+//   step n       n steps more
+//   evaluate     samples that are no part of the training data; on each rank its own in the bypass
+//   save         a checkpoint; where a disk fails, training goes on and the old one stays
+//   load         what was not saved is lost; the same topology again
+//   reshard T    the same, on another topology and stage
+//   a fault      at a drawn operation of a drawn rank (sim/faults.h)
+//
+// What must hold: each loss and norm, also of steps that are done again, is the one rank's of that
+// step; the last state is its state, bit for bit; behind a death `latest` names the checkpoint that
+// was the last or the one that was being saved, and never less than a save that has returned.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "properties/simulation_case.h"
+#include "sim/faults.h"
+
+namespace isoshard::properties {
+
+struct LifeCommand {
+  enum class Kind { kStep, kEvaluate, kSave, kLoad, kReshard, kFault };
+  Kind kind = Kind::kStep;
+  int count = 1;  // kStep: steps; kEvaluate: samples
+  Leg leg;        // kReshard
+  sim::Fault fault;
+};
+
+struct LifeCase {
+  reference::TrainConfig config;
+  Leg first;
+  std::vector<LifeCommand> commands;
+  uint64_t seed = 1;
+  int steps() const;
+};
+
+// Which faults are drawn.
+struct FaultMenu {
+  bool death = false;
+  bool disk = false;  // full, over quota, read-only, no permission, stale handle
+  bool drop = false;  // a message between pipeline stages
+  bool slow = false;
+  bool any() const { return death || disk || drop || slow; }
+};
+// "death,disk,drop,slow" or "all"; throws Error(kUsage) for anything else.
+FaultMenu parse_faults(const std::string& text);
+
+// About limits.steps steps, at most limits.every at a time.
+LifeCase draw_life(const Draw& draw, const CaseLimits& limits, const FaultMenu& menu);
+LifeCase seeded_life(uint64_t seed, uint64_t number, const CaseLimits& limits,
+                     const FaultMenu& menu);
+
+// The model, the data and the commands.
+std::string text_of(const LifeCase& value);
+
+// Mistakes of a framework that resumes.
+enum class LifeMutant {
+  kNone,
+  kStaleSurvivor,  // behind a death rank 0 keeps its counters: the data goes on from there
+  kColdMoments,    // behind a death the last rank's moments begin again
+  kLostPointer,    // the last change of `latest` is lost with the rank
+};
+
+const char* name(LifeMutant mutant);
+
+struct LifeResult : CaseResult {
+  int64_t saves = 0;         // that returned
+  int64_t failed_saves = 0;  // by a disk
+  int64_t crashes = 0;       // sessions that a fault ended
+  int64_t redone = 0;        // steps that were lost and done again
+};
+// Throws Error(kInterrupted) after a signal, and std::bad_alloc.
+LifeResult run_life(const LifeCase& value, LifeMutant mutant = LifeMutant::kNone,
+                    const OnTrace& on_trace = {});
+
+}  // namespace isoshard::properties

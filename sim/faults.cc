@@ -1,0 +1,16 @@
+// See faults.h.
+#include "sim/faults.h"
+
+#include <cstddef>
+
+namespace isoshard::sim {
+
+const char* name(FaultKind kind) {
+  constexpr const char* kNames[] = {"death before",  "death inside", "death behind",
+                                    "corruption",    "lost message", "doubled message",
+                                    "disk full",     "quota",        "read-only disk",
+                                    "no permission", "stale handle", "slow rank"};
+  return kNames[static_cast<size_t>(kind)];
+}
+
+}  // namespace isoshard::sim

@@ -1,0 +1,225 @@
+// Loads besides the usual one: the universal form, whole fp32 weights, modules that are not strict.
+#include <cmath>
+
+#include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/deepspeed/universal_blueprint.h"
+#include "checkpoint/posix_storage.h"
+#include "engine/fp32_state_dict.h"
+#include "reshard/executor.h"
+#include "tests/engine_world.h"
+
+namespace isoshard {
+namespace {
+
+using engine::Fp32Tensor;
+
+// Counts the bytes that are read of files.
+class CountingStorage : public MemoryStorage {
+ public:
+  class Counted : public ReadableFile {
+   public:
+    Counted(std::unique_ptr<ReadableFile> file, int64_t* bytes)
+        : file_(std::move(file)), bytes_(*bytes) {}
+    const std::string& path() const override { return file_->path(); }
+    int64_t size_bytes() const override { return file_->size_bytes(); }
+    void read_at(int64_t offset, std::span<std::byte> target) const override {
+      bytes_ += static_cast<int64_t>(target.size());
+      file_->read_at(offset, target);
+    }
+    int64_t next_data(int64_t offset) const override { return file_->next_data(offset); }
+    int64_t next_hole(int64_t offset) const override { return file_->next_hole(offset); }
+
+   private:
+    std::unique_ptr<ReadableFile> file_;
+    int64_t& bytes_;
+  };
+  std::unique_ptr<ReadableFile> open_read(const std::string& path) override {
+    return std::make_unique<Counted>(MemoryStorage::open_read(path), &bytes);
+  }
+  int64_t bytes = 0;
+};
+
+reference::WholeState trained(const TrainConfig& config, const Topology& topology, Storage& disk) {
+  std::vector<TrainingState> states(static_cast<size_t>(topology.world()));
+  sim::Cluster cluster(topology, {.seed = 3});
+  cluster.run([&](sim::Rank& rank) {
+    const ParallelState parallel = properties::parallel_state(rank);
+    Trainer trainer(config, parallel);
+    trainer.initialise();
+    for (int i = 0; i < 2; ++i) trainer.step();
+    CheckpointEngine(disk, parallel, properties::deepspeed_config(config, topology, config.stage),
+                     [](const std::string&) {})
+        .save_checkpoint(trainer.state(), "/run", {});
+    states[static_cast<size_t>(rank.number())] = trainer.state();
+  });
+  std::vector<const TrainingState*> pointers;
+  for (const TrainingState& state : states) pointers.push_back(&state);
+  return reference::whole_state(pointers);
+}
+
+TEST(Fp32StateDict, ReadsNothingBeforeItIsAskedTo) {
+  for (int stage = 1; stage <= 3; ++stage) {
+    CountingStorage disk;
+    TrainConfig config = small(stage);
+    config.model.dtype = DType::kBFloat16;
+    config.model.tied = true;
+    config.model.vocabulary = 50000;  // so that values outweigh the archive's own words
+    const reference::WholeState whole = trained(config, {.data = 2}, disk);
+    disk.bytes = 0;
+    for (const char* folder : {"/run", "/run/global_step2"}) {
+      const auto tensors =
+          engine::get_fp32_state_dict_from_zero_checkpoint(disk, folder, {.lazy_mode = true});
+      int64_t elements = 0;
+      for (const Fp32Tensor& tensor : tensors) elements += numel(tensor.shape());
+      EXPECT_EQ(tensors.back().name(), "lm_head.weight");  // the second name
+      const int64_t opened = disk.bytes;
+      EXPECT_LT(opened, elements * 4 / 2) << "values were read";
+      for (const Fp32Tensor& tensor : tensors) {
+        const std::string name =
+            tensor.name() == "lm_head.weight" ? "model.embed_tokens.weight" : tensor.name();
+        const int64_t before = disk.bytes;
+        EXPECT_EQ(tensor.contiguous(), whole.at({name, "fp32"})) << name;
+        EXPECT_EQ(disk.bytes - before, numel(tensor.shape()) * 4) << name;
+      }
+      disk.bytes = 0;
+    }
+    const auto eager = engine::get_fp32_state_dict_from_zero_checkpoint(disk, "/run", {});
+    disk.bytes = 0;
+    EXPECT_EQ(eager[0].contiguous(), whole.at({eager[0].name(), "fp32"}));
+    EXPECT_EQ(disk.bytes, 0);
+  }
+}
+
+// The real ones: frozen parameters, buffers and tied names of what DeepSpeed saved.
+TEST(Fp32StateDict, OfRecordedCheckpoints) {
+  checkpoint::PosixStorage disk;
+  const std::string folder = std::string(ISOSHARD_TRACES) + "/deepspeed/z3_bf16_dp2_frozen/ckpt";
+  const auto all = engine::get_fp32_state_dict_from_zero_checkpoint(disk, folder, {});
+  const auto trainable = engine::get_fp32_state_dict_from_zero_checkpoint(
+      disk, folder, {.exclude_frozen_parameters = true});
+  EXPECT_GT(all.size(), trainable.size());
+  for (const Fp32Tensor& tensor : all) {
+    EXPECT_EQ(static_cast<int64_t>(tensor.contiguous().size()), numel(tensor.shape()));
+  }
+  EXPECT_THROW(engine::get_fp32_state_dict_from_zero_checkpoint(disk, folder, {.tag = "none"}),
+               Error);
+}
+
+// Saved on one topology and stage, converted by production, loaded on others, trained on: one run.
+TEST(UniversalLoad, GoesOnOnAnyTopologyAndStage) {
+  const std::vector<std::pair<Topology, int>> targets = {{{.data = 3}, 3},
+                                                         {{.data = 1}, 0},
+                                                         {{.tensor = 2}, 2},
+                                                         {{.sequence = 2}, 1},
+                                                         {{.data = 2, .tensor = 2}, 3}};
+  for (int stage = 1; stage <= 3; ++stage) {
+    for (const bool experts : {false, true}) {
+      TrainConfig config = small(stage);
+      config.schedule.kind = reference::ScheduleKind::kWarmup;
+      config.model.dtype = DType::kBFloat16;
+      if (experts) config.model.experts = 4;
+      MemoryStorage disk;
+      trained(config, {.data = 2, .expert = experts ? 2 : 1}, disk);
+      const checkpoint::ShardedState source =
+          checkpoint::read_checkpoint(disk, "/run", {.workers = 1});
+      disk.make_directories("/run/u");
+      reshard::execute(
+          disk, source,
+          reshard::make_plan(source, checkpoint::universal_blueprints(source, {}).files), "/run/u",
+          {.workers = 1});
+      const auto pointer = disk.create("/run/latest_universal");
+      pointer->write_at(0, std::as_bytes(std::span("u", 1)));
+      pointer->close();
+      const properties::Record one = properties::single_rank(config, 4);
+      for (const auto& [topology, target_stage] : targets) {
+        TrainConfig other = config;
+        other.stage = target_stage;
+        std::vector<TrainingState> states(static_cast<size_t>(topology.world()));
+        std::vector<float> losses;
+        sim::Cluster cluster(topology, {.seed = 4});
+        cluster.run([&](sim::Rank& rank) {
+          const ParallelState parallel = properties::parallel_state(rank);
+          Trainer trainer(other, parallel);
+          Json json = properties::deepspeed_config(other, topology, target_stage);
+          json["checkpoint"] = {{"load_universal", true}};
+          CheckpointEngine(disk, parallel, json, [](const std::string&) {
+          }).load_checkpoint(&trainer.state(), "/run", {});
+          trainer.refresh_parameters();
+          for (int i = 0; i < 2; ++i) {
+            const float loss = trainer.step().loss;
+            if (rank.number() == 0) losses.push_back(loss);
+          }
+          states[static_cast<size_t>(rank.number())] = trainer.state();
+        });
+        std::vector<const TrainingState*> pointers;
+        for (const TrainingState& state : states) pointers.push_back(&state);
+        EXPECT_EQ(losses, (std::vector<float>{one.steps[2].loss, one.steps[3].loss}));
+        EXPECT_EQ(reference::difference(one.state, reference::whole_state(pointers)), "")
+            << to_string(topology) << " stage " << target_stage << " from stage " << stage;
+      }
+    }
+  }
+}
+
+TEST(UniversalLoad, RefusesWhatIsNone) {
+  World world;
+  world.more_config = {{"checkpoint", {{"load_universal", true}}}};
+  const auto load = [&](const std::string& tag) {
+    return world.run([&](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
+      files.load_checkpoint(&trainer.state(), "/run", {.tag = tag});
+    });
+  };
+  world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) { save(trainer, files); });
+  EXPECT_NE(std::string(load("").what()).find("no universal checkpoint"), std::string::npos);
+  EXPECT_NE(std::string(load("global_step0").what()).find("no universal folder"), std::string::npos)
+      << load("global_step0").what();
+}
+
+TEST(Engine, AModuleThatLacksANameIsLoadedOnlyIfItMay) {
+  World world;
+  std::vector<float> norm;
+  world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
+    trainer.step();
+    for (TrainedParameter& p : trainer.state().parameters) {
+      if (p.name == "model.norm.weight") p.name = "model.other.weight";
+    }
+    save(trainer, files);
+  });
+  const auto load = [&](const LoadOptions& options) {
+    return world.run([&](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
+      trainer.step();
+      files.load_checkpoint(&trainer.state(), "/run", options);
+    });
+  };
+  EXPECT_NE(load({.load_module_only = true}).info().what, "");
+  EXPECT_EQ(load({.load_module_strict = false, .load_module_only = true}).info().what, "");
+  // The caller's own way: the norm under the other name, everything else doubled.
+  std::vector<TrainingState> states(2);
+  std::vector<TrainingState> plain(2);
+  const auto custom = [](const LoadOptions::Source& source, const TrainedParameter& p,
+                         std::vector<float>* values) {
+    const auto found = source(p.name == "model.norm.weight" ? "model.other.weight" : p.name);
+    ASSERT_TRUE(found.has_value()) << p.name;
+    EXPECT_FALSE(source("nowhere").has_value());
+    *values = *found;
+    for (float& value : *values) value *= 2;
+  };
+  const auto masters = [&](const LoadOptions& options) {
+    std::vector<float> values;
+    const Error error = world.run([&](sim::Rank& rank, Trainer& trainer, CheckpointEngine& files) {
+      files.load_checkpoint(&trainer.state(), "/run", options);
+      if (rank.number() == 0) values = trainer.state().groups[0].master;
+    });
+    EXPECT_EQ(error.info().what, "") << error.what();
+    return values;
+  };
+  const std::vector<float> once = masters({.load_module_strict = false, .load_module_only = true});
+  const std::vector<float> twice = masters({.load_module_only = true, .custom_load_fn = custom});
+  ASSERT_EQ(once.size(), twice.size());
+  int64_t doubled = 0;
+  for (size_t i = 0; i < once.size(); ++i) doubled += twice[i] == 2 * once[i];
+  EXPECT_GT(doubled, static_cast<int64_t>(once.size()) / 2);
+}
+
+}  // namespace
+}  // namespace isoshard
