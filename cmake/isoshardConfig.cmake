@@ -4,7 +4,8 @@
 #   isoshard_add_checkpoint_test(NAME n SOURCE folder [EQUALS folder])
 #       n.whole  every file of SOURCE is there, undamaged and consistent   (isoshard verify)
 #       n.equal  EQUALS holds the same state, bit for bit, whatever the shards (isoshard diff)
-#   isoshard_add_simulation_test(NAME n [TOPOLOGIES text] [CASES n] [SEED n] [STEPS n] [FAULTS text])
+#   isoshard_add_simulation_test(NAME n [TOPOLOGIES text] [CASES n] [SEED n] [STEPS n]
+#                                [FAULTS text])
 #       runs on simulated ranks are the run on one rank, bit for bit       (isoshard simulate)
 #   isoshard_add_golden_test(NAME n DIR folder)
 #       the folder is what `isoshard golden` makes of its own description  (isoshard golden --check)

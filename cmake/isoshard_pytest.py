@@ -27,7 +27,7 @@ def program():
 
 
 def run(*arguments):
-    """Standard output of the program; AssertionError if it answers no, RuntimeError if it cannot."""
+    """What the program prints; AssertionError if it answers no, RuntimeError if it cannot."""
     command = [program(), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == 0:

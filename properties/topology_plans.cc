@@ -76,75 +76,98 @@ struct TopologyPlans::Side {
   std::vector<std::vector<int64_t>> elements;  // by rank: what stands in its buffer; −1: padding
 };
 
-TopologyPlans::TopologyPlans(int world, int experts) {
-  reference::TrainConfig config = smallest(experts);
-  std::map<std::string, int> leaves;
-  std::vector<int64_t> first;  // by leaf: its first element among all
-  std::vector<checkpoint::Leaf> plain;
-  int64_t total = 0;
-  for (const reference::ParameterInfo& info : parameters_of(config.model)) {
-    leaves[info.name] = static_cast<int>(plain.size());
-    first.push_back(total);
-    total += numel(info.shape);
-    plain.push_back({.name = info.name, .state = "fp32", .shape = info.shape, .fragments = {}});
+// The model's tensors as leaves, and a run's ranks as files of them.
+class TopologyPlans::Sides {
+ public:
+  explicit Sides(const reference::TrainConfig& config) : config_(config) {
+    int64_t total = 0;
+    for (const reference::ParameterInfo& info : parameters_of(config.model)) {
+      leaves_[info.name] = static_cast<int>(plain_.size());
+      first_.push_back(total);
+      total += numel(info.shape);
+      plain_.push_back({.name = info.name, .state = "fp32", .shape = info.shape, .fragments = {}});
+    }
   }
+
+  std::unique_ptr<Side> make(const Leg& leg) {
+    reference::TrainConfig config = config_;
+    config.stage = leg.stage;
+    std::vector<TrainingState> states(static_cast<size_t>(leg.topology.world()));
+    sim::Cluster cluster(leg.topology);
+    reference::LayoutCache layouts;
+    cluster.run([&](sim::Rank& rank) {
+      states[static_cast<size_t>(rank.number())] =
+          reference::Trainer(config, parallel_state(rank), &layouts).state();
+    });
+    auto side = std::make_unique<Side>();
+    side->source.leaves = plain_;
+    held_.clear();
+    for (const checkpoint::Leaf& leaf : plain_) {
+      held_.emplace_back(static_cast<size_t>(numel(leaf.shape)), false);
+    }
+    for (const TrainingState& state : states) add_rank(state, side.get());
+    for (checkpoint::Leaf& leaf : side->source.leaves) {
+      std::ranges::sort(leaf.fragments, {}, &FileFragment::begin);
+    }
+    check_cover(side->source);
+    return side;
+  }
+
+ private:
+  void add_rank(const TrainingState& state, Side* side) {
+    const int rank = static_cast<int>(side->target.size());
+    int64_t size = 0;
+    checkpoint::StorageFill fill{.runs = {}, .copy = {}, .literal = {}};
+    const std::vector<Run> runs = runs_of(state, leaves_, &size);
+    std::vector<int64_t>& own = side->elements.emplace_back(static_cast<size_t>(size), -1);
+    for (const Run& run : runs) {
+      fill.runs.push_back({run.leaf, run.begin, run.count, run.at});
+      for (int64_t i = 0; i < run.count; ++i) {
+        own[static_cast<size_t>(run.at + i)] =
+            first_[static_cast<size_t>(run.leaf)] + run.begin + i;
+        add_element(run.leaf, run.begin + i, rank, (run.at + i) * 4, &side->source);
+      }
+    }
+    fill.numel = size;
+    FileBlueprint file{.path = "rank" + std::to_string(rank),
+                       .kind = FileBlueprint::Kind::kSafetensors,
+                       .head = {},
+                       .storages = {}};
+    file.storages.push_back(std::move(fill));
+    side->target.push_back(std::move(file));
+  }
+
+  // Of replicas the first rank's is the source.
+  void add_element(int leaf, int64_t element, int rank, int64_t offset, ShardedState* source) {
+    std::vector<bool>& held = held_[static_cast<size_t>(leaf)];
+    if (held[static_cast<size_t>(element)]) return;
+    held[static_cast<size_t>(element)] = true;
+    std::vector<FileFragment>& fragments = source->leaf(leaf).fragments;
+    if (!fragments.empty()) {
+      FileFragment& last = fragments.back();
+      if (last.file == rank && last.begin + last.count == element &&
+          last.offset_bytes + 4 * last.count == offset) {
+        ++last.count;
+        return;
+      }
+    }
+    fragments.push_back({element, 1, rank, offset});
+  }
+
+  reference::TrainConfig config_;
+  std::map<std::string, int> leaves_;
+  std::vector<int64_t> first_;  // by leaf: its first element among all
+  std::vector<checkpoint::Leaf> plain_;
+  std::vector<std::vector<bool>> held_;  // by leaf: elements that a rank has so far
+};
+
+TopologyPlans::TopologyPlans(int world, int experts) {
+  Sides sides(smallest(experts));
   for (const Topology& t : topologies_of(world)) {
     if (experts % t.expert != 0) continue;
     for (int stage = 0; stage <= 3; ++stage) {
-      config.stage = stage;
-      std::vector<TrainingState> states(static_cast<size_t>(t.world()));
-      sim::Cluster cluster(t);
-      reference::LayoutCache layouts;
-      cluster.run([&](sim::Rank& rank) {
-        states[static_cast<size_t>(rank.number())] =
-            reference::Trainer(config, parallel_state(rank), &layouts).state();
-      });
-      auto side = std::make_unique<Side>();
-      side->source.leaves = plain;
-      std::vector<std::vector<bool>> held;
-      for (const checkpoint::Leaf& leaf : plain) {
-        held.emplace_back(static_cast<size_t>(numel(leaf.shape)), false);
-      }
-      for (size_t rank = 0; rank < states.size(); ++rank) {
-        int64_t size = 0;
-        FileBlueprint file{.path = "rank" + std::to_string(rank),
-                           .kind = FileBlueprint::Kind::kSafetensors,
-                           .head = {},
-                           .storages = {}};
-        checkpoint::StorageFill fill{.runs = {}, .copy = {}, .literal = {}};
-        std::vector<int64_t>& own = side->elements.emplace_back();
-        for (const Run& run : runs_of(states[rank], leaves, &size)) {
-          own.resize(static_cast<size_t>(size), -1);
-          fill.runs.push_back({run.leaf, run.begin, run.count, run.at});
-          for (int64_t i = 0; i < run.count; ++i) {
-            const size_t leaf = static_cast<size_t>(run.leaf);
-            own[static_cast<size_t>(run.at + i)] = first[leaf] + run.begin + i;
-            std::vector<bool>& taken = held[leaf];
-            if (taken[static_cast<size_t>(run.begin + i)]) continue;  // a replica's
-            taken[static_cast<size_t>(run.begin + i)] = true;
-            std::vector<FileFragment>& fragments = side->source.leaf(run.leaf).fragments;
-            const int64_t offset = (run.at + i) * 4;
-            const int file_number = static_cast<int>(rank);
-            if (!fragments.empty() && fragments.back().file == file_number &&
-                fragments.back().begin + fragments.back().count == run.begin + i &&
-                fragments.back().offset_bytes + 4 * fragments.back().count == offset) {
-              ++fragments.back().count;
-            } else {
-              fragments.push_back({run.begin + i, 1, file_number, offset});
-            }
-          }
-        }
-        fill.numel = size;
-        file.storages.push_back(std::move(fill));
-        side->target.push_back(std::move(file));
-      }
-      for (checkpoint::Leaf& leaf : side->source.leaves) {
-        std::sort(leaf.fragments.begin(), leaf.fragments.end(),
-                  [](const FileFragment& a, const FileFragment& b) { return a.begin < b.begin; });
-      }
-      check_cover(side->source);
       legs_.push_back({t, stage, 0});
-      sides_.push_back(std::move(side));
+      sides_.push_back(sides.make(legs_.back()));
     }
   }
 }

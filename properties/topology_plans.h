@@ -26,6 +26,7 @@ class TopologyPlans {
 
  private:
   struct Side;
+  class Sides;
   std::vector<Leg> legs_;
   std::vector<std::unique_ptr<Side>> sides_;
 };

@@ -298,7 +298,8 @@ Values Transformer::experts_backward(int layer, const Values& dy, Activations* a
     sum.finish(std::span(dx).subspan(static_cast<size_t>(t * h), static_cast<size_t>(h)));
   }
   const Values dlogits = route_backward(l.routing, dweight, a->tokens, model_.experts, k);
-  add(&dx, project_backward(number(name + "router.gate.weight"), l.normal2, dlogits, *a, gradients));
+  const int router = number(name + "router.gate.weight");
+  add(&dx, project_backward(router, l.normal2, dlogits, *a, gradients));
   if (model_.shared_expert) {
     add(&dx, mlp_backward(name + "shared_experts.", l.normal2, dy, l.dense, *a, gradients));
   }

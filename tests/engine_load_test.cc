@@ -1,5 +1,5 @@
 // Loads besides the usual one: the universal form, whole fp32 weights, modules that are not strict.
-#include <cmath>
+#include <gtest/gtest.h>
 
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/universal_blueprint.h"

@@ -1,5 +1,7 @@
 // Saves beside a run and in spite of a disk: snapshots, commits, guards, and two ways to misuse
 // them.
+#include <gtest/gtest.h>
+
 #include <bit>
 #include <thread>
 

@@ -1,4 +1,6 @@
 // Saving and loading by ranks: DeepSpeed's meaning, its two corrections, and deaths at every point.
+#include <gtest/gtest.h>
+
 #include "tests/engine_world.h"
 
 namespace isoshard {

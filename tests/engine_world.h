@@ -1,8 +1,6 @@
 // Two ranks, one disk in memory and an engine each: the stage of the engine's tests.
 #pragma once
 
-#include <gtest/gtest.h>
-
 #include <functional>
 #include <string>
 #include <vector>

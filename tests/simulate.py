@@ -49,6 +49,56 @@ class Simulate(ProgramCase):
             self.run_program(0, *arguments[:4], 4, *arguments[5:]).stdout.splitlines()[-1])
         self.assertNotEqual(other["trace_hash"], first["trace_hash"])
 
+    def test_lives_with_faults_are_one_run(self):
+        arguments = ["simulate", "--cases", 12, "--seed", 3, "--steps", 8, "--faults", "all"]
+        page = self.place / "page.html"
+        told = json.loads(self.run_program(
+            0, *arguments, "--json", "--report", page).stdout.splitlines()[-1])
+        self.assertEqual((told["cases"], told["failed"]), (12, 0))
+        self.assertGreater(told["crashes"], 0)
+        self.assertGreater(told["saves"], 0)
+        text = page.read_text(encoding="utf-8")
+        for part in ("12 cases, 0 failed", "isoshard replay --seed 3 --case 0", "<svg", "</html>"):
+            self.assertIn(part, text)
+        self.assertNotIn("http://", text.replace("http://www.w3.org/2000/svg", ""))
+        self.assertNotIn("<script", text)
+        words = self.run_program(0, "replay", "--seed", 3, "--case", 1, "--steps", 8, "--faults",
+                                 "all").stdout
+        self.assertIn("equal to the run on one rank", words)
+        self.assertIn("life    on", words)
+        self.assertIn("no such fault", self.run_program(2, *arguments[:-1], "fire").stderr)
+
+    def test_a_trace_is_printed_and_drawn(self):
+        topology = ["trace", "--topology", "dp=2,pp=2,stage=1"]
+        printed = self.run_program(0, *topology).stdout.splitlines()
+        self.assertRegex(printed[1], r"^ *\d+–\d+ +\d+  \w+")
+        calls = [json.loads(line) for line in
+                 self.run_program(0, *topology, "--json").stdout.splitlines()]
+        self.assertEqual(len(printed) - 1 - len(calls), 1 + len({c["verb"] for c in calls}))
+        path = self.place / "trace.json"
+        self.run_program(0, *topology, "--ranks-per-node", 2, "--out", path)
+        events = json.loads(path.read_text())["traceEvents"]
+        slices = [e for e in events if e["ph"] == "X"]
+        self.assertEqual(len(slices), len(calls))
+        self.assertEqual({(e["pid"], e["tid"]) for e in slices}, {(0, 0), (0, 1), (1, 2), (1, 3)})
+        self.assertEqual(sorted((c["rank"], c["verb"], c["begin"], c["end"]) for c in calls),
+                         sorted((e["tid"], e["name"], e["ts"], e["ts"] + e["dur"]) for e in slices))
+        # Every message has one arrow, from the sender to the receiver; a collective of n ranks n−1.
+        starts = {e["id"]: e for e in events if e["ph"] == "s"}
+        ends = {e["id"]: e for e in events if e["ph"] == "f"}
+        self.assertEqual(starts.keys(), ends.keys())
+        messages = [(starts[i]["tid"], ends[i]["tid"]) for i in starts
+                    if starts[i]["name"] == "send"]
+        self.assertEqual(sorted(messages), sorted((c["peer"], c["rank"]) for c in calls
+                                                  if c["verb"] == "receive"))
+        groups = {}
+        for c in calls:
+            if c["verb"] not in ("send", "receive"):
+                groups.setdefault((c["group"], c["call"]), []).append(c["rank"])
+        self.assertEqual(len(starts), len(messages) + sum(len(g) - 1 for g in groups.values()))
+        for i, start in starts.items():
+            self.assertLessEqual(start["ts"], ends[i]["ts"])
+
     def test_one_case_in_words(self):
         told = self.run_program(0, "replay", "--seed", 3, "--case", 5, "--steps", 6).stdout
         self.assertIn("equal to the run on one rank", told)
