@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <set>
 
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/source.h"
@@ -63,8 +64,11 @@ void check_replaceable(Storage& storage, const std::string& folder) {
 
 constexpr const char* kAsItWas = "the checkpoint before it, and `latest`, are as they were";
 
+constexpr int64_t kMostSideBytes = int64_t{1} << 30;
+
 // Names in the tag's folder that a side file may have.
 void check_side_files(const std::vector<SideFile>& files) {
+  std::set<std::string> names;
   for (const SideFile& file : files) {
     std::string why = why_unsafe_name(file.name);
     if (why.empty() && file.name.find('/') != std::string::npos) why = "it names another folder";
@@ -74,6 +78,7 @@ void check_side_files(const std::vector<SideFile>& files) {
          file.name.ends_with("_states.pt") || file.name == checkpoint::kManifestName)) {
       why = "a file of the checkpoint has such a name";
     }
+    if (why.empty() && !names.insert(file.name).second) why = "another side file has it";
     if (why.empty()) continue;
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "This cannot be a side file's name.",
@@ -166,19 +171,23 @@ void CheckpointEngine::agree(const std::exception_ptr& failure, const std::strin
                              const std::string& path, const std::string& safe) {
   const int rank = first_failure(failure != nullptr);
   if (rank < 0) return;
-  std::string text;
+  std::string text, its_safe = safe;  // the failing rank may know better
   try {
     if (failure) std::rethrow_exception(failure);
+  } catch (const Error& error) {
+    text = error.what();
+    if (!error.info().safe.empty()) its_safe = error.info().safe;
   } catch (const std::exception& error) {
     text = error.what();
   }
   text = from_rank(rank, text);
+  its_safe = from_rank(rank, its_safe);
   if (failure) std::rethrow_exception(failure);
   throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
                         .what = "The " + act + " failed on rank " + std::to_string(rank) + ".",
                         .file = path,
                         .found = text,
-                        .safe = safe,
+                        .safe = its_safe,
                         .next = "see to that rank's failure"});
 }
 
@@ -198,10 +207,7 @@ void CheckpointEngine::agree_on_tag(const std::string& tag) {
 }
 
 bool PendingSave::write_next(Storage& storage) {
-  if (finished_ || next_ == files_.size() || failure_) {
-    finished_ = true;
-    return false;
-  }
+  if (finished_ || cancelled_) return false;
   try {
     const checkpoint::FileBlueprint file = std::move(files_[next_++]);
     written_.push_back(
@@ -213,25 +219,25 @@ bool PendingSave::write_next(Storage& storage) {
   return !finished_;
 }
 
-std::unique_ptr<PendingSave> CheckpointEngine::begin_save(const TrainingState& state,
+std::shared_ptr<PendingSave> CheckpointEngine::begin_save(const TrainingState& state,
                                                           const std::string& save_dir,
                                                           const SaveOptions& options) {
-  if (save_dir.empty()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "save_dir must be a non-empty string (DeepSpeed: ValueError)."});
-  }
   const std::string tag =
       options.tag.empty() ? "global_step" + std::to_string(state.counters.steps) : options.tag;
-  check_tag(tag);
   agree_on_tag(tag);
-  auto pending = std::make_unique<PendingSave>();
+  auto pending = std::make_shared<PendingSave>();
   pending->save_dir_ = save_dir;
   pending->tag_ = from_rank(0, tag);
   pending->save_latest_ = options.save_latest;
-  pending->side_files_ = options.side_files;
   const std::string final_path = save_dir + "/" + pending->tag_;
   std::exception_ptr failure;
   try {
+    if (save_dir.empty()) {
+      throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                            .what = "save_dir must be a non-empty string (DeepSpeed: "
+                                    "ValueError)."});
+    }
+    check_tag(pending->tag_);
     if (parallel_.rank == 0) {
       check_side_files(options.side_files);
       check_replaceable(storage_, final_path);
@@ -242,6 +248,14 @@ std::unique_ptr<PendingSave> CheckpointEngine::begin_save(const TrainingState& s
                                  {.config = config_,
                                   .client_state = options.client_state,
                                   .exclude_frozen = options.exclude_frozen_parameters});
+    for (const SideFile& file : options.side_files) {
+      if (parallel_.rank != 0) break;
+      pending->files_.push_back({.path = file.name,
+                                 .kind = checkpoint::FileBlueprint::Kind::kText,
+                                 .head = read_small_file(storage_, file.path, kMostSideBytes),
+                                 .storages = {}});
+    }
+    pending->finished_ = pending->files_.empty();
     for (const checkpoint::FileBlueprint& file : pending->files_) {
       pending->size_bytes_ += static_cast<int64_t>(file.head.size());
       for (const auto& fill : file.storages) pending->size_bytes_ += fill.size_bytes();
@@ -254,15 +268,12 @@ std::unique_ptr<PendingSave> CheckpointEngine::begin_save(const TrainingState& s
   return pending;
 }
 
-// Rank 0: side files, the manifest, and one rename.
+// Rank 0: the manifest, and one rename.
 void CheckpointEngine::publish(PendingSave* pending, const std::vector<std::string>& parts) {
   checkpoint::Manifest manifest{.files = {}, .program_version = ISOSHARD_VERSION};
   for (const std::string& part : parts) {
     const checkpoint::Manifest its = checkpoint::parse_manifest(part, "a rank's files");
     manifest.files.insert(manifest.files.end(), its.files.begin(), its.files.end());
-  }
-  for (const SideFile& file : pending->side_files_) {
-    checkpoint::copy_file(storage_, file.path, pending->folder_ + "/" + file.name);
   }
   const std::string text = checkpoint::to_json(manifest);
   if (pending->staged_->in_place()) pending->staged_->settle();
@@ -275,6 +286,16 @@ void CheckpointEngine::publish(PendingSave* pending, const std::vector<std::stri
 }
 
 void CheckpointEngine::commit_save(PendingSave* pending, const std::function<bool()>& wait) {
+  try {
+    commit(pending, wait);
+  } catch (...) {
+    pending->cancelled_ = true;
+    pending->staged_.reset();  // now: the writer may outlive the storage
+    throw;
+  }
+}
+
+void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>& wait) {
   const bool leads = parallel_.rank == 0;
   const std::string final_path = pending->save_dir_ + "/" + pending->tag_;
   const char* safe = kAsItWas;
@@ -314,7 +335,7 @@ void CheckpointEngine::commit_save(PendingSave* pending, const std::function<boo
 
 bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::string& save_dir,
                                        const SaveOptions& options) {
-  const std::unique_ptr<PendingSave> pending = begin_save(state, save_dir, options);
+  const std::shared_ptr<PendingSave> pending = begin_save(state, save_dir, options);
   while (pending->write_next(storage_)) {
   }
   commit_save(pending.get(), [] { return true; });

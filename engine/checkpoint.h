@@ -49,11 +49,11 @@ struct SaveOptions {
 };
 
 // A save that has begun: the rank's files as they were at the call. The run may go on, and change
-// its state, while they are written.
+// its state, while they are written. Whoever writes holds the shared pointer.
 class PendingSave {
  public:
   // Writes one file more, on any thread, but one at a time. False: there is none left, or one has
-  // failed, which commit_save() tells. Throws no Error.
+  // failed, or the commit did not wait for it any longer. Throws no Error; commit_save() tells.
   bool write_next(Storage& storage);
   bool finished() const { return finished_; }
   const std::string& tag() const { return tag_; }
@@ -62,15 +62,15 @@ class PendingSave {
  private:
   friend class CheckpointEngine;
   std::string save_dir_, tag_, folder_;
+  std::atomic<bool> cancelled_{false};
   std::shared_ptr<checkpoint::StagedFolder> staged_;  // on rank 0
   std::vector<checkpoint::FileBlueprint> files_;
   std::vector<checkpoint::ManifestFile> written_;
-  size_t next_ = 0;
+  std::atomic<size_t> next_{0};
   int64_t size_bytes_ = 0;
   std::atomic<bool> finished_{false};
   std::exception_ptr failure_;
   bool save_latest_ = true;
-  std::vector<SideFile> side_files_;
 };
 
 struct LoadOptions {
@@ -111,7 +111,7 @@ class CheckpointEngine {
   // collective. `wait` returns whether this rank's writer has finished, at the latest at the
   // caller's deadline; where one has not, or has failed, the commit fails on every rank, and
   // nothing is visible of it.
-  std::unique_ptr<PendingSave> begin_save(const TrainingState& state, const std::string& save_dir,
+  std::shared_ptr<PendingSave> begin_save(const TrainingState& state, const std::string& save_dir,
                                           const SaveOptions& options);
   void commit_save(PendingSave* pending, const std::function<bool()>& wait);
 
@@ -128,6 +128,7 @@ class CheckpointEngine {
 
  private:
   void agree_on_tag(const std::string& tag);
+  void commit(PendingSave* pending, const std::function<bool()>& wait);
   void publish(PendingSave* pending, const std::vector<std::string>& parts);
   std::string tag_to_load(const std::string& load_dir, const LoadOptions& options);
   bool same_on_all_ranks(const std::string& text);

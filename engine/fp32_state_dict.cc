@@ -1,8 +1,11 @@
 // See fp32_state_dict.h.
 #include "engine/fp32_state_dict.h"
 
+#include <algorithm>
+
 #include "checkpoint/deepspeed/reader.h"
 #include "core/cast.h"
+#include "core/error.h"
 #include "reshard/tensor_values.h"
 
 namespace isoshard::engine {
@@ -40,8 +43,8 @@ class Fp32Reader {
       }
     }
     for (const checkpoint::Alias& alias : state_->aliases) {
-      const checkpoint::ParameterState* target = state_->find_parameter(alias.target);
-      if (target != nullptr) add(alias.name, target->weight);
+      const auto target = std::ranges::find(list_, alias.target, &Fp32Tensor::name);
+      if (target != list_.end()) add(alias.name, target->leaf_);  // otherwise it is left out too
     }
     return std::move(list_);
   }
@@ -52,6 +55,15 @@ class Fp32Reader {
     tensor.name_ = name;
     tensor.shape_ = state_->leaf(leaf).shape;
     const DType dtype = state_->leaf(leaf).dtype;
+    if (!can_cast(dtype, DType::kFloat32)) {
+      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                            .what = "A tensor has no float32 form.",
+                            .file = state_->folder,
+                            .entry = quote(name),
+                            .expected = "a real dtype",
+                            .found = isoshard::name(dtype),
+                            .next = "take it from the model file"});
+    }
     tensor.dtype_ = is_floating(dtype) ? DType::kFloat32 : dtype;
     tensor.leaf_ = leaf;
     tensor.state_ = state_;

@@ -7,12 +7,14 @@ namespace isoshard::engine {
 
 std::string GuardedSave::failure_text(const std::exception& failure, int64_t bytes,
                                       const std::string& folder) const {
-  std::string text = "The checkpoint was not saved; training goes on.";
+  std::string text = "The save did not succeed; training goes on.";
   const auto* error = dynamic_cast<const Error*>(&failure);
   if (error != nullptr) {
     const ErrorInfo& info = error->info();
     text += " " + info.what;
     if (!info.file.empty()) text += " File: " + info.file + ".";
+    if (!info.entry.empty()) text += " Entry: " + info.entry + ".";
+    if (!info.expected.empty()) text += " Expected: " + info.expected + ".";
     if (!info.found.empty()) text += " Found: " + info.found + ".";
   } else {
     text += std::string(" ") + failure.what();
@@ -28,7 +30,8 @@ std::string GuardedSave::failure_text(const std::exception& failure, int64_t byt
     }
     text += ".";
   }
-  text += last_durable_.empty() ? " There is no earlier checkpoint of this run."
+  if (error != nullptr && !error->info().safe.empty()) text += " Now: " + error->info().safe + ".";
+  text += last_durable_.empty() ? " Nothing was saved before that is known here."
                                 : " Safe: " + last_durable_ + ".";
   if (error != nullptr && !error->info().next.empty()) text += " Next: " + error->info().next + ".";
   return text;
@@ -39,7 +42,7 @@ GuardedResult GuardedSave::save(const TrainingState& state, const GuardedOptions
   if (!options.enabled) return result;
   int64_t bytes = 0;
   try {
-    const std::unique_ptr<PendingSave> pending =
+    const std::shared_ptr<PendingSave> pending =
         engine_.begin_save(state, options.output_dir,
                            {.tag = options.tag,
                             .client_state = options.client_state,

@@ -37,12 +37,15 @@ class GuardedSave {
               std::function<void(const std::string&)> log)
       : engine_(engine), storage_(storage), parallel_(parallel), log_(std::move(log)) {}
 
-  // Throws nothing of std::exception's. The log of a failed save says what failed, where, how many
-  // bytes this rank has to write and how many are free, and which checkpoint is safe.
+  // Throws nothing of std::exception's. The log of a failed save says what failed, where, and which
+  // checkpoint is safe; where the disk is full, also how many bytes this rank has to write and how
+  // many are free.
   GuardedResult save(const TrainingState& state, const GuardedOptions& options);
 
-  // The last checkpoint that is known to be whole and durable; "" before the first save.
+  // The last checkpoint that is known to be whole and durable; "" before the first save, unless the
+  // one that the run was resumed from is named.
   const std::string& last_durable() const { return last_durable_; }
+  void set_last_durable(const std::string& path) { last_durable_ = path; }
 
  private:
   std::string failure_text(const std::exception& failure, int64_t bytes,

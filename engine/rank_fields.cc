@@ -83,6 +83,12 @@ void load_counters(const RankReader& reader, const LoadOptions& options, Trainin
   TrainingCounters& counters = state->counters;
   counters.steps = reader.integer(fields.root(), "global_steps");
   counters.skipped_steps = reader.integer(fields.root(), "skipped_steps");
+  if (counters.skipped_steps < 0 || counters.steps < counters.skipped_steps ||
+      counters.steps > int64_t{1} << 53) {
+    fields.fail("The counts of steps contradict each other.", "global_steps, skipped_steps",
+                "0 ≤ skipped_steps ≤ global_steps",
+                std::to_string(counters.skipped_steps) + " and " + std::to_string(counters.steps));
+  }
   const NodeId samples = reader.need(fields.root(), "global_samples");
   const checkpoint::Pickle& pickle = fields.pickle();
   if (pickle.kind(samples) == checkpoint::Kind::kFloat) {  // of Ulysses

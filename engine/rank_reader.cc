@@ -29,6 +29,7 @@ Json json_of(const checkpoint::Pickle& pickle, NodeId node, int depth, int64_t* 
     case Kind::kFloat:
       return pickle.real_value(node);
     case Kind::kString:
+      *left -= static_cast<int64_t>(pickle.text(node).size()) / 64;  // a long text is many values
       return pickle.text(node);
     case Kind::kTuple:
     case Kind::kList: {
@@ -43,7 +44,8 @@ Json json_of(const checkpoint::Pickle& pickle, NodeId node, int depth, int64_t* 
       const std::vector<NodeId>& entries = pickle.items(node);
       for (size_t i = 0; i + 1 < entries.size(); i += 2) {
         const Json key = json_of(pickle, entries[i], depth + 1, left);
-        object[key.is_string() ? key.get<std::string>() : key.dump()] =
+        object[key.is_string() ? key.get<std::string>()
+                               : key.dump(-1, ' ', false, Json::error_handler_t::replace)] =
             json_of(pickle, entries[i + 1], depth + 1, left);
       }
       return object;

@@ -2,11 +2,12 @@
 #include "engine/universal_load.h"
 
 #include <algorithm>
-#include <map>
+#include <set>
 #include <span>
 
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/format/crc.h"
 #include "core/cast.h"
 #include "core/error.h"
 #include "engine/rank_fields.h"
@@ -69,13 +70,13 @@ class UniversalReader {
         if (leaf < 0) refuse(p, name, "nothing");
         take(p, leaf, piece, &values);
       }
-      if (steps_.empty() && with_states)
-        steps_ = checkpoint::ScalarTexts(source_).of(found.scalars);
+      if (steps_ < 0 && with_states) steps_ = steps_of(found);
     }
   }
 
-  // "step 3 " of the first parameter, or nothing.
-  const std::string& steps() const { return steps_; }
+  // That the optimizer has taken, of the first parameter; −1 where it counts none.
+  int64_t steps() const { return steps_; }
+  const std::string& folder() const { return source_.folder; }
 
  private:
   [[noreturn]] void refuse(const TrainedParameter& p, const std::string& what,
@@ -96,10 +97,51 @@ class UniversalReader {
     return *found;
   }
 
+  int64_t steps_of(const ParameterState& parameter) const {
+    for (const checkpoint::Scalar& scalar : parameter.scalars) {
+      if (scalar.name != "step") continue;
+      const std::string text = checkpoint::scalar_text(source_, scalar.value);
+      const bool digits = !text.empty() && text.find_first_not_of("0123456789") == text.npos;
+      if (digits && text.size() <= 9) return std::stoll(text);
+      throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
+                            .what = "The optimizer's count of steps is none.",
+                            .file = source_.folder,
+                            .entry = quote(parameter.name) + " step",
+                            .expected = "a number of steps",
+                            .found = text,
+                            .next = "take another checkpoint"});
+    }
+    return -1;
+  }
+
+  // Every record of a file that is read is compared with its CRC, once.
+  void check_files(const checkpoint::Leaf& leaf) {
+    for (const checkpoint::FileFragment& fragment : leaf.fragments) {
+      if (!checked_.insert(fragment.file).second) continue;
+      const checkpoint::TorchFile& file = source_.document(fragment.file);
+      for (const checkpoint::ZipRecord& record : file.zip().records) {
+        std::vector<std::byte> bytes(static_cast<size_t>(record.size_bytes));
+        file.file().read_at(record.data_offset, bytes);
+        if (checkpoint::crc32_of(bytes) == record.crc32) continue;
+        throw Error(
+            ErrorInfo{.code = ErrorCode::kCorrupt,
+                      .what = "A record does not have the CRC that its archive says.",
+                      .file = file.path(),
+                      .entry = record.name,
+                      .next = "take another checkpoint; isoshard verify tells what is damaged"});
+      }
+    }
+  }
+
   void take(const TrainedParameter& p, int number, const BufferPiece& piece,
             std::vector<float>* target) {
     if (number != read_) {
       const checkpoint::Leaf& leaf = source_.leaf(number);
+      if (!is_floating(leaf.dtype) || !can_cast(leaf.dtype, DType::kFloat32)) {
+        refuse(p, leaf.state, isoshard::name(leaf.dtype));
+      }
+      if (leaf.size_elements() != numel(p.whole)) refuse(p, leaf.state, to_string(leaf.shape));
+      check_files(leaf);
       std::vector<std::byte> bytes(static_cast<size_t>(leaf.size_bytes()));
       if (!bytes.empty()) reshard::read_elements(source_, leaf, 0, bytes);
       values_.resize(static_cast<size_t>(leaf.size_elements()));
@@ -114,7 +156,8 @@ class UniversalReader {
   ShardedState source_;
   int read_ = -1;  // the leaf whose values these are
   std::vector<float> values_;
-  std::string steps_;
+  std::set<int> checked_;  // files
+  int64_t steps_ = -1;
 };
 
 }  // namespace
@@ -125,23 +168,23 @@ LoadResult load_universal(Storage& storage, const std::string& folder, const Loa
   UniversalReader source(storage, folder);
   for (TrainedGroup& group : state->groups) source.fill(&group, *state, with_states);
   std::string name = checkpoint::model_file_name(0);
-  if (!storage.is_file(folder + "/" + name)) name = checkpoint::model_file_name_of_rank(0, 0);
-  LoadResult result{.path = folder + "/" + name};
+  if (!storage.is_file(source.folder() + "/" + name)) {
+    name = checkpoint::model_file_name_of_rank(0, 0);
+  }
+  LoadResult result{.path = source.folder() + "/" + name};
   RankReader model(storage, *result.path);
   if (!options.load_module_only) load_counters(model, options, state);
   state->counters.optimizer_steps = 0;
   if (with_states) {
-    RankReader optimizer(storage, folder + "/zero/optimizer_state.pt");
+    RankReader optimizer(storage, source.folder() + "/zero/optimizer_state.pt");
     const checkpoint::Fields& fields = optimizer.fields();
     const checkpoint::NodeId scaler = fields.maybe(fields.root(), "loss_scaler");
     if (scaler != checkpoint::kNoNode) load_scale(fields, scaler, &state->loss_scale);
     const checkpoint::NodeId groups = fields.maybe(fields.root(), "param_groups");
     if (groups != checkpoint::kNoNode) load_settings(fields, groups, state);
     // An optimizer that counts its steps says so with each parameter.
-    const size_t at = source.steps().find("step ");
-    state->counters.optimizer_steps = at == std::string::npos
-                                          ? state->counters.steps - state->counters.skipped_steps
-                                          : std::stoll(source.steps().substr(at + 5));
+    state->counters.optimizer_steps =
+        source.steps() < 0 ? state->counters.steps - state->counters.skipped_steps : source.steps();
   } else {
     for (TrainedGroup& group : state->groups) {
       for (float& value : group.master) value = rounded_to(state->dtype, value);

@@ -230,7 +230,7 @@ std::string ulysses_is_attention(const Draw& draw, TrainingMutant mutant) {
   const Exchanged one = run_ulysses(in, 1, seed, mutant),
                   many = run_ulysses(in, ranks, seed, mutant);
   if (one.events != 0) return "one rank has sent something";
-  // Positions, q, k, v, context; and back context, q, k, v.
+  // Positions, q, k, v, context; and back context, v, k, q.
   const size_t calls = static_cast<size_t>(ranks > 1 ? 9 * ranks : 0);
   if (many.events != calls) return "another number of collectives: " + std::to_string(many.events);
   const std::string where = " over " + std::to_string(ranks) + " ranks, heads " +

@@ -74,57 +74,52 @@ std::string a_death_leaves_old_or_new(const Draw& draw, TrainingMutant mutant) {
   const Topology t{.data = static_cast<int>(draw(1, 3)), .tensor = static_cast<int>(draw(1, 2))};
   const sim::FaultKind kinds[] = {sim::FaultKind::kDieBefore, sim::FaultKind::kDieInside,
                                   sim::FaultKind::kDieAfter};
-  sim::Fault fault{.kind = kinds[draw(0, 2)],
-                   .rank = static_cast<int>(draw(0, t.world() - 1)),
-                   .operation = draw(0, 60)};
+  sim::Fault fault{.kind = kinds[draw(0, 2)], .rank = static_cast<int>(draw(0, t.world() - 1))};
+  const int64_t place = draw(0, 1'000'000);
   const Json json = deepspeed_config(config, t, config.stage);
-  checkpoint::MemoryStorage storage;
+  checkpoint::MemoryStorage scratch, storage;
   const size_t world = static_cast<size_t>(t.world());
   std::vector<TrainingState> old_states(world), new_states(world), found(world);
-  const auto engine_of = [&](sim::Rank& rank, const ParallelState& parallel) {
-    return CheckpointEngine(rank.storage(storage), parallel, json, [](const std::string&) {});
+  const auto engine_of = [&](sim::Rank& rank, const ParallelState& parallel, Storage& disk) {
+    return CheckpointEngine(rank.storage(disk), parallel, json, [](const std::string&) {});
   };
-  int64_t begin = 0;
+  int64_t begin = 0, end = 0;  // operations of that rank's second save
   const auto steps = [&](sim::Rank& rank, bool second) {
     const size_t number = static_cast<size_t>(rank.number());
     const ParallelState parallel = parallel_state(rank);
     Trainer trainer(config, parallel);
-    CheckpointEngine files = engine_of(rank, parallel);
+    CheckpointEngine files = engine_of(rank, parallel, second ? storage : scratch);
     trainer.initialise();
     trainer.step();
-    if (!second) {
-      files.save_checkpoint(trainer.state(), "/run", {});
-      old_states[number] = trainer.state();
-    }
+    files.save_checkpoint(trainer.state(), "/run", {});
+    old_states[number] = trainer.state();
     trainer.step();
-    if (!second) {
-      new_states[number] = trainer.state();
-      if (rank.number() == fault.rank) begin = rank.operations();
-      return;
-    }
-    if (mutant == TrainingMutant::kEarlyPointer && rank.number() == 0) {
+    new_states[number] = trainer.state();
+    if (!second && rank.number() == fault.rank) begin = rank.operations();
+    if (second && mutant == TrainingMutant::kEarlyPointer && rank.number() == 0) {
       storage.remove_file("/run/latest");
       const auto pointer = storage.create("/run/latest");
       pointer->write_at(0, std::as_bytes(std::span("global_step2", 12)));
       pointer->close();
     }
     files.save_checkpoint(trainer.state(), "/run", {});
+    if (!second && rank.number() == fault.rank) end = rank.operations();
   };
   sim::Cluster first(t, {.seed = 1});
   first.run([&](sim::Rank& rank) { steps(rank, false); });
-  // The second save begins at about the operation of the first run's first one.
-  fault.operation += begin / 2;
+  fault.operation = begin + place % (end - begin);  // the same seed, the same operations
   sim::Cluster second(t, {.seed = 1, .faults = {fault}});
   try {
     second.run([&](sim::Rank& rank) { steps(rank, true); });
   } catch (const Error& error) {
     if (error.info().code != ErrorCode::kInterrupted) return error.what();
   }
+  if (second.dead().empty()) return "the rank has not died in its save";
   sim::Cluster third(t, {.seed = 2});
   third.run([&](sim::Rank& rank) {
     const ParallelState parallel = parallel_state(rank);
     Trainer trainer(config, parallel);
-    engine_of(rank, parallel).load_checkpoint(&trainer.state(), "/run", {});
+    engine_of(rank, parallel, storage).load_checkpoint(&trainer.state(), "/run", {});
     found[static_cast<size_t>(rank.number())] = trainer.state();
   });
   const auto whole = [](const std::vector<TrainingState>& states) {

@@ -71,8 +71,8 @@ class Life {
   }
 
   void move_to(const Leg& leg) {
+    if (!(leg_ == leg)) ++result_.changes;
     leg_ = leg;
-    ++result_.changes;
     save_dir_ = "/saved" + std::to_string(++folders_);
   }
 
@@ -90,6 +90,8 @@ class Life {
       ++result_.files_changes;
     }
     const int before = durable_.step;
+    const std::string pointer = pointer_text();
+    resumed_ = 0;
     attempted_.clear();
     captured_.clear();
     returned_ = 0;
@@ -107,12 +109,13 @@ class Life {
       ended = cluster.dead().empty();
     } catch (const Error& failure) {
       checkpoint::throw_if_cancelled();
-      if (faults.empty()) throw;
+      if (!explained(failure, cluster)) throw;
       ended = false;
     }
+    if (!ended && mutant_ == LifeMutant::kLostPointer) put_back(pointer);
     result_.trace_hash = mix(result_.trace_hash ^ cluster.trace().hash());
     result_.events += static_cast<int64_t>(cluster.trace().events().size());
-    find_durable(before, ended);
+    find_durable(before);
     crashed_ = !ended;
     if (!ended) {
       ++result_.crashes;
@@ -122,14 +125,40 @@ class Life {
     last_ = std::move(states);
   }
 
-  sim::Faults faults_of(std::vector<LifeCommand>& commands) const {
+  // Whether a session may end like that, given the faults that were placed in it.
+  bool explained(const Error& failure, const sim::Cluster& cluster) const {
+    const ErrorCode code = failure.info().code;
+    if (code == ErrorCode::kInterrupted) return !cluster.dead().empty();
+    if (code == ErrorCode::kMismatch) return drops_;
+    return disk_ && resumed_ < leg_.topology.world();  // a load met the disk
+  }
+
+  std::string pointer_text() {
+    const std::string path = save_dir_ + "/latest";
+    return storage_.is_file(path) ? read_small_file(storage_, path, 100) : "";
+  }
+
+  // kLostPointer: the disk forgets the last change of `latest`.
+  void put_back(const std::string& text) {
+    if (pointer_text() == text) return;
+    storage_.remove_file(save_dir_ + "/latest");
+    if (text.empty()) return;
+    const std::unique_ptr<WritableFile> file = storage_.create(save_dir_ + "/latest");
+    file->write_at(0, std::as_bytes(std::span(text)));
+    file->close();
+  }
+
+  sim::Faults faults_of(std::vector<LifeCommand>& commands) {
     sim::Faults faults;
+    disk_ = drops_ = false;
     for (const LifeCommand& command : commands) {
       if (command.kind != Kind::kFault) continue;
       sim::Fault fault = command.fault;
       fault.rank %= leg_.topology.world();
       const bool disk =
           fault.kind >= sim::FaultKind::kDiskFull && fault.kind <= sim::FaultKind::kStaleHandle;
+      disk_ = disk_ || disk;
+      drops_ = drops_ || fault.kind == sim::FaultKind::kDrop;
       for (int i = 0; i < (disk ? kDiskOperations : 1); ++i, ++fault.operation) {
         faults.push_back(fault);
       }
@@ -147,6 +176,7 @@ class Life {
                            deepspeed_config(config, leg_.topology, leg_.stage),
                            [](const std::string&) {});
     resume(&trainer, &files, rank.number());
+    ++resumed_;
     for (const LifeCommand& command : commands) {
       switch (command.kind) {
         case Kind::kStep:
@@ -223,7 +253,11 @@ class Life {
     }
     try {
       files->save_checkpoint(state, save_dir_, {.client_state = client_state(state)});
-    } catch (const Error&) {
+    } catch (const Error& failure) {
+      const ErrorCode code = failure.info().code;
+      const bool of_disk = code == ErrorCode::kNoSpace || code == ErrorCode::kPermission ||
+                           code == ErrorCode::kUnreadable || code == ErrorCode::kIncomplete;
+      if (!disk_ || !of_disk) throw;
       if (rank.number() == 0) ++result_.failed_saves;
       return;
     }
@@ -232,7 +266,7 @@ class Life {
   }
 
   // What `latest` says now, and whether it may say so.
-  void find_durable(int before, bool ended) {
+  void find_durable(int before) {
     int found = before;
     const bool files = bridge_.unsupported(leg_).empty();
     if (files && storage_.is_file(save_dir_ + "/latest")) {
@@ -241,7 +275,6 @@ class Life {
     } else if (!files && returned_ > 0) {
       found = returned_;
     }
-    if (mutant_ == LifeMutant::kLostPointer && !ended) found = before;
     const bool old_or_new =
         found == before || std::ranges::find(attempted_, found) != attempted_.end();
     if (!old_or_new || found < returned_) {
@@ -268,12 +301,14 @@ class Life {
   std::string save_dir_ = "/saved0";
   std::string from_;
   bool by_files_ = false;
-  bool crashed_ = false;            // the session before was ended by a fault
-  int live_ = 0;                    // steps of rank 0 in this session
-  int returned_ = 0;                // step of the last save of this session that returned
-  std::vector<int> attempted_;      // steps of its saves
-  std::map<int, States> captured_;  // what ranks had at each of them
-  States last_;                     // behind the last session
+  bool disk_ = false, drops_ = false;  // such faults are in this session
+  int resumed_ = 0;                    // ranks that have loaded in it
+  bool crashed_ = false;               // the session before was ended by a fault
+  int live_ = 0;                       // steps of rank 0 in this session
+  int returned_ = 0;                   // step of the last save of this session that returned
+  std::vector<int> attempted_;         // steps of its saves
+  std::map<int, States> captured_;     // what ranks had at each of them
+  States last_;                        // behind the last session
   reference::LayoutCache layouts_;
   int sessions_ = 0, folders_ = 0;
 };
@@ -288,7 +323,8 @@ sim::Fault draw_fault(const Draw& draw, const FaultMenu& menu) {
   }
   if (menu.drop) kinds.push_back(FaultKind::kDrop);
   if (menu.slow) kinds.push_back(FaultKind::kSlow);
-  const int64_t most = int64_t{4} << draw(0, 8);
+  // Any operation is as likely, or the early ones are: a load, a first step, a save of a few.
+  const int64_t most = draw(0, 1) == 0 ? int64_t{4} << draw(0, 8) : 800;
   return {.kind = kinds[static_cast<size_t>(draw(0, static_cast<int64_t>(kinds.size()) - 1))],
           .rank = static_cast<int>(draw(0, 7)),
           .operation = draw(0, most)};
@@ -310,7 +346,8 @@ std::string text(const LifeCommand& command) {
       break;
   }
   return std::string(sim::name(command.fault.kind)) + " at operation " +
-         std::to_string(command.fault.operation) + " of rank " + std::to_string(command.fault.rank);
+         std::to_string(command.fault.operation) + " of rank " +
+         std::to_string(command.fault.rank) + " (modulo the ranks)";
 }
 
 }  // namespace

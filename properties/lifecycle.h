@@ -63,7 +63,7 @@ enum class LifeMutant {
   kNone,
   kStaleSurvivor,  // behind a death rank 0 keeps its counters: the data goes on from there
   kColdMoments,    // behind a death the last rank's moments begin again
-  kLostPointer,    // the last change of `latest` is lost with the rank
+  kLostPointer,    // the disk forgets the last change of `latest` when a rank dies
 };
 
 const char* name(LifeMutant mutant);

@@ -39,8 +39,8 @@ void Simulation::run(const Leg& leg) {
       const std::string folder = "/leg" + std::to_string(legs_);
       bridge_.bring(saved_, folder, leg);
       saved_ = folder;
+      ++record_.files_legs;
     }
-    ++record_.files_legs;
   }
   const reference::WholeState before = std::move(record_.state);
   const std::string save_dir = "/saved" + std::to_string(legs_);

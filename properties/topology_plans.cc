@@ -176,17 +176,24 @@ TopologyPlans::~TopologyPlans() = default;
 
 std::string TopologyPlans::difference(size_t from, size_t to, bool skew) const {
   const Side &a = *sides_[from], &b = *sides_[to];
-  const reshard::ReshardPlan plan = reshard::make_plan(a.source, b.target);
+  std::vector<FileBlueprint> target = b.target;
+  if (skew) {
+    for (FileBlueprint& file : target) {
+      for (checkpoint::LeafRun& run : file.storages[0].runs) {
+        if (run.begin + run.count < a.source.leaf(run.leaf).size_elements()) ++run.begin;
+      }
+    }
+  }
+  const reshard::ReshardPlan plan = reshard::make_plan(a.source, std::move(target));
   std::vector<std::vector<int64_t>> found;
   for (const std::vector<int64_t>& rank : b.elements) found.emplace_back(rank.size(), -1);
   for (const reshard::Transfer& transfer : plan.transfers) {
     const std::vector<int64_t>& source = a.elements[static_cast<size_t>(transfer.source_file)];
-    std::vector<int64_t>& target = found[static_cast<size_t>(transfer.target_file)];
+    std::vector<int64_t>& own = found[static_cast<size_t>(transfer.target_file)];
     const int64_t begin = plan.targets[static_cast<size_t>(transfer.target_file)].storage_offset(0);
     const int64_t at = transfer.source_offset / 4, put = (transfer.target_offset - begin) / 4;
     for (int64_t i = 0; i < transfer.size_bytes / 4; ++i) {
-      const size_t taken = static_cast<size_t>(at + i + (skew ? 1 : 0)) % source.size();
-      target[static_cast<size_t>(put + i)] = source[taken];
+      own[static_cast<size_t>(put + i)] = source[static_cast<size_t>(at + i)];
     }
   }
   for (size_t rank = 0; rank < found.size(); ++rank) {

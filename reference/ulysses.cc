@@ -251,9 +251,10 @@ UlyssesGradients Ulysses::backward(const Values& context_gradient, const Ulysses
     }
   }
   UlyssesGradients result;
-  result.query = to_tokens(dq, samples);
-  result.key = sum_to_tokens(dk, samples);
+  // In autograd's order, the last to have been made first.
   result.value = sum_to_tokens(dv, samples);
+  result.key = sum_to_tokens(dk, samples);
+  result.query = to_tokens(dq, samples);
   return result;
 }
 

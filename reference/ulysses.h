@@ -9,7 +9,7 @@
 //   backward  the same places the other way; dk and dv of a key-value head are the sum over its
 //             query heads, in the canonical order of the heads (tier B), the rest is movement
 //
-// The exchanges, on every rank in this order: q, k, v, context; and backward context, q, k, v.
+// The exchanges, on every rank in this order: q, k, v, context; and backward context, v, k, q.
 // None with one rank, and none in the bypass of evaluation.
 #pragma once
 

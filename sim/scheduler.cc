@@ -11,6 +11,7 @@
 #include "core/check.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(__SANITIZE_THREAD__)
@@ -94,6 +95,10 @@ int Scheduler::spawn(std::function<void()> body) {
   const boost::context::stack_context stack = allocator.allocate();
   task->stack_size = stack.size;
   task->stack_bottom = static_cast<std::byte*>(stack.sp) - stack.size;
+#if defined(__SANITIZE_ADDRESS__)
+  // A stack that lay here before may have left marks: its first frames never return.
+  __asan_unpoison_memory_region(task->stack_bottom, task->stack_size);
+#endif
 #if defined(__SANITIZE_THREAD__)
   task->thread_fibre = __tsan_create_fiber(0);
 #endif

@@ -1,11 +1,15 @@
 // Loads besides the usual one: the universal form, whole fp32 weights, modules that are not strict.
 #include <gtest/gtest.h>
 
+#include <map>
+#include <set>
+
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/universal_blueprint.h"
 #include "checkpoint/posix_storage.h"
 #include "engine/fp32_state_dict.h"
 #include "reshard/executor.h"
+#include "reshard/tensor_values.h"
 #include "tests/engine_world.h"
 
 namespace isoshard {
@@ -57,6 +61,18 @@ reference::WholeState trained(const TrainConfig& config, const Topology& topolog
   return reference::whole_state(pointers);
 }
 
+// /run/latest to /run/u, which `latest_universal` names.
+void to_universal(Storage& disk) {
+  const checkpoint::ShardedState source = checkpoint::read_checkpoint(disk, "/run", {.workers = 1});
+  disk.make_directories("/run/u");
+  reshard::execute(disk, source,
+                   reshard::make_plan(source, checkpoint::universal_blueprints(source, {}).files),
+                   "/run/u", {.workers = 1});
+  const auto pointer = disk.create("/run/latest_universal");
+  pointer->write_at(0, std::as_bytes(std::span("u", 1)));
+  pointer->close();
+}
+
 TEST(Fp32StateDict, ReadsNothingBeforeItIsAskedTo) {
   for (int stage = 1; stage <= 3; ++stage) {
     CountingStorage disk;
@@ -90,19 +106,39 @@ TEST(Fp32StateDict, ReadsNothingBeforeItIsAskedTo) {
   }
 }
 
-// The real ones: frozen parameters, buffers and tied names of what DeepSpeed saved.
-TEST(Fp32StateDict, OfRecordedCheckpoints) {
+// The real ones: frozen parameters, buffers and tied names of what DeepSpeed saved, beside what its
+// own zero_to_fp32 made of it.
+TEST(Fp32StateDict, OfARecordedCheckpointIsDeepSpeeds) {
   checkpoint::PosixStorage disk;
-  const std::string folder = std::string(ISOSHARD_TRACES) + "/deepspeed/z3_bf16_dp2_frozen/ckpt";
-  const auto all = engine::get_fp32_state_dict_from_zero_checkpoint(disk, folder, {});
-  const auto trainable = engine::get_fp32_state_dict_from_zero_checkpoint(
-      disk, folder, {.exclude_frozen_parameters = true});
-  EXPECT_GT(all.size(), trainable.size());
-  for (const Fp32Tensor& tensor : all) {
-    EXPECT_EQ(static_cast<int64_t>(tensor.contiguous().size()), numel(tensor.shape()));
+  const std::string folder = std::string(ISOSHARD_TRACES) + "/deepspeed/z3_bf16_dp2_frozen/";
+  const auto all = engine::get_fp32_state_dict_from_zero_checkpoint(disk, folder + "ckpt", {});
+  const checkpoint::ShardedState real =
+      checkpoint::read_checkpoint(disk, folder + "fp32", {.workers = 1});
+  std::map<std::string, int> leaves;
+  for (const auto& parameter : real.parameters) leaves[parameter.name] = parameter.weight;
+  for (const auto& buffer : real.buffers) leaves[buffer.name] = buffer.leaf;
+  for (const auto& alias : real.aliases) {
+    leaves[alias.name] = real.find_parameter(alias.target)->weight;
   }
-  EXPECT_THROW(engine::get_fp32_state_dict_from_zero_checkpoint(disk, folder, {.tag = "none"}),
-               Error);
+  std::set<std::string> names;
+  for (const Fp32Tensor& tensor : all) {
+    names.insert(tensor.name());
+    ASSERT_TRUE(leaves.contains(tensor.name())) << tensor.name();
+    const checkpoint::Leaf& leaf = real.leaf(leaves[tensor.name()]);
+    EXPECT_EQ(tensor.shape(), leaf.shape) << tensor.name();
+    std::vector<std::byte> bytes(static_cast<size_t>(leaf.size_bytes()));
+    reshard::read_elements(real, leaf, 0, bytes);
+    std::vector<float> expected(static_cast<size_t>(leaf.size_elements()));
+    cast(leaf.dtype, bytes, DType::kFloat32, std::as_writable_bytes(std::span(expected)));
+    EXPECT_EQ(tensor.contiguous(), expected) << tensor.name();
+  }
+  EXPECT_EQ(names.size(), leaves.size());
+  const auto trainable = engine::get_fp32_state_dict_from_zero_checkpoint(
+      disk, folder + "ckpt", {.exclude_frozen_parameters = true});
+  EXPECT_LT(trainable.size(), all.size());
+  EXPECT_THROW(
+      engine::get_fp32_state_dict_from_zero_checkpoint(disk, folder + "ckpt", {.tag = "none"}),
+      Error);
 }
 
 // Saved on one topology and stage, converted by production, loaded on others, trained on: one run.
@@ -112,24 +148,19 @@ TEST(UniversalLoad, GoesOnOnAnyTopologyAndStage) {
                                                          {{.tensor = 2}, 2},
                                                          {{.sequence = 2}, 1},
                                                          {{.data = 2, .tensor = 2}, 3}};
+  const reference::OptimizerKind kinds[] = {reference::OptimizerKind::kSgd,
+                                            reference::OptimizerKind::kAdamW,
+                                            reference::OptimizerKind::kLion};
   for (int stage = 1; stage <= 3; ++stage) {
     for (const bool experts : {false, true}) {
       TrainConfig config = small(stage);
       config.schedule.kind = reference::ScheduleKind::kWarmup;
       config.model.dtype = DType::kBFloat16;
+      if (!experts) config.optimizer.kind = kinds[stage - 1];
       if (experts) config.model.experts = 4;
       MemoryStorage disk;
       trained(config, {.data = 2, .expert = experts ? 2 : 1}, disk);
-      const checkpoint::ShardedState source =
-          checkpoint::read_checkpoint(disk, "/run", {.workers = 1});
-      disk.make_directories("/run/u");
-      reshard::execute(
-          disk, source,
-          reshard::make_plan(source, checkpoint::universal_blueprints(source, {}).files), "/run/u",
-          {.workers = 1});
-      const auto pointer = disk.create("/run/latest_universal");
-      pointer->write_at(0, std::as_bytes(std::span("u", 1)));
-      pointer->close();
+      to_universal(disk);
       const properties::Record one = properties::single_rank(config, 4);
       for (const auto& [topology, target_stage] : targets) {
         TrainConfig other = config;
@@ -159,6 +190,44 @@ TEST(UniversalLoad, GoesOnOnAnyTopologyAndStage) {
       }
     }
   }
+}
+
+TEST(UniversalLoad, AFlippedBitIsRefused) {
+  MemoryStorage disk;
+  const TrainConfig config = small(1);
+  trained(config, {.data = 2}, disk);
+  to_universal(disk);
+  const std::string path = "/run/u/zero/model.norm.weight/fp32.pt";
+  const int64_t size = disk.open_read(path)->size_bytes();
+  int refused = 0, flipped = 0;
+  for (int64_t at = 0; at < size; at += 8) {
+    const auto turn = [&] {
+      std::byte byte{};
+      disk.open_read(path)->read_at(at, {&byte, 1});
+      byte ^= std::byte{1};
+      const auto file = disk.open_write(path);
+      file->write_at(at, {&byte, 1});
+      file->close();
+    };
+    turn();
+    ++flipped;
+    sim::Cluster cluster({});
+    try {
+      cluster.run([&](sim::Rank& rank) {
+        const ParallelState parallel = properties::parallel_state(rank);
+        Trainer trainer(config, parallel);
+        Json json = properties::deepspeed_config(config, {}, 1);
+        json["checkpoint"] = {{"load_universal", true}};
+        CheckpointEngine(disk, parallel, json, [](const std::string&) {
+        }).load_checkpoint(&trainer.state(), "/run", {});
+      });
+    } catch (const Error&) {
+      ++refused;
+    }
+    turn();
+  }
+  // The payload, the pickle and the archive's words are most of the file; the rest is padding.
+  EXPECT_GT(refused, flipped / 3);
 }
 
 TEST(UniversalLoad, RefusesWhatIsNone) {

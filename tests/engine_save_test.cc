@@ -2,10 +2,12 @@
 // them.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <bit>
 #include <thread>
 
 #include "engine/guarded_save.h"
+#include "reshard/verify.h"
 #include "tests/engine_world.h"
 
 namespace isoshard {
@@ -100,6 +102,29 @@ TEST(DecoupledSave, AThreadWritesWhileTheRunTrains) {
   EXPECT_EQ(losses, alone);
 }
 
+// The writer is alive and slow: the commit does not wait, and neither touches the other's memory.
+TEST(DecoupledSave, ASlowWriterIsLeftBehind) {
+  World world;
+  many_files(&world);
+  std::thread writer;
+  std::atomic<bool> go{false};
+  const Error error = world.run([&](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
+    const std::shared_ptr<PendingSave> pending = files.begin_save(trainer.state(), "/run", {});
+    writer = std::thread([&world, &go, pending] {
+      pending->write_next(world.disk);
+      while (!go) std::this_thread::yield();
+      while (pending->write_next(world.disk)) {
+      }
+    });
+    files.commit_save(pending.get(), [] { return false; });
+  });
+  go = true;
+  writer.join();
+  EXPECT_NE(std::string(error.what()).find("has not finished in time"), std::string::npos);
+  EXPECT_EQ(world.latest(), "");
+  EXPECT_FALSE(world.disk.is_directory("/run/global_step0"));
+}
+
 TEST(DecoupledSave, ADeadWriterFailsTheCommitOnEveryRank) {
   World world;
   std::vector<std::string> told(2);
@@ -141,6 +166,10 @@ TEST(Engine, SideFilesGoWithTheCheckpoint) {
   };
   EXPECT_EQ(attempt("vocab.json", "/tokenizer/vocab.json").info().what, "");
   EXPECT_EQ(read_small_file(world.disk, "/run/t/vocab.json", 9), "{}");
+  const reshard::Verification verified = reshard::verify(world.disk, "/run/t", {});
+  EXPECT_EQ(verified.findings.size(), 0u) << verified.findings[0].text;
+  EXPECT_NE(read_small_file(world.disk, "/run/t/MANIFEST.json", 1 << 20).find("vocab.json"),
+            std::string::npos);
   for (const char* name : {"mp_rank_00_model_states.pt", "../up", ".hidden", "a/b"}) {
     EXPECT_EQ(attempt(name, "/tokenizer/vocab.json").info().code, ErrorCode::kUsage) << name;
   }
@@ -270,27 +299,37 @@ TEST(Hazard, ASaveBehindRankZeroAtTheEndIsADeadlock) {
 
 // A caller that swallows a failed save's error on one rank: all ranks have it, so none runs ahead.
 TEST(Hazard, ASwallowedErrorLeavesTheRanksInStep) {
-  std::vector<int64_t> operations;
-  guarded({}, false, &operations);
-  World world;
+  std::vector<int64_t> begins, ends;  // rank 1's operations around each save
   std::vector<float> losses[2];
-  const Error error = world.run(
-      [&](sim::Rank& rank, Trainer& trainer, CheckpointEngine& files) {
-        for (int step = 0; step < 3; ++step) {
-          losses[rank.number()].push_back(trainer.step().loss);
-          try {
-            save(trainer, files);
-          } catch (...) {
-            if (rank.number() == 0) continue;  // swallowed here and there alike
-          }
-        }
-      },
-      {{.kind = sim::FaultKind::kDiskFull, .rank = 1, .operation = operations[1] + 6},
-       {.kind = sim::FaultKind::kDiskFull, .rank = 1, .operation = operations[1] + 7},
-       {.kind = sim::FaultKind::kDiskFull, .rank = 1, .operation = operations[1] + 8}});
+  int swallowed[2] = {0, 0};
+  const auto body = [&](sim::Rank& rank, Trainer& trainer, CheckpointEngine& files) {
+    for (int step = 0; step < 3; ++step) {
+      losses[rank.number()].push_back(trainer.step().loss);
+      if (rank.number() == 1) begins.push_back(rank.operations());
+      try {
+        save(trainer, files);
+      } catch (const Error&) {
+        ++swallowed[rank.number()];
+      }
+      if (rank.number() == 1) ends.push_back(rank.operations());
+    }
+  };
+  World probe;
+  probe.run(body);
+  EXPECT_EQ(swallowed[1], 0);
+  const std::vector<float> expected = losses[0];
+  for (std::vector<float>& list : losses) list.clear();
+  sim::Faults faults;
+  for (int64_t at = begins[1]; at < (begins[1] + ends[1]) / 2; ++at) {
+    faults.push_back({.kind = sim::FaultKind::kDiskFull, .rank = 1, .operation = at});
+  }
+  World world;
+  const Error error = world.run(body, faults);
   EXPECT_EQ(error.info().what, "") << error.what();
-  EXPECT_EQ(losses[0], losses[1]);
-  EXPECT_EQ(losses[0].size(), 3u);
+  EXPECT_EQ(swallowed[0], 1);
+  EXPECT_EQ(swallowed[1], 1);
+  EXPECT_EQ(losses[0], expected);
+  EXPECT_EQ(losses[1], expected);
   EXPECT_EQ(world.latest(), "global_step3");
 }
 

@@ -67,6 +67,8 @@ class Simulate(ProgramCase):
         self.assertIn("equal to the run on one rank", words)
         self.assertIn("life    on", words)
         self.assertIn("no such fault", self.run_program(2, *arguments[:-1], "fire").stderr)
+        self.assertIn("no fault is named", self.run_program(2, *arguments[:-1], "").stderr)
+        self.run_program(2, *arguments, "--report", self.place / "nowhere" / "page.html")
 
     def test_a_trace_is_printed_and_drawn(self):
         topology = ["trace", "--topology", "dp=2,pp=2,stage=1"]
@@ -81,8 +83,12 @@ class Simulate(ProgramCase):
         slices = [e for e in events if e["ph"] == "X"]
         self.assertEqual(len(slices), len(calls))
         self.assertEqual({(e["pid"], e["tid"]) for e in slices}, {(0, 0), (0, 1), (1, 2), (1, 3)})
-        self.assertEqual(sorted((c["rank"], c["verb"], c["begin"], c["end"]) for c in calls),
-                         sorted((e["tid"], e["name"], e["ts"], e["ts"] + e["dur"]) for e in slices))
+        self.assertEqual(
+            sorted((c["rank"], c["verb"], f"{c['begin']} to {c['end']}") for c in calls),
+            sorted((e["tid"], e["name"], e["args"]["ticks"]) for e in slices))
+        for rank in range(4):  # one behind the other
+            own = sorted((e["ts"], e["ts"] + e["dur"]) for e in slices if e["tid"] == rank)
+            self.assertTrue(all(a[1] <= b[0] for a, b in zip(own, own[1:])))
         # Every message has one arrow, from the sender to the receiver; a collective of n ranks n−1.
         starts = {e["id"]: e for e in events if e["ph"] == "s"}
         ends = {e["id"]: e for e in events if e["ph"] == "f"}
@@ -98,6 +104,9 @@ class Simulate(ProgramCase):
         self.assertEqual(len(starts), len(messages) + sum(len(g) - 1 for g in groups.values()))
         for i, start in starts.items():
             self.assertLessEqual(start["ts"], ends[i]["ts"])
+            for flow in (start, ends[i]):  # inside a slice of its own name
+                self.assertTrue(any(e["tid"] == flow["tid"] and e["name"] == flow["name"] and
+                                    e["ts"] < flow["ts"] < e["ts"] + e["dur"] for e in slices))
 
     def test_one_case_in_words(self):
         told = self.run_program(0, "replay", "--seed", 3, "--case", 5, "--steps", 6).stdout

@@ -234,8 +234,9 @@ void add_golden(CLI::App* app, Session* session) {
   auto options = std::make_shared<GoldenOptions>();
   verb->set_help_flag("-h,--help", "This page");
   std::vector<CLI::Option*> asked = {
-      verb->add_option("--topology", options->topology,
-                       "dp=,sp=,tp=,ep=,stage= (dp=2,stage=1); neither pp nor two of sp, tp, ep"),
+      verb->add_option(
+          "--topology", options->topology,
+          "dp=,sp=,tp=,ep=,stage= (dp=2,stage=1); no pp, and tp with neither sp nor ep"),
       verb->add_option("--model", options->model, "llama, llama-fp32, mixtral or tiny (llama)"),
       verb->add_option("--steps", options->steps, "Steps that are trained (3)")
           ->check(CLI::Range(0, 10000)),

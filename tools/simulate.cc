@@ -107,6 +107,10 @@ class Tally {
       : session_(*session), options_(options), limits_(limits) {}
 
   void run() {
+    if (!options_.report.empty()) {  // where it cannot be written, that is told now
+      checkpoint::replace_small_file(session_.storage, options_.report,
+                                     "<!doctype html>\n<p>The run has not ended.</p>\n");
+    }
     const auto work = [this] {
       try {
         for (int64_t number = next_++; number < options_.cases; number = next_++) {
@@ -126,7 +130,9 @@ class Tally {
     work();
     for (std::thread& thread : threads) thread.join();
     if (failure_) std::rethrow_exception(failure_);
-    report();
+    const double seconds = elapsed();
+    report(seconds);
+    if (!options_.report.empty()) write_report(seconds);
   }
 
  private:
@@ -169,10 +175,8 @@ class Tally {
     }
   }
 
-  void report() {
+  void report(double seconds) {
     if (line_) std::cerr << "\n";
-    const double seconds = elapsed();
-    if (!options_.report.empty()) write_report(seconds);
     if (failed_ > 0) {
       session_.status = kAnswerIsNo;
       std::cerr << "case " << first_ << " failed: " << reason_ << "\n"
@@ -206,11 +210,16 @@ class Tally {
               << " changes of topology and stage, " << files_ << " through DeepSpeed's files, "
               << events_ << " events between ranks\n";
     if (!options_.faults.empty()) {
-      std::cout << crashes_ << " sessions ended by a fault, " << redone_ << " steps done again, "
-                << saves_ << " saves, " << failed_saves_ << " failed by a disk\n";
+      std::cout << fault_counters() << "\n";
     }
     std::cout << static_cast<int64_t>(60.0 * static_cast<double>(done_) / seconds)
               << " cases a minute\n";
+  }
+
+  std::string fault_counters() const {
+    return std::to_string(crashes_) + " sessions ended by a fault, " + std::to_string(redone_) +
+           " steps done again, " + std::to_string(saves_) + " saves, " +
+           std::to_string(failed_saves_) + " failed by a disk";
   }
 
   void write_report(double seconds) {
@@ -226,6 +235,7 @@ class Tally {
     page.counters = std::to_string(changes_) + " changes of topology and stage, " +
                     std::to_string(files_) + " through DeepSpeed's files, " +
                     std::to_string(events_) + " events between ranks";
+    if (!options_.faults.empty()) page.counters += "\n" + fault_counters();
     case_result(options_, limits_, page.shown,
                 [&](const CollectiveTrace& trace, const properties::Leg& leg) {
                   page.leg = to_string(leg);
@@ -308,7 +318,10 @@ void add_case_flags(CLI::App* verb, SimulateOptions* options) {
       ->check(not_whole);
   verb->add_option("--faults", options->faults,
                    "Lives instead: steps, evaluations, saves, loads and reshards in any order, and "
-                   "faults at any operation: all, or some of death,disk,drop,slow");
+                   "faults at any operation: all, or some of death,disk,drop,slow")
+      ->check([](const std::string& text) {
+        return text.empty() ? std::string("no fault is named") : std::string();
+      });
 }
 
 void add_replay(CLI::App* app, Session* session) {

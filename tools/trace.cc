@@ -113,7 +113,8 @@ void add_trace(CLI::App* app, Session* session) {
   verb->add_option("--seed", options->seed, "Of weights, tokens and the order of events (1)")
       ->check(CLI::Range(0, 999999999));
   verb->add_option("--out", options->out,
-                   "Write the JSON here instead of printing; a file that is there is replaced");
+                   "Write the JSON here and print the summary alone; a file that is there is "
+                   "replaced");
   verb->add_option("--ranks-per-node", options->ranks_per_node,
                    "How ranks are put into processes there (8)")
       ->check(CLI::Range(1, 4096));
@@ -124,7 +125,10 @@ void add_trace(CLI::App* app, Session* session) {
       checkpoint::replace_small_file(session->storage, options->out,
                                      perfetto_json(trace, options->ranks_per_node));
     }
-    if (session->json) return print_lines(*session, trace);
+    if (session->json) {
+      if (options->out.empty()) print_lines(*session, trace);
+      return;
+    }
     if (options->out.empty()) print(trace);
     summarise(trace);
   });

@@ -69,6 +69,27 @@ const char* color(Verb verb) {
   return "#888888";
 }
 
+struct Slice {
+  int64_t begin = 0, end = 0;
+};
+
+constexpr int64_t kTick = 100;    // units a tick
+constexpr int64_t kShortest = 4;  // of a call that nobody waited for
+
+// A rank's calls one behind the other, also where several fall into one tick.
+std::vector<Slice> slices_of(const CollectiveTrace& trace) {
+  std::map<int, int64_t> free_from;
+  std::vector<Slice> slices;
+  for (const TraceEvent& e : trace.events()) {
+    int64_t& from = free_from[e.rank];
+    Slice slice{std::max(e.begin * kTick, from), 0};
+    slice.end = std::max(e.end * kTick, slice.begin + kShortest);
+    from = slice.end;
+    slices.push_back(slice);
+  }
+  return slices;
+}
+
 }  // namespace
 
 std::string perfetto_json(const CollectiveTrace& trace, int ranks_per_node) {
@@ -94,23 +115,27 @@ std::string perfetto_json(const CollectiveTrace& trace, int ranks_per_node) {
         {"name", name(e.verb)},           {"cat", "collective"}, {"ph", phase}, {"ts", time},
         {"pid", e.rank / ranks_per_node}, {"tid", e.rank}};
   };
-  for (const TraceEvent& e : trace.events()) {
-    Json slice = at(e, "X", e.begin);
-    slice["dur"] = e.end - e.begin;
+  const std::vector<Slice> slices = slices_of(trace);
+  for (size_t i = 0; i < slices.size(); ++i) {
+    const TraceEvent& e = trace.events()[i];
+    Json slice = at(e, "X", slices[i].begin);
+    slice["dur"] = slices[i].end - slices[i].begin;
     slice["args"] = {{"group", trace.groups()[static_cast<size_t>(e.group)]},
                      {"call", e.sequence},
                      {"dtype", name(e.dtype)},
                      {"elements", e.count},
+                     {"ticks", std::to_string(e.begin) + " to " + std::to_string(e.end)},
                      {"site", CollectiveTrace::site_text(e.site)}};
     if (e.peer >= 0) slice["args"]["peer"] = e.peer;
     list.push_back(std::move(slice));
   }
   int64_t arrow = 0;
   for (const std::vector<size_t>& calls : exchanges(trace)) {
-    const TraceEvent& from = trace.events()[calls[0]];
     for (size_t k = 1; k < calls.size(); ++k) {
-      const TraceEvent& to = trace.events()[calls[k]];
-      Json start = at(from, "s", from.begin), finish = at(to, "f", to.end);
+      const Slice &from = slices[calls[0]], &to = slices[calls[k]];
+      const int64_t leaves = from.begin + 1;
+      Json start = at(trace.events()[calls[0]], "s", leaves);
+      Json finish = at(trace.events()[calls[k]], "f", std::max(leaves, to.end - 1));
       start["id"] = finish["id"] = ++arrow;
       finish["bp"] = "e";
       list.push_back(std::move(start));
