@@ -29,9 +29,17 @@ endif()
 # Reads the arguments of a function below into arg_…; what is missing or unknown ends the configure.
 macro(isoshard_read_arguments function needed optional)
   cmake_parse_arguments(arg "" "${needed};${optional}" "" ${ARGN})
-  if(arg_UNPARSED_ARGUMENTS OR arg_KEYWORDS_MISSING_VALUES)
+  if(arg_KEYWORDS_MISSING_VALUES)
+    message(FATAL_ERROR "${function}(NAME ${arg_NAME}): no value: ${arg_KEYWORDS_MISSING_VALUES}")
+  endif()
+  if(arg_UNPARSED_ARGUMENTS)
     message(FATAL_ERROR
-      "${function}: not understood: ${arg_UNPARSED_ARGUMENTS} ${arg_KEYWORDS_MISSING_VALUES}")
+      "${function}(NAME ${arg_NAME}): not understood: ${arg_UNPARSED_ARGUMENTS}; it takes "
+      "${needed} ${optional}, each with one value (quote what has spaces or semicolons)")
+  endif()
+  if(NOT CMAKE_TESTING_ENABLED)
+    message(WARNING
+      "${function}(NAME ${arg_NAME}): call enable_testing() before, or ctest sees no test")
   endif()
   foreach(key ${needed})
     if(NOT DEFINED arg_${key})

@@ -37,14 +37,15 @@ std::string without_blanks(const std::string& text) {
   return text.substr(begin, text.find_last_not_of(' ') - begin + 1);
 }
 
-Error bad_target(const std::string& text, const std::string& part, const std::string& why) {
+Error bad_target(const std::string& text, const std::string& option, const std::string& part,
+                 const std::string& why) {
   return Error(ErrorInfo{.code = ErrorCode::kUsage,
-                         .what = "The target topology cannot be read: " + why,
+                         .what = "The topology cannot be read: " + why,
                          .entry = quote(part),
                          .expected = "axis=degree pairs, such as dp=4,sp=2,stage=3 "
                                      "(axes: dp sp tp ep pp; stage 0 to 3)",
                          .found = quote(text),
-                         .next = "correct --to"});
+                         .next = "correct " + option});
 }
 
 }  // namespace
@@ -77,34 +78,37 @@ std::string to_string(const Topology& topology) {
   return text;
 }
 
-TargetSpec parse_target(const std::string& text) {
+TargetSpec parse_target(const std::string& text, const std::string& option) {
   TargetSpec spec;
   std::set<std::string> seen;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t end = std::min(text.find(',', begin), text.size());
     const std::string part = without_blanks(text.substr(begin, end - begin));
     const size_t equals = part.find('=');
-    if (equals == std::string::npos) throw bad_target(text, part, "a part has no '='.");
+    if (equals == std::string::npos) throw bad_target(text, option, part, "a part has no '='.");
     int value = 0;
     const char* first = part.data() + equals + 1;
     const char* last = part.data() + part.size();
     const auto [stop, failure] = std::from_chars(first, last, value);
-    if (failure != std::errc() || stop != last) throw bad_target(text, part, "not a number.");
+    if (failure != std::errc() || stop != last)
+      throw bad_target(text, option, part, "not a number.");
     const std::string key = part.substr(0, equals);
-    if (!seen.insert(key).second) throw bad_target(text, part, "the axis is said twice.");
+    if (!seen.insert(key).second) throw bad_target(text, option, part, "the axis is said twice.");
     bool known = false;
     if (key == "stage") {
-      if (value < 0 || value > 3) throw bad_target(text, part, "there is no such ZeRO stage.");
+      if (value < 0 || value > 3)
+        throw bad_target(text, option, part, "there is no such ZeRO stage.");
       spec.stage = value;
       known = true;
     }
     for (Axis axis : kAxes) {
       if (key != name(axis)) continue;
-      if (value < 1 || value > 1000000) throw bad_target(text, part, "the degree is out of range.");
+      if (value < 1 || value > 1000000)
+        throw bad_target(text, option, part, "the degree is out of range.");
       degree_of(spec.topology, axis) = value;
       known = true;
     }
-    if (!known) throw bad_target(text, part, "unknown axis.");
+    if (!known) throw bad_target(text, option, part, "unknown axis.");
     begin = end + 1;
   }
   return spec;

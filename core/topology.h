@@ -35,7 +35,8 @@ struct TargetSpec {
 };
 
 // Reads "dp=4,sp=2,stage=3"; throws Error(kUsage) that names the offending part.
-TargetSpec parse_target(const std::string& text);
+// `option`: where it was given.
+TargetSpec parse_target(const std::string& text, const std::string& option = "--to");
 
 // The source's degrees where the spec leaves them out.
 Topology resolve(const TargetSpec& spec, const Topology& source);

@@ -113,6 +113,7 @@ class Life {
       ended = false;
     }
     if (!ended && mutant_ == LifeMutant::kLostPointer) put_back(pointer);
+    count(cluster.struck());
     result_.trace_hash = mix(result_.trace_hash ^ cluster.trace().hash());
     result_.events += static_cast<int64_t>(cluster.trace().events().size());
     find_durable(before);
@@ -128,9 +129,25 @@ class Life {
   // Whether a session may end like that, given the faults that were placed in it.
   bool explained(const Error& failure, const sim::Cluster& cluster) const {
     const ErrorCode code = failure.info().code;
+    const auto struck = [&](auto kind) { return std::ranges::any_of(cluster.struck(), kind); };
     if (code == ErrorCode::kInterrupted) return !cluster.dead().empty();
-    if (code == ErrorCode::kMismatch) return drops_;
-    return disk_ && resumed_ < leg_.topology.world();  // a load met the disk
+    if (code == ErrorCode::kMismatch) {
+      return struck([](sim::FaultKind kind) { return kind == sim::FaultKind::kDrop; });
+    }
+    return struck(is_of_disk) && resumed_ < leg_.topology.world();  // a load met the disk
+  }
+
+  static bool is_of_disk(sim::FaultKind kind) {
+    return kind >= sim::FaultKind::kDiskFull && kind <= sim::FaultKind::kStaleHandle;
+  }
+
+  void count(const std::vector<sim::FaultKind>& struck) {
+    for (const sim::FaultKind kind : struck) {
+      result_.disk_faults += is_of_disk(kind);
+      result_.deaths += kind == sim::FaultKind::kDieBefore;
+      result_.drops += kind == sim::FaultKind::kDrop;
+      result_.slow_ranks += kind == sim::FaultKind::kSlow;
+    }
   }
 
   std::string pointer_text() {
@@ -150,15 +167,13 @@ class Life {
 
   sim::Faults faults_of(std::vector<LifeCommand>& commands) {
     sim::Faults faults;
-    disk_ = drops_ = false;
+    disk_ = false;
     for (const LifeCommand& command : commands) {
       if (command.kind != Kind::kFault) continue;
       sim::Fault fault = command.fault;
       fault.rank %= leg_.topology.world();
-      const bool disk =
-          fault.kind >= sim::FaultKind::kDiskFull && fault.kind <= sim::FaultKind::kStaleHandle;
+      const bool disk = is_of_disk(fault.kind);
       disk_ = disk_ || disk;
-      drops_ = drops_ || fault.kind == sim::FaultKind::kDrop;
       for (int i = 0; i < (disk ? kDiskOperations : 1); ++i, ++fault.operation) {
         faults.push_back(fault);
       }
@@ -301,14 +316,14 @@ class Life {
   std::string save_dir_ = "/saved0";
   std::string from_;
   bool by_files_ = false;
-  bool disk_ = false, drops_ = false;  // such faults are in this session
-  int resumed_ = 0;                    // ranks that have loaded in it
-  bool crashed_ = false;               // the session before was ended by a fault
-  int live_ = 0;                       // steps of rank 0 in this session
-  int returned_ = 0;                   // step of the last save of this session that returned
-  std::vector<int> attempted_;         // steps of its saves
-  std::map<int, States> captured_;     // what ranks had at each of them
-  States last_;                        // behind the last session
+  bool disk_ = false;               // faults of disks are placed in this session
+  int resumed_ = 0;                 // ranks that have loaded in it
+  bool crashed_ = false;            // the session before was ended by a fault
+  int live_ = 0;                    // steps of rank 0 in this session
+  int returned_ = 0;                // step of the last save of this session that returned
+  std::vector<int> attempted_;      // steps of its saves
+  std::map<int, States> captured_;  // what ranks had at each of them
+  States last_;                     // behind the last session
   reference::LayoutCache layouts_;
   int sessions_ = 0, folders_ = 0;
 };
@@ -347,7 +362,7 @@ std::string text(const LifeCommand& command) {
   }
   return std::string(sim::name(command.fault.kind)) + " at operation " +
          std::to_string(command.fault.operation) + " of rank " +
-         std::to_string(command.fault.rank) + " (modulo the ranks)";
+         std::to_string(command.fault.rank) + ", modulo the ranks";
 }
 
 }  // namespace

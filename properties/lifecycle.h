@@ -73,6 +73,9 @@ struct LifeResult : CaseResult {
   int64_t failed_saves = 0;  // by a disk
   int64_t crashes = 0;       // sessions that a fault ended
   int64_t redone = 0;        // steps that were lost and done again
+  // Faults that have done something.
+  int64_t deaths = 0, disk_faults = 0, drops = 0, slow_ranks = 0;
+  int64_t struck() const { return deaths + disk_faults + drops + slow_ranks; }
 };
 // Throws Error(kInterrupted) after a signal, and std::bad_alloc.
 LifeResult run_life(const LifeCase& value, LifeMutant mutant = LifeMutant::kNone,

@@ -138,7 +138,7 @@ std::string text_of(const TrainConfig& config) {
   if (m.dropout > 0) out += ", dropout";
   out += "\ndata    length " + text(d.sequence_length) + ", batch " + text(d.batch) + ", micro " +
          text(d.micro_batch) + (d.strided ? ", strided" : "") + (d.packed ? ", packed" : "") +
-         ", masked 1 in " + text(d.masked);
+         (d.masked > 0 ? ", masked 1 in " + text(d.masked) : "");
   out += "\ntrain   " + std::string(reference::name(config.optimizer.kind)) +
          (config.clip > 0 ? ", clipped" : "") + (config.split_decay ? ", norms apart" : "") +
          (config.reduce == reference::ReduceMode::kFixed ? ", sums in fixed point" : "");

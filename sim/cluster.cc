@@ -105,6 +105,7 @@ void Cluster::run(const std::function<void(Rank&)>& body) {
   network.faults = options_.faults;
   network.trace = &trace_;
   dead_.clear();
+  struck_.clear();
   std::vector<std::unique_ptr<Rank>> ranks;
   for (int number = 0; number < topology_.world(); ++number) {
     ranks.emplace_back(new Rank(this, number));
@@ -118,6 +119,7 @@ void Cluster::run(const std::function<void(Rank&)>& body) {
   }
   const bool ended = network.scheduler.run();
   dead_ = network.dead;
+  struck_ = network.struck;
   std::sort(dead_.begin(), dead_.end());
   struct Stop {
     Scheduler& scheduler;

@@ -63,6 +63,8 @@ class Cluster {
   const CollectiveTrace& trace() const { return trace_; }
   // Ranks that died by a fault in the last run.
   const std::vector<int>& dead() const { return dead_; }
+  // Faults that have done something in the last run; a death is kDieBefore, whichever it was.
+  const std::vector<FaultKind>& struck() const { return struck_; }
 
  private:
   friend class Rank;
@@ -77,6 +79,7 @@ class Cluster {
   ClusterOptions options_;
   CollectiveTrace trace_;
   std::vector<int> dead_;
+  std::vector<FaultKind> struck_;
   std::unique_ptr<State> state_;
 };
 

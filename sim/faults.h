@@ -1,6 +1,6 @@
 // What can go wrong between ranks, placed at an operation of a rank: its n-th call of a
 // communicator or a storage, counted from 0 (reads of a file that is open do not count). A fault
-// that does not fit the operation does nothing.
+// that does not fit the operation does nothing, but for kDrop, which waits for the next send.
 #pragma once
 
 #include <cstdint>

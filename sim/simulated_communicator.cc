@@ -76,8 +76,24 @@ bool Interconnect::is_dead(int rank) const {
   return std::find(dead.begin(), dead.end(), rank) != dead.end();
 }
 
+bool Interconnect::loses_send(int rank) {
+  const int64_t at = operations[static_cast<size_t>(rank)] - 1;
+  for (size_t i = 0; i < faults.size(); ++i) {
+    const bool due =
+        faults[i].kind == FaultKind::kDrop && faults[i].rank == rank && faults[i].operation <= at;
+    if (!due || std::find(dropped.begin(), dropped.end(), i) != dropped.end()) continue;
+    dropped.push_back(i);
+    struck.push_back(FaultKind::kDrop);
+    return true;
+  }
+  return false;
+}
+
 void Interconnect::die(int rank) {
-  if (!is_dead(rank)) dead.push_back(rank);
+  if (!is_dead(rank)) {
+    dead.push_back(rank);
+    struck.push_back(FaultKind::kDieBefore);
+  }
   throw RankDied{rank};
 }
 
@@ -88,7 +104,10 @@ const Fault* Interconnect::next_operation(int rank) {
   const int64_t number = operations[static_cast<size_t>(rank)]++;
   for (const Fault& fault : faults) {
     if (fault.rank != rank || fault.operation != number) continue;
-    if (fault.kind == FaultKind::kSlow) scheduler.set_eagerness(rank, 1.0 / 16);
+    if (fault.kind == FaultKind::kSlow) {
+      scheduler.set_eagerness(rank, 1.0 / 16);
+      struck.push_back(fault.kind);
+    }
     return &fault;
   }
   return nullptr;
@@ -291,13 +310,14 @@ void GroupBoard::message(int member, Call call) {
   if (fault != nullptr) {
     if (fault->kind == FaultKind::kDieBefore) network_->die(rank);
     if (fault->kind == FaultKind::kCorrupt) flip(&call.source, &corrupted, fault->choice);
-    if (fault->kind == FaultKind::kDrop && sends) return;
   }
+  if (sends && network_->loses_send(rank)) return;
   const std::pair<int, int> key = sends ? std::pair(member, peer) : std::pair(peer, member);
   std::deque<Message*>& others = sends ? receives_[key] : sends_[key];
   std::deque<Message*>& own = sends ? sends_[key] : receives_[key];
   if (fault != nullptr && fault->kind == FaultKind::kDieInside) network_->die(rank);
   call.begin = network_->scheduler.tick();
+  const int64_t number = messages_[{sends, key}]++;  // of this pair, on this side
   Message mine{std::move(call), false};
   const auto agree = [&](int64_t count, const std::string& other) {
     if (count == handed_over(mine.call)) return;
@@ -328,14 +348,14 @@ void GroupBoard::message(int member, Call call) {
     network_->scheduler.wake(ranks_[static_cast<size_t>(peer)]);
   } else {
     own.push_back(&mine);
-    wait(member, mine.call, 0);
+    wait(member, mine.call, number);
     CHECK(mine.done, "a rank was woken before its message was there");
   }
   if (sends && fault != nullptr && fault->kind == FaultKind::kDuplicate) {
     const ConstBuffer& source = mine.call.source[0];
     copies.emplace_back(source.data, source.data + source.size_bytes());
   }
-  record(member, mine.call, 0);
+  record(member, mine.call, number);
   if (fault != nullptr && fault->kind == FaultKind::kDieAfter) network_->die(rank);
 }
 

@@ -39,10 +39,14 @@ struct Interconnect {
   std::vector<int64_t> operations;  // of each rank so far
   std::vector<Wait> waits;
   std::vector<int> dead;
+  std::vector<FaultKind> struck;  // faults that have done something, in order
+  std::vector<size_t> dropped;    // numbers in `faults` of kDrop that are used up
 
   bool is_dead(int rank) const;
   // The fault that stands at the rank's next operation, if any; counts the operation.
   const Fault* next_operation(int rank);
+  // Whether the send that the rank is at gets lost.
+  bool loses_send(int rank);
   [[noreturn]] void die(int rank);
 };
 
@@ -95,6 +99,7 @@ class GroupBoard {
   };
   // By (from, to): calls that wait for the other side.
   std::map<std::pair<int, int>, std::deque<Message*>> sends_, receives_;
+  std::map<std::pair<bool, std::pair<int, int>>, int64_t> messages_;  // so far, by side and pair
   std::map<std::pair<int, int>, std::deque<std::vector<std::byte>>> copies_;  // of duplicates
 };
 

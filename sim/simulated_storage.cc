@@ -65,7 +65,10 @@ auto SimulatedStorage::perform(const std::string& path, Operation operation, Hal
     half();
     network_.die(rank_);
   }
-  if (fault != nullptr && fails(fault->kind)) fail(fault->kind, path);
+  if (fault != nullptr && fails(fault->kind)) {
+    network_.struck.push_back(fault->kind);
+    fail(fault->kind, path);
+  }
   const bool last = fault != nullptr && fault->kind == FaultKind::kDieAfter;
   if constexpr (std::is_void_v<Result>) {
     operation();

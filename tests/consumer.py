@@ -86,6 +86,7 @@ def main():
         wrong = os.path.join(folder, "wrong")
         os.makedirs(wrong)
         for call, word in (("isoshard_add_golden_test(NAME a)", "DIR is missing"),
+                           ("isoshard_add_golden_test(NAME a DIR ${UNSET})", "no value: DIR"),
                            ("isoshard_add_checkpoint_test(NAME a SOURCE b EQUAL c)",
                             "not understood")):
             with open(os.path.join(wrong, "CMakeLists.txt"), "w") as file:

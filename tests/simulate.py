@@ -42,7 +42,7 @@ class Simulate(ProgramCase):
         arguments = ["simulate", "--cases", 12, "--seed", 3, "--steps", 6, "--json"]
         first = json.loads(self.run_program(0, *arguments).stdout.splitlines()[-1])
         self.assertEqual((first["cases"], first["failed"], first["seed"]), (12, 0, 3))
-        self.assertGreater(first["changes_through_files"], 0)
+        self.assertGreater(first["files_resharded"], 0)
         again = json.loads(self.run_program(0, *arguments, "--workers", 1).stdout.splitlines()[-1])
         self.assertEqual(again["trace_hash"], first["trace_hash"])
         other = json.loads(
@@ -57,6 +57,10 @@ class Simulate(ProgramCase):
         self.assertEqual((told["cases"], told["failed"]), (12, 0))
         self.assertGreater(told["crashes"], 0)
         self.assertGreater(told["saves"], 0)
+        self.assertGreater(told["struck"]["death"] + told["struck"]["disk"], 0)
+        none = self.run_program(0, "simulate", "--cases", 2, "--topologies", "dense.dp2",
+                                "--faults", "drop").stderr
+        self.assertIn("no fault has struck", none)
         text = page.read_text(encoding="utf-8")
         for part in ("12 cases, 0 failed", "isoshard replay --seed 3 --case 0", "<svg", "</html>"):
             self.assertIn(part, text)
@@ -70,12 +74,35 @@ class Simulate(ProgramCase):
         self.assertIn("no fault is named", self.run_program(2, *arguments[:-1], "").stderr)
         self.run_program(2, *arguments, "--report", self.place / "nowhere" / "page.html")
 
+    def test_a_deepspeed_config_steers_a_run(self):
+        path = self.place / "ds.json"
+        path.write_text(json.dumps({
+            "train_batch_size": 8, "train_micro_batch_size_per_gpu": 2, "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 3, "overlap_comm": True}, "steps_per_print": 10,
+            "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.5}}}))
+        target = self.place / "steered"
+        told = self.run_program(0, "golden", "--topology", "dp=2", "--model", "tiny", "--config",
+                                path, "--out", target)
+        self.assertIn("zero_optimization.overlap_comm", told.stderr)
+        self.assertIn("steps_per_print", told.stderr)
+        shown = self.run_program(0, "inspect", target / "ckpt").stdout
+        self.assertIn("ZeRO-3", shown)
+        self.run_program(0, "golden", "--check", target)
+        self.assertIn("contradict", self.run_program(
+            2, "trace", "--topology", "dp=2,stage=1", "--config", path).stderr)
+        path.write_text("{")
+        self.assertIn("no JSON", self.run_program(2, "trace", "--config", path).stderr)
+        path.write_text(json.dumps({"optimizer": {"type": "Muon"}}))
+        self.assertIn("optimizer.type", self.run_program(2, "trace", "--config", path).stderr)
+
     def test_a_trace_is_printed_and_drawn(self):
         topology = ["trace", "--topology", "dp=2,pp=2,stage=1"]
         printed = self.run_program(0, *topology).stdout.splitlines()
         self.assertRegex(printed[1], r"^ *\d+–\d+ +\d+  \w+")
         calls = [json.loads(line) for line in
                  self.run_program(0, *topology, "--json").stdout.splitlines()]
+        summary = calls.pop()
+        self.assertEqual((summary["kind"], summary["calls"]), ("trace_summary", len(calls)))
         self.assertEqual(len(printed) - 1 - len(calls), 1 + len({c["verb"] for c in calls}))
         path = self.place / "trace.json"
         self.run_program(0, *topology, "--ranks-per-node", 2, "--out", path)

@@ -32,6 +32,7 @@ struct GoldenOptions {
   std::string model = "llama";
   int steps = 3;
   uint64_t seed = 1;
+  std::string config;  // the DeepSpeed config's text
   std::string out;
   std::string check;
   bool overwrite = false;
@@ -39,11 +40,11 @@ struct GoldenOptions {
 
 class Golden {
  public:
-  Golden(const GoldenOptions& options, Storage& storage)
-      : options_(options), storage_(storage), config_(sample_model(options.model, options.seed)) {
-    TargetSpec spec = parse_target(options.topology);
-    leg_ = {resolve(spec, Topology{}), spec.stage < 0 ? 1 : spec.stage, options.steps};
-    config_.stage = leg_.stage;
+  Golden(const GoldenOptions& options, Storage& storage) : options_(options), storage_(storage) {
+    SampleRun run = sample_run(options.model, options.seed, options.topology, options.config);
+    config_ = run.config;
+    without_effect_ = std::move(run.without_effect);
+    leg_ = {run.topology, config_.stage, options.steps};
     if (leg_.topology.world() <= 4096 && leg_.steps >= 0 && leg_.steps <= 10000) return;
     throw Error(ErrorInfo{.code = ErrorCode::kLimit,
                           .what = "A golden folder of that size is not made.",
@@ -82,6 +83,8 @@ class Golden {
     put(folder + "/golden.h5", hdf5(states, reports, trace));
     put(folder + "/golden.json", description(reports, trace).dump(1) + "\n");
   }
+
+  const std::vector<std::string>& without_effect() const { return without_effect_; }
 
  private:
   void put(const std::string& path, const std::string& bytes) {
@@ -147,20 +150,23 @@ class Golden {
     Json losses = Json::array();
     for (const reference::StepReport& report : reports) losses.push_back(hex_float(report.loss));
     const std::string hash = checkpoint::hex16(trace.hash());
-    return {{"schema", 1},
-            {"kind", "golden"},
-            {"topology", options_.topology},
-            {"model", options_.model},
-            {"steps", options_.steps},
-            {"seed", options_.seed},
-            {"losses", losses},
-            {"trace_hash", hash},
-            {"groups", trace.groups()}};
+    Json told = {{"schema", 1},
+                 {"kind", "golden"},
+                 {"topology", options_.topology},
+                 {"model", options_.model},
+                 {"steps", options_.steps},
+                 {"seed", options_.seed},
+                 {"losses", losses},
+                 {"trace_hash", hash},
+                 {"groups", trace.groups()}};
+    if (!options_.config.empty()) told["config"] = Json::parse(options_.config);
+    return told;
   }
 
   const GoldenOptions& options_;
   Storage& storage_;
   TrainConfig config_;
+  std::vector<std::string> without_effect_;
   properties::Leg leg_;
 };
 
@@ -192,6 +198,7 @@ void check(Session* session, GoldenOptions options) {
     options.model = told.at("model");
     options.steps = told.at("steps");
     options.seed = told.at("seed");
+    if (told.contains("config")) options.config = told.at("config").dump();
   } catch (const nlohmann::json::exception&) {
     throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
                           .what = "This is no description of a golden folder.",
@@ -242,6 +249,10 @@ void add_golden(CLI::App* app, Session* session) {
           ->check(CLI::Range(0, 10000)),
       verb->add_option("--seed", options->seed, "Of weights, tokens and the order of events (1)")
           ->check(CLI::Range(0, 999999999))};
+  auto config = std::make_shared<std::string>();
+  asked.push_back(verb->add_option("--config", *config,
+                                   "A DeepSpeed config (JSON) that says stage, tp, sp, ep, dtype, "
+                                   "optimizer, schedule, clipping and batches"));
   CLI::Option* out = verb->add_option("--out", options->out, "The folder that appears");
   CLI::Option* again = verb->add_option("--check", options->check,
                                         "Make what a golden folder says again, and compare");
@@ -250,7 +261,8 @@ void add_golden(CLI::App* app, Session* session) {
   verb->add_flag("--overwrite", options->overwrite, "Replace the folder if it is there")
       ->excludes(again);
   verb->add_flag("--quiet", session->quiet, "Errors only");
-  verb->callback([session, options] {
+  verb->callback([session, options, config] {
+    if (!config->empty()) options->config = read_small_file(session->storage, *config, 1 << 20);
     if (!options->check.empty()) return check(session, *options);
     if (options->out.empty()) {
       throw Error(ErrorInfo{.code = ErrorCode::kUsage,
@@ -258,8 +270,12 @@ void add_golden(CLI::App* app, Session* session) {
                             .expected = "--out DIR or --check DIR"});
     }
     checkpoint::StagedFolder staged(session->storage, options->out, options->overwrite);
-    Golden(*options, session->storage).write(staged.path());
+    Golden golden(*options, session->storage);
+    golden.write(staged.path());
     staged.publish();
+    for (const std::string& key : golden.without_effect()) {
+      session->notice("without effect here: " + key);
+    }
     session->say("made " + options->out);
   });
 }

@@ -110,6 +110,7 @@ const char* kHelp = R"(isoshard: the same state, whatever the shards
   isoshard show SOURCE NAME        one tensor: values, and which bytes of which file hold them
   isoshard plan convert …          or reshard, export: bytes, files, memory, before any work
   isoshard simulate                train, save, reshard, resume on made-up topologies, bit for bit
+  isoshard trace                   every call between simulated ranks, for eyes and for Perfetto
                                    (replay: one of its cases; topologies: by name)
   isoshard golden --out DIR        a checkpoint from a seed, and what must be in it, as HDF5
   isoshard ds_to_universal …       and zero_to_fp32 …: with DeepSpeed's own flags

@@ -66,19 +66,21 @@ std::string report_html(const SimulationReport& report) {
       << kStyle << "</style></head><body>\n<h1>isoshard simulate</h1>\n<p class=\"big\">"
       << report.cases << " cases, " << report.failed << " failed</p>\n<p>" << rate
       << " cases a minute. Each case is a run on simulated ranks that changes its topology and "
-         "stage; it must be the run on one rank, bit for bit.</p>\n<pre>"
+         "stage, and with --faults loses ranks, disks and messages; it must be the run on one "
+         "rank, bit for bit.</p>\n<pre>"
       << escaped(report.command) << "\n"
+      << escaped(report.program) << "\n"
       << escaped(report.counters) << "</pre>\n"
       << "<h2>" << (report.reason.empty() ? "A case" : "The first case that failed") << ": number "
       << report.shown << "</h2>\n";
   if (!report.reason.empty()) out << "<pre class=\"bad\">" << escaped(report.reason) << "</pre>\n";
   out << "<pre>" << escaped(report.text) << "\n\n"
       << escaped(report.replay) << "</pre>\n"
-      << "<p>Its last calls between ranks, on " << escaped(report.leg)
+      << "<p>Its last calls between ranks (up to 400), on " << escaped(report.leg)
       << ": a row a rank, time to the right; a bar lasts from a rank's coming to its going "
          "on.</p>\n"
       << "<div class=\"picture\">" << report.picture << "</div>\n"
-      << "<h2>Topologies and stages</h2>\n<p>Cases that passed through each.</p>\n";
+      << "<h2>Topologies and stages</h2>\n<p>Times that a case went through each.</p>\n";
   matrix(report, &out);
   out << "</body></html>\n";
   return out.str();

@@ -12,6 +12,7 @@ namespace isoshard::tools {
 
 struct SimulationReport {
   std::string command;  // that was given
+  std::string program;  // its version, and what tells this run from others
   int64_t cases = 0, failed = 0;
   double seconds = 0;
   // By topology and stage: the cases that passed through it, and those of them that failed.

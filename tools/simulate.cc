@@ -5,7 +5,6 @@
 #include <iostream>
 #include <map>
 #include <mutex>
-#include <set>
 #include <thread>
 
 #include "checkpoint/format/crc.h"
@@ -19,6 +18,7 @@
 #include "tools/report.h"
 #include "tools/session.h"
 #include "tools/trace_picture.h"
+#include "tools/version.h"
 
 namespace isoshard::tools {
 namespace {
@@ -45,20 +45,6 @@ std::string case_text(const SimulateOptions& options, const CaseLimits& limits, 
                                          properties::parse_faults(options.faults)));
 }
 
-// The topologies and stages that a case passes through.
-std::vector<properties::Leg> case_legs(const SimulateOptions& options, const CaseLimits& limits,
-                                       int64_t number) {
-  const uint64_t which = static_cast<uint64_t>(number);
-  if (options.faults.empty()) return seeded_case(options.seed, which, limits).legs;
-  const properties::LifeCase life = properties::seeded_life(
-      options.seed, which, limits, properties::parse_faults(options.faults));
-  std::vector<properties::Leg> legs = {life.first};
-  for (const properties::LifeCommand& command : life.commands) {
-    if (command.kind == properties::LifeCommand::Kind::kReshard) legs.push_back(command.leg);
-  }
-  return legs;
-}
-
 properties::LifeResult case_result(const SimulateOptions& options, const CaseLimits& limits,
                                    int64_t number, const properties::OnTrace& on_trace = {}) {
   const uint64_t which = static_cast<uint64_t>(number);
@@ -72,7 +58,8 @@ CaseLimits limits_of(const SimulateOptions& options) {
   if (options.cases < 1 || options.steps < 1 || options.every < 1) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "There is nothing to simulate.",
-                          .expected = "--cases, --steps and --reshard-every of 1 or more"});
+                          .expected = "--cases, --steps and --reshard-every of 1 or more",
+                          .next = "give a larger number"});
   }
   if (!options.faults.empty()) properties::parse_faults(options.faults);
   return {sim::select_topologies(options.topologies), options.steps, options.every};
@@ -108,13 +95,19 @@ class Tally {
 
   void run() {
     if (!options_.report.empty()) {  // where it cannot be written, that is told now
-      checkpoint::replace_small_file(session_.storage, options_.report,
-                                     "<!doctype html>\n<p>The run has not ended.</p>\n");
+      const std::string probe = options_.report + ".isoshard-probe";
+      session_.storage.create(probe)->close();
+      session_.storage.remove_file(probe);
     }
     const auto work = [this] {
       try {
         for (int64_t number = next_++; number < options_.cases; number = next_++) {
-          take(number, case_result(options_, limits_, number));
+          std::vector<properties::Leg> legs;  // that ran, for the page
+          const auto on_trace = [&](const CollectiveTrace&, const properties::Leg& leg) {
+            legs.push_back(leg);
+          };
+          const properties::LifeResult result = case_result(options_, limits_, number, on_trace);
+          take(number, result, legs);
         }
       } catch (...) {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -136,7 +129,8 @@ class Tally {
   }
 
  private:
-  void take(int64_t number, const properties::LifeResult& result) {
+  void take(int64_t number, const properties::LifeResult& result,
+            const std::vector<properties::Leg>& legs) {
     const std::lock_guard<std::mutex> lock(mutex_);
     ++done_;
     hashes_ += keyed_random(static_cast<uint64_t>(number), {result.trace_hash});  // any order
@@ -147,17 +141,16 @@ class Tally {
     failed_saves_ += result.failed_saves;
     crashes_ += result.crashes;
     redone_ += result.redone;
-    if (!options_.report.empty()) {
-      std::set<std::pair<std::string, int>> passed;
-      for (const properties::Leg& leg : case_legs(options_, limits_, number)) {
-        passed.insert({isoshard::to_string(leg.topology), leg.stage});
-      }
-      for (const auto& [topology, stage] : passed) {
-        auto& [cases, failed] = matrix_[topology][static_cast<size_t>(stage)];
-        ++cases;
-        failed += result.reason.empty() ? 0 : 1;
-      }
+    for (size_t i = 0; i < legs.size(); ++i) {
+      auto& [cases, failed] =
+          matrix_[isoshard::to_string(legs[i].topology)][static_cast<size_t>(legs[i].stage)];
+      ++cases;
+      failed += !result.reason.empty() && i + 1 == legs.size();  // where it ended
     }
+    deaths_ += result.deaths;
+    disk_faults_ += result.disk_faults;
+    drops_ += result.drops;
+    slow_ranks_ += result.slow_ranks;
     if (!result.reason.empty()) {
       ++failed_;
       if (first_ < 0 || number < first_) {
@@ -184,6 +177,11 @@ class Tally {
                 << replay_command(options_, first_) << "\n";
     }
     const std::string hash = checkpoint::hex16(mix(hashes_));
+    if (!options_.faults.empty() && deaths_ + disk_faults_ + drops_ + slow_ranks_ == 0) {
+      session_.notice(
+          "no fault has struck: take more cases or steps, or other topologies "
+          "(messages get lost between pipeline stages alone)");
+    }
     if (session_.json) {
       nlohmann::ordered_json line = {{"kind", "simulation"},
                                      {"cases", done_},
@@ -193,13 +191,20 @@ class Tally {
                                      {"seconds", seconds},
                                      {"topologies", limits_.topologies.size()},
                                      {"changes", changes_},
-                                     {"changes_through_files", files_},
+                                     {"files_resharded", files_},
                                      {"events", events_}};
       if (!options_.faults.empty()) {
         line["saves"] = saves_;
         line["failed_saves"] = failed_saves_;
         line["crashes"] = crashes_;
         line["steps_done_again"] = redone_;
+        line["struck"] = {
+            {"death", deaths_}, {"disk", disk_faults_}, {"drop", drops_}, {"slow", slow_ranks_}};
+      }
+      if (failed_ > 0) {
+        line["first_failed"] = first_;
+        line["reason"] = reason_;
+        line["replay"] = replay_command(options_, first_);
       }
       session_.print_json(line);
       return;
@@ -207,8 +212,8 @@ class Tally {
     std::cout << done_ << " cases, " << failed_ << " failed, seed " << options_.seed
               << ", trace hash " << hash << "\n"
               << "drawn from " << limits_.topologies.size() << " topologies, " << changes_
-              << " changes of topology and stage, " << files_ << " through DeepSpeed's files, "
-              << events_ << " events between ranks\n";
+              << " changes of topology and stage, DeepSpeed's files resharded " << files_
+              << " times, " << events_ << " events between ranks\n";
     if (!options_.faults.empty()) {
       std::cout << fault_counters() << "\n";
     }
@@ -217,7 +222,10 @@ class Tally {
   }
 
   std::string fault_counters() const {
-    return std::to_string(crashes_) + " sessions ended by a fault, " + std::to_string(redone_) +
+    return "faults that struck: " + std::to_string(deaths_) + " deaths, " +
+           std::to_string(disk_faults_) + " of disks, " + std::to_string(drops_) +
+           " lost messages, " + std::to_string(slow_ranks_) + " slow ranks\n" +
+           std::to_string(crashes_) + " sessions ended by a fault, " + std::to_string(redone_) +
            " steps done again, " + std::to_string(saves_) + " saves, " +
            std::to_string(failed_saves_) + " failed by a disk";
   }
@@ -228,18 +236,20 @@ class Tally {
                           .failed = failed_,
                           .seconds = seconds,
                           .matrix = matrix_};
+    page.program = program_version() + ", seed " + std::to_string(options_.seed) + ", trace hash " +
+                   checkpoint::hex16(mix(hashes_));
     page.shown = std::max<int64_t>(first_, 0);
     page.text = case_text(options_, limits_, page.shown);
     page.replay = replay_command(options_, page.shown);
     page.reason = failed_ > 0 ? reason_ : "";
     page.counters = std::to_string(changes_) + " changes of topology and stage, " +
-                    std::to_string(files_) + " through DeepSpeed's files, " +
+                    "DeepSpeed's files resharded " + std::to_string(files_) + " times, " +
                     std::to_string(events_) + " events between ranks";
     if (!options_.faults.empty()) page.counters += "\n" + fault_counters();
     case_result(options_, limits_, page.shown,
                 [&](const CollectiveTrace& trace, const properties::Leg& leg) {
                   page.leg = to_string(leg);
-                  page.picture = svg_picture(trace, 1500);
+                  page.picture = svg_picture(trace, 400);
                 });
     checkpoint::replace_small_file(session_.storage, options_.report, report_html(page));
   }
@@ -257,6 +267,7 @@ class Tally {
   std::exception_ptr failure_;
   int64_t done_ = 0, failed_ = 0, first_ = -1, events_ = 0, changes_ = 0, files_ = 0;
   int64_t saves_ = 0, failed_saves_ = 0, crashes_ = 0, redone_ = 0;
+  int64_t deaths_ = 0, disk_faults_ = 0, drops_ = 0, slow_ranks_ = 0;
   std::map<std::string, std::array<std::pair<int64_t, int64_t>, 4>> matrix_;
   uint64_t hashes_ = 0;
   double told_ = 0;
@@ -349,9 +360,12 @@ void add_simulate(CLI::App* app, Session* session) {
   auto options = std::make_shared<SimulateOptions>();
   add_case_flags(verb, options.get());
   verb->add_option("--cases", options->cases, "How many runs (100)")->check(not_whole);
-  verb->add_option(
-      "--report", options->report,
-      "Write a page (HTML) of what ran and of the first failing case; replaced if there");
+  verb->add_option("--report", options->report,
+                   "Write a page (HTML) of what ran and of the first failing case; replaced if "
+                   "there")
+      ->check([](const std::string& text) {
+        return text.empty() ? std::string("no file is named") : std::string();
+      });
   CLI::Option* demo = verb->add_option(
       "--demo", options->demo, "elastic, alone: one run, its losses beside those of one rank");
   demo->check(CLI::IsMember({"elastic"}));

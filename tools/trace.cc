@@ -21,20 +21,32 @@ struct TraceOptions {
   int steps = 1;
   uint64_t seed = 1;
   int ranks_per_node = 8;
+  std::string config;  // a file
   std::string out;
 };
 
-CollectiveTrace traced(const TraceOptions& options) {
-  const TargetSpec spec = parse_target(options.topology);
-  const Topology topology = resolve(spec, Topology{});
+// The DeepSpeed config that --config names, and a word on what of it has no effect.
+SampleRun run_of(Session* session, const TraceOptions& options) {
+  const std::string text =
+      options.config.empty() ? "" : read_small_file(session->storage, options.config, 1 << 20);
+  SampleRun run = sample_run(options.model, options.seed, options.topology, text);
+  for (const std::string& key : run.without_effect) {
+    session->notice("without effect here: " + key);
+  }
+  return run;
+}
+
+CollectiveTrace traced(Session* session, const TraceOptions& options) {
+  const SampleRun run = run_of(session, options);
+  const Topology& topology = run.topology;
+  const reference::TrainConfig& config = run.config;
   if (topology.world() > 4096) {
     throw Error(ErrorInfo{.code = ErrorCode::kLimit,
                           .what = "A run of that size is not traced.",
                           .expected = "up to 4096 ranks",
-                          .found = std::to_string(topology.world())});
+                          .found = std::to_string(topology.world()),
+                          .next = "name a smaller topology"});
   }
-  reference::TrainConfig config = sample_model(options.model, options.seed);
-  config.stage = spec.stage < 0 ? 1 : spec.stage;
   sim::Cluster cluster(topology, {.seed = options.seed});
   reference::LayoutCache layouts;
   cluster.run([&](sim::Rank& rank) {
@@ -81,6 +93,12 @@ void print_lines(const Session& session, const CollectiveTrace& trace) {
   }
 }
 
+void print_summary_line(const Session& session, const CollectiveTrace& trace) {
+  session.print_json({{"kind", "trace_summary"},
+                      {"calls", trace.events().size()},
+                      {"trace_hash", checkpoint::hex16(trace.hash())}});
+}
+
 void summarise(const CollectiveTrace& trace) {
   std::map<std::string, std::pair<int64_t, int64_t>> verbs;  // calls, elements
   int64_t ticks = 0;
@@ -108,6 +126,9 @@ void add_trace(CLI::App* app, Session* session) {
   verb->set_help_flag("-h,--help", "This page");
   verb->add_option("--topology", options->topology, "dp=,sp=,tp=,ep=,pp=,stage= (dp=2,stage=1)");
   verb->add_option("--model", options->model, std::string(kSampleModels) + " (tiny)");
+  verb->add_option("--config", options->config,
+                   "A DeepSpeed config (JSON) that says stage, tp, sp, ep, dtype, optimizer, "
+                   "schedule, clipping and batches");
   verb->add_option("--steps", options->steps, "Steps that are trained (1)")
       ->check(CLI::Range(1, 1000));
   verb->add_option("--seed", options->seed, "Of weights, tokens and the order of events (1)")
@@ -120,14 +141,14 @@ void add_trace(CLI::App* app, Session* session) {
       ->check(CLI::Range(1, 4096));
   verb->add_flag("--json", session->json, "One JSON object a line");
   verb->callback([session, options] {
-    const CollectiveTrace trace = traced(*options);
+    const CollectiveTrace trace = traced(session, *options);
     if (!options->out.empty()) {
       checkpoint::replace_small_file(session->storage, options->out,
                                      perfetto_json(trace, options->ranks_per_node));
     }
     if (session->json) {
       if (options->out.empty()) print_lines(*session, trace);
-      return;
+      return print_summary_line(*session, trace);
     }
     if (options->out.empty()) print(trace);
     summarise(trace);

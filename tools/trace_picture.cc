@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <sstream>
 #include <tuple>
 #include <vector>
@@ -147,36 +148,40 @@ std::string perfetto_json(const CollectiveTrace& trace, int ranks_per_node) {
 
 std::string svg_picture(const CollectiveTrace& trace, size_t most) {
   const std::vector<TraceEvent>& all = trace.events();
+  const std::vector<Slice> slices = slices_of(trace);
   const size_t first = all.size() > most ? all.size() - most : 0;
   int64_t begin = INT64_MAX, end = 0;
   int ranks = 0;
+  std::set<Verb> verbs;
   for (size_t i = first; i < all.size(); ++i) {
-    begin = std::min(begin, all[i].begin);
-    end = std::max(end, all[i].end);
+    begin = std::min(begin, slices[i].begin);
+    end = std::max(end, slices[i].end);
     ranks = std::max(ranks, all[i].rank + 1);
+    verbs.insert(all[i].verb);
   }
   constexpr int kLeft = 64, kWidth = 1100, kRow = 18;
   const double scale = end > begin ? kWidth / static_cast<double>(end - begin) : 1.0;
   std::ostringstream svg;
-  svg << "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"" << kLeft + kWidth + 8
-      << "\" height=\"" << ranks * kRow + 26 << "\" font-family=\"sans-serif\" font-size=\"11\">\n";
+  svg << "<svg xmlns=\"http://www.w3.org/2000/svg\" role=\"img\" width=\"" << kLeft + kWidth + 8
+      << "\" height=\"" << ranks * kRow + 26
+      << "\" font-family=\"sans-serif\" font-size=\"11\"><title>calls of " << ranks
+      << " ranks over time</title>\n";
   for (int rank = 0; rank < ranks; ++rank) {
     svg << "<text x=\"0\" y=\"" << rank * kRow + 13 << "\">rank " << rank << "</text>\n";
   }
   for (size_t i = first; i < all.size(); ++i) {
     const TraceEvent& e = all[i];
-    const double x = kLeft + static_cast<double>(e.begin - begin) * scale;
-    const double width = std::max(1.0, static_cast<double>(e.end - e.begin) * scale);
-    svg << "<rect x=\"" << x << "\" y=\"" << e.rank * kRow + 2 << "\" width=\"" << width
-        << "\" height=\"" << kRow - 4 << "\" fill=\"" << color(e.verb) << "\"><title>rank "
-        << e.rank << ": " << name(e.verb) << ", call " << e.sequence << " of "
+    const double x = kLeft + static_cast<double>(slices[i].begin - begin) * scale;
+    const double width = static_cast<double>(slices[i].end - slices[i].begin) * scale;
+    svg << "<rect x=\"" << x << "\" y=\"" << e.rank * kRow + 2 << "\" width=\""
+        << std::max(0.5, width) << "\" height=\"" << kRow - 4 << "\" fill=\"" << color(e.verb)
+        << "\"><title>rank " << e.rank << ": " << name(e.verb) << ", call " << e.sequence << " of "
         << trace.groups()[static_cast<size_t>(e.group)] << ", " << e.count << " " << name(e.dtype)
         << ", ticks " << e.begin << " to " << e.end << ", " << CollectiveTrace::site_text(e.site)
         << "</title></rect>\n";
   }
   int x = kLeft;
-  for (const Verb verb : {Verb::kAllReduce, Verb::kReduceScatter, Verb::kAllGather, Verb::kAllToAll,
-                          Verb::kBroadcast, Verb::kSend, Verb::kReceive, Verb::kBarrier}) {
+  for (const Verb verb : verbs) {
     svg << "<rect x=\"" << x << "\" y=\"" << ranks * kRow + 8
         << "\" width=\"10\" height=\"10\" fill=\"" << color(verb) << "\"/><text x=\"" << x + 14
         << "\" y=\"" << ranks * kRow + 17 << "\">" << name(verb) << "</text>\n";

@@ -24,7 +24,7 @@ std::vector<Topology> select_one(const std::string& text) {
       return topologies_up_to(world);
     }
   } else if (text.find('=') != std::string::npos) {
-    const TargetSpec spec = parse_target(text);
+    const TargetSpec spec = parse_target(text, "--topologies");
     if (spec.stage >= 0) {
       throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                             .what = "A topology is named with a stage; stages are drawn.",
