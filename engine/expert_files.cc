@@ -1,6 +1,8 @@
 // See expert_files.h.
 #include "engine/expert_files.h"
 
+#include <algorithm>
+
 #include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reshard_target.h"
@@ -78,6 +80,10 @@ std::vector<ExpertLayerPlace> expert_layers(const TrainingState& state) {
                       .held = p.shape[0]});
   }
   return layers;
+}
+
+bool has_experts(const TrainingState& state) {
+  return std::ranges::any_of(state.groups, &TrainedGroup::expert);
 }
 
 std::string expert_group_name(const Topology& topology) {

@@ -22,6 +22,7 @@ struct ExpertLayerPlace {
   int64_t held = 0;
 };
 std::vector<ExpertLayerPlace> expert_layers(const TrainingState& state);
+bool has_experts(const TrainingState& state);
 
 // "ep_size_2".
 std::string expert_group_name(const Topology& topology);

@@ -46,8 +46,8 @@ class ModelFile : public RankWriter {
              {{"pp_degree", pickle().integer(1)}, {"tp_degree", pickle().integer(t.tensor)}})},
         {"ds_config", json_node(&builder_, content_.config)},
         {"ds_version", pickle().string(content_.version)}};
-    if (const std::vector<ExpertLayerPlace> layers = expert_layers(state_); !layers.empty()) {
-      add_experts(layers, &root);
+    if (has_experts(state_)) {
+      add_experts(&root);
     } else if (t.tensor > 1) {
       root.emplace_back("universal_checkpoint_info", split_info_node(&builder_, state_, t.tensor));
     }
@@ -59,7 +59,8 @@ class ModelFile : public RankWriter {
   }
 
  private:
-  void add_experts(const std::vector<ExpertLayerPlace>& layers, Entries* root) {
+  void add_experts(Entries* root) {
+    const std::vector<ExpertLayerPlace> layers = expert_layers(state_);
     std::vector<NodeId> counts;
     for (const ExpertLayerPlace& layer : layers) counts.push_back(pickle().integer(layer.experts));
     const NodeId list = expert_layers_node(&builder_, state_, place_, layers);
@@ -104,7 +105,7 @@ class ModelFile : public RankWriter {
   }
 
   NodeId module() {
-    const bool experts = !expert_layers(state_).empty();  // then every tensor is a copy
+    const bool experts = has_experts(state_);  // then every tensor is a copy
     if ((state_.stage == 1 || state_.stage == 2) && !experts) lay_out_groups();
     std::vector<NodeId> items;
     std::map<std::string, NodeId> by_name;
@@ -151,7 +152,7 @@ class ModelFile : public RankWriter {
   }
 
   NodeId param_shapes() {
-    const bool experts = !expert_layers(state_).empty();
+    const bool experts = has_experts(state_);
     std::vector<NodeId> groups;
     for (const TrainedGroup& group : state_.groups) {
       std::vector<NodeId> items;

@@ -61,7 +61,7 @@ class OptimFile : public RankWriter {
     Entries entries = {{"zero_stage", stage_enum()}};
     add_scaler(&entries);
     entries.emplace_back("partition_count", pickle().integer(ranks()));
-    if (!expert_layers(state_).empty()) {
+    if (has_experts(state_)) {
       entries.emplace_back("ds_zero_partition_groups", partition_groups());
     }
     entries.emplace_back("optimizer_state_dict", base_state());

@@ -14,7 +14,7 @@ std::string files_unsupported(const TrainingState& state, const Topology& topolo
   if (topology.pipeline > 1) {
     return "the engine does not write the layer files of pipelines yet";
   }
-  const bool experts = std::ranges::any_of(state.groups, &TrainedGroup::expert);
+  const bool experts = has_experts(state);
   if (experts && topology.tensor > 1) {
     return topology.expert > 1
                ? "the engine does not write AutoEP folded with AutoTP yet"
@@ -43,7 +43,7 @@ std::vector<FileBlueprint> rank_files(const TrainingState& state, const RankPlac
                           .next = "simulate it in memory"});
   }
   std::vector<std::string> reserved = {"checkpoint_parallel_dimensions"};
-  if (!expert_layers(state).empty()) {
+  if (has_experts(state)) {
     reserved.insert(reserved.end(),
                     {"ds_autoep_layers", "autoep_layers", "universal_checkpoint_info", "folding"});
   }

@@ -2,9 +2,9 @@
 #include "engine/rank_load.h"
 
 #include <algorithm>
-#include <set>
+#include <map>
+#include <optional>
 
-#include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/names.h"
 #include "core/cast.h"
 #include "core/error.h"
@@ -130,7 +130,9 @@ class Weights {
     std::vector<float> values;
     for (int64_t expert = layer->begin; expert < layer->begin + layer->held; ++expert) {
       const std::string name = p.name + "." + std::to_string(expert);
-      RankReader file(storage_, folder_ + "/" + expert_file_name(layer->layer, expert));
+      const std::string file_name = expert_file_name(layer->layer, expert);
+      RankReader& file =
+          files_.try_emplace(file_name, storage_, folder_ + "/" + file_name).first->second;
       const std::vector<float> one =
           file.values(file.need(file.fields().root(), name), count, name);
       values.insert(values.end(), one.begin(), one.end());
@@ -151,6 +153,7 @@ class Weights {
   RankReader& model_;
   const LoadOptions& options_;
   std::vector<ExpertLayerPlace> layers_;
+  std::map<std::string, RankReader> files_;  // of experts; each holds three stacks
 };
 
 // `reader`: the file that holds the optimizer.
@@ -284,7 +287,7 @@ LoadResult load_rank(Storage& storage, const std::string& folder, const RankPlac
   }
   if (!options.load_module_only) load_counters(model, options, state);
   Weights weights(storage, folder, model, *state, options);
-  const bool experts = !expert_layers(*state).empty();
+  const bool experts = has_experts(*state);
   if (state->stage == 0 && with_states && experts) {
     RankReader optimizer(storage,
                          folder + "/" + checkpoint::expert_optim_file_name(place.at.expert));

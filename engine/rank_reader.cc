@@ -74,7 +74,7 @@ std::vector<float> RankReader::values(NodeId node, int64_t count, const std::str
   }
   std::vector<float> result(static_cast<size_t>(count));
   if (count == 0) return result;
-  check_record(view.storage);
+  if (checked_.insert(view.storage).second) check_record(file_, file_.record(view.storage));
   const int64_t item = item_size_bytes(view.dtype);
   std::vector<std::byte> bytes(static_cast<size_t>(count * item));
   file_.file().read_at(file_.data_offset(view), bytes);
@@ -82,15 +82,13 @@ std::vector<float> RankReader::values(NodeId node, int64_t count, const std::str
   return result;
 }
 
-void RankReader::check_record(int storage) {
-  if (!checked_.insert(storage).second) return;
-  const checkpoint::ZipRecord& record = file_.record(storage);
+void check_record(const checkpoint::TorchFile& file, const checkpoint::ZipRecord& record) {
   std::vector<std::byte> bytes(static_cast<size_t>(record.size_bytes));
-  file_.file().read_at(record.data_offset, bytes);
+  file.file().read_at(record.data_offset, bytes);
   if (checkpoint::crc32_of(bytes) == record.crc32) return;
   throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
                         .what = "A record does not have the CRC that its archive says.",
-                        .file = file_.path(),
+                        .file = file.path(),
                         .entry = record.name,
                         .next = "take another checkpoint; isoshard verify tells what is damaged"});
 }

@@ -28,12 +28,13 @@ class RankReader {
   std::vector<float> values(checkpoint::NodeId node, int64_t count, const std::string& what);
 
  private:
-  void check_record(int storage);
-
   checkpoint::TorchFile file_;
   checkpoint::Fields fields_;
   std::set<int> checked_;
 };
+
+// Reads a record whole; Error(kCorrupt) where it does not have the CRC that its archive says.
+void check_record(const checkpoint::TorchFile& file, const checkpoint::ZipRecord& record);
 
 // Key, value, key, value, … of a dict; `what` names it in the Error(kCorrupt) of another value.
 const std::vector<checkpoint::NodeId>& entries_of(const checkpoint::Fields& fields,

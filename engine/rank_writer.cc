@@ -1,6 +1,8 @@
 // See rank_writer.h.
 #include "engine/rank_writer.h"
 
+#include "engine/expert_files.h"
+
 namespace isoshard::engine {
 
 using checkpoint::NodeId;
@@ -20,7 +22,7 @@ NodeId RankWriter::param_groups(const std::vector<std::vector<int64_t>>& members
 
 NodeId RankWriter::stage0_optimizer() {
   // With experts everything is copied before it is saved, and the copies want no gradient.
-  const bool experts = std::ranges::any_of(state_.groups, &TrainedGroup::expert);
+  const bool experts = has_experts(state_);
   std::vector<NodeId> states, masters;
   std::vector<std::vector<int64_t>> members;
   int64_t number = 0;

@@ -7,7 +7,6 @@
 
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reader.h"
-#include "checkpoint/format/crc.h"
 #include "core/cast.h"
 #include "core/error.h"
 #include "engine/rank_fields.h"
@@ -119,17 +118,7 @@ class UniversalReader {
     for (const checkpoint::FileFragment& fragment : leaf.fragments) {
       if (!checked_.insert(fragment.file).second) continue;
       const checkpoint::TorchFile& file = source_.document(fragment.file);
-      for (const checkpoint::ZipRecord& record : file.zip().records) {
-        std::vector<std::byte> bytes(static_cast<size_t>(record.size_bytes));
-        file.file().read_at(record.data_offset, bytes);
-        if (checkpoint::crc32_of(bytes) == record.crc32) continue;
-        throw Error(
-            ErrorInfo{.code = ErrorCode::kCorrupt,
-                      .what = "A record does not have the CRC that its archive says.",
-                      .file = file.path(),
-                      .entry = record.name,
-                      .next = "take another checkpoint; isoshard verify tells what is damaged"});
-      }
+      for (const checkpoint::ZipRecord& record : file.zip().records) check_record(file, record);
     }
   }
 

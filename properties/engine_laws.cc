@@ -1,9 +1,9 @@
 // Laws of the files that ranks save. See training_laws.h.
 #include <map>
 
+#include "checkpoint/publication.h"
 #include "core/error.h"
 #include "properties/training_laws.h"
-#include "sim/topologies/catalog.h"
 
 namespace isoshard::properties {
 namespace {
@@ -97,10 +97,7 @@ std::string a_death_leaves_old_or_new(const Draw& draw, TrainingMutant mutant) {
     new_states[number] = trainer.state();
     if (!second && rank.number() == fault.rank) begin = rank.operations();
     if (second && mutant == TrainingMutant::kEarlyPointer && rank.number() == 0) {
-      storage.remove_file("/run/latest");
-      const auto pointer = storage.create("/run/latest");
-      pointer->write_at(0, std::as_bytes(std::span("global_step2", 12)));
-      pointer->close();
+      checkpoint::replace_small_file(storage, "/run/latest", "global_step2");
     }
     files.save_checkpoint(trainer.state(), "/run", {});
     if (!second && rank.number() == fault.rank) end = rank.operations();
@@ -122,13 +119,10 @@ std::string a_death_leaves_old_or_new(const Draw& draw, TrainingMutant mutant) {
     engine_of(rank, parallel, storage).load_checkpoint(&trainer.state(), "/run", {});
     found[static_cast<size_t>(rank.number())] = trainer.state();
   });
-  const auto whole = [](const std::vector<TrainingState>& states) {
-    std::vector<const TrainingState*> pointers;
-    for (const TrainingState& state : states) pointers.push_back(&state);
-    return reference::whole_state(pointers);
-  };
-  const std::string other = reference::difference(whole(old_states), whole(found));
-  if (other.empty() || reference::difference(whole(new_states), whole(found)).empty()) return "";
+  const reference::WholeState after = reference::whole_state_of(found);
+  const std::string other = reference::difference(reference::whole_state_of(old_states), after);
+  if (other.empty() || reference::difference(reference::whole_state_of(new_states), after).empty())
+    return "";
   return "neither the old nor the new state: " + other;
 }
 

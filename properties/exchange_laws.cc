@@ -87,11 +87,7 @@ std::string an_exchange_has_an_inverse(const Draw& draw, TrainingMutant mutant) 
 std::string gradients_are_of_all_their_ranks(const Draw& draw, TrainingMutant mutant) {
   SimulationCase value = short_case(draw, sim::topologies_up_to(8), 1);
   TrainConfig& config = value.config;
-  config.model.dtype = DType::kFloat32;
-  config.loss_scale = {};
-  config.clip = 0;
-  config.optimizer.kind = reference::OptimizerKind::kSgd;
-  config.optimizer.weight_decay = 0;
+  show_gradients(&config);
   config.stage = value.legs[0].stage;
   const Topology& t = value.legs[0].topology;
   std::vector<TrainingState> states(static_cast<size_t>(t.world()));
@@ -104,10 +100,8 @@ std::string gradients_are_of_all_their_ranks(const Draw& draw, TrainingMutant mu
     trainer.step();
     states[static_cast<size_t>(rank.number())] = trainer.state();
   });
-  std::vector<const TrainingState*> pointers;
-  for (const TrainingState& state : states) pointers.push_back(&state);
   const std::string reason =
-      reference::difference(single_rank(config, 1).state, reference::whole_state(pointers));
+      reference::difference(single_rank(config, 1).state, reference::whole_state_of(states));
   return reason.empty() ? "" : to_string(value.legs[0]) + ": " + reason;
 }
 

@@ -3,6 +3,7 @@
 
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/reshard_target.h"
+#include "checkpoint/publication.h"
 #include "reshard/executor.h"
 
 namespace isoshard::properties {
@@ -104,9 +105,7 @@ void FileBridge::bring(const std::string& from, const std::string& to, const Leg
   storage_.make_directories(folder);
   const reshard::ReshardPlan plan = reshard::make_plan(source, target.files);
   reshard::execute(storage_, source, plan, folder, {.workers = 1});
-  const std::unique_ptr<WritableFile> latest = storage_.create(to + "/latest");
-  latest->write_at(0, std::as_bytes(std::span(source.tag)));
-  latest->close();
+  checkpoint::replace_small_file(storage_, to + "/latest", source.tag);
 }
 
 std::string FileBridge::unsupported(const Leg& leg) const {

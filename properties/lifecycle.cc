@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "checkpoint/cancel.h"
+#include "checkpoint/publication.h"
 #include "core/error.h"
 #include "core/random.h"
 
@@ -48,7 +49,7 @@ class Life {
       session();
     }
     if (!reason_.empty()) return;
-    reason_ = reference::difference(one_.state, reference::whole_state(pointers(last_)));
+    reason_ = reference::difference(one_.state, reference::whole_state_of(last_));
   }
   const std::string& reason() const { return reason_; }
 
@@ -63,12 +64,6 @@ class Life {
     Leg leg;
     States states;  // by rank
   };
-
-  static std::vector<const TrainingState*> pointers(const States& states) {
-    std::vector<const TrainingState*> list;
-    for (const TrainingState& state : states) list.push_back(&state);
-    return list;
-  }
 
   void move_to(const Leg& leg) {
     if (!(leg_ == leg)) ++result_.changes;
@@ -134,16 +129,12 @@ class Life {
     if (code == ErrorCode::kMismatch) {
       return struck([](sim::FaultKind kind) { return kind == sim::FaultKind::kDrop; });
     }
-    return struck(is_of_disk) && resumed_ < leg_.topology.world();  // a load met the disk
-  }
-
-  static bool is_of_disk(sim::FaultKind kind) {
-    return kind >= sim::FaultKind::kDiskFull && kind <= sim::FaultKind::kStaleHandle;
+    return struck(sim::is_of_disk) && resumed_ < leg_.topology.world();  // a load met the disk
   }
 
   void count(const std::vector<sim::FaultKind>& struck) {
     for (const sim::FaultKind kind : struck) {
-      result_.disk_faults += is_of_disk(kind);
+      result_.disk_faults += sim::is_of_disk(kind);
       result_.deaths += kind == sim::FaultKind::kDieBefore;
       result_.drops += kind == sim::FaultKind::kDrop;
       result_.slow_ranks += kind == sim::FaultKind::kSlow;
@@ -158,11 +149,9 @@ class Life {
   // kLostPointer: the disk forgets the last change of `latest`.
   void put_back(const std::string& text) {
     if (pointer_text() == text) return;
-    storage_.remove_file(save_dir_ + "/latest");
-    if (text.empty()) return;
-    const std::unique_ptr<WritableFile> file = storage_.create(save_dir_ + "/latest");
-    file->write_at(0, std::as_bytes(std::span(text)));
-    file->close();
+    const std::string path = save_dir_ + "/latest";
+    if (text.empty()) return storage_.remove_file(path);
+    checkpoint::replace_small_file(storage_, path, text);
   }
 
   sim::Faults faults_of(std::vector<LifeCommand>& commands) {
@@ -172,7 +161,7 @@ class Life {
       if (command.kind != Kind::kFault) continue;
       sim::Fault fault = command.fault;
       fault.rank %= leg_.topology.world();
-      const bool disk = is_of_disk(fault.kind);
+      const bool disk = sim::is_of_disk(fault.kind);
       disk_ = disk_ || disk;
       for (int i = 0; i < (disk ? kDiskOperations : 1); ++i, ++fault.operation) {
         faults.push_back(fault);
@@ -220,7 +209,7 @@ class Life {
       trainer->refresh_parameters();
     } else {
       const States& saved = durable_.states;
-      trainer->adopt(reference::whole_state(pointers(saved)), saved[0]);
+      trainer->adopt(reference::whole_state_of(saved), saved[0]);
     }
     TrainingState& state = trainer->state();
     if (!crashed_) return;
@@ -285,7 +274,7 @@ class Life {
     int found = before;
     const bool files = bridge_.unsupported(leg_).empty();
     if (files && storage_.is_file(save_dir_ + "/latest")) {
-      const std::string tag = read_small_file(storage_, save_dir_ + "/latest", 100);
+      const std::string tag = pointer_text();
       found = std::stoi(tag.substr(std::string("global_step").size()));
     } else if (!files && returned_ > 0) {
       found = returned_;

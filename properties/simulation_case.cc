@@ -80,6 +80,14 @@ TrainConfig draw_config(const Draw& draw) {
   return c;
 }
 
+void show_gradients(TrainConfig* config) {
+  config->model.dtype = DType::kFloat32;
+  config->loss_scale = {};
+  config->clip = 0;
+  config->optimizer.kind = OptimizerKind::kSgd;
+  config->optimizer.weight_decay = 0;
+}
+
 std::vector<Topology> fitting(const std::vector<Topology>& topologies, TrainConfig* config) {
   std::vector<Topology> possible;
   for (const Topology& topology : topologies) {

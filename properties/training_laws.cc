@@ -105,11 +105,7 @@ std::string stages_are_one(const Draw& draw, TrainingMutant mutant) {
 std::string norms_count_each_element_once(const Draw& draw, TrainingMutant mutant) {
   SimulationCase value = draw_short(draw, 8, 1, 1);
   TrainConfig& config = value.config;
-  config.model.dtype = DType::kFloat32;
-  config.loss_scale = {};
-  config.clip = 0;
-  config.optimizer.kind = reference::OptimizerKind::kSgd;
-  config.optimizer.weight_decay = 0;
+  show_gradients(&config);
   Simulation simulation(config, value.seed);
   simulation.run(value.legs[0]);
   ExactSum squares;

@@ -91,6 +91,12 @@ WholeState whole_state(const std::vector<const TrainingState*>& ranks) {
   return assembly.finish();
 }
 
+WholeState whole_state_of(const std::vector<TrainingState>& ranks) {
+  std::vector<const TrainingState*> pointers;
+  for (const TrainingState& rank : ranks) pointers.push_back(&rank);
+  return whole_state(pointers);
+}
+
 std::string difference(const WholeState& a, const WholeState& b) {
   for (const auto& [key, values] : a) {
     const auto found = b.find(key);

@@ -22,6 +22,9 @@ int64_t whole_element(const TrainedParameter& parameter, int64_t at);
 // Throws CheckFailure that names the element where ranks disagree or none has it.
 WholeState whole_state(const std::vector<const TrainingState*>& ranks);
 
+// The same of ranks' states that stand in a row.
+WholeState whole_state_of(const std::vector<TrainingState>& ranks);
+
 // "" if the bits are the same; otherwise the first difference, in words.
 std::string difference(const WholeState& a, const WholeState& b);
 

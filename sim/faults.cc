@@ -13,4 +13,8 @@ const char* name(FaultKind kind) {
   return kNames[static_cast<size_t>(kind)];
 }
 
+bool is_of_disk(FaultKind kind) {
+  return kind >= FaultKind::kDiskFull && kind <= FaultKind::kStaleHandle;
+}
+
 }  // namespace isoshard::sim

@@ -24,6 +24,7 @@ enum class FaultKind {
 };
 
 const char* name(FaultKind kind);  // "death before", "disk full"
+bool is_of_disk(FaultKind kind);   // kDiskFull to kStaleHandle: a storage operation fails
 
 struct Fault {
   FaultKind kind = FaultKind::kDieBefore;

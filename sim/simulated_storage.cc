@@ -41,12 +41,6 @@ namespace {
   throw Error(info);
 }
 
-bool fails(FaultKind kind) {
-  return kind == FaultKind::kDiskFull || kind == FaultKind::kQuota ||
-         kind == FaultKind::kReadOnly || kind == FaultKind::kNoPermission ||
-         kind == FaultKind::kStaleHandle;
-}
-
 }  // namespace
 
 template <typename Operation, typename Half>
@@ -65,7 +59,7 @@ auto SimulatedStorage::perform(const std::string& path, Operation operation, Hal
     half();
     network_.die(rank_);
   }
-  if (fault != nullptr && fails(fault->kind)) {
+  if (fault != nullptr && is_of_disk(fault->kind)) {
     network_.struck.push_back(fault->kind);
     fail(fault->kind, path);
   }

@@ -56,9 +56,7 @@ reference::WholeState trained(const TrainConfig& config, const Topology& topolog
         .save_checkpoint(trainer.state(), "/run", {});
     states[static_cast<size_t>(rank.number())] = trainer.state();
   });
-  std::vector<const TrainingState*> pointers;
-  for (const TrainingState& state : states) pointers.push_back(&state);
-  return reference::whole_state(pointers);
+  return reference::whole_state_of(states);
 }
 
 // /run/latest to /run/u, which `latest_universal` names.
@@ -68,9 +66,7 @@ void to_universal(Storage& disk) {
   reshard::execute(disk, source,
                    reshard::make_plan(source, checkpoint::universal_blueprints(source, {}).files),
                    "/run/u", {.workers = 1});
-  const auto pointer = disk.create("/run/latest_universal");
-  pointer->write_at(0, std::as_bytes(std::span("u", 1)));
-  pointer->close();
+  checkpoint::replace_small_file(disk, "/run/latest_universal", "u");
 }
 
 TEST(Fp32StateDict, ReadsNothingBeforeItIsAskedTo) {
@@ -182,10 +178,8 @@ TEST(UniversalLoad, GoesOnOnAnyTopologyAndStage) {
           }
           states[static_cast<size_t>(rank.number())] = trainer.state();
         });
-        std::vector<const TrainingState*> pointers;
-        for (const TrainingState& state : states) pointers.push_back(&state);
         EXPECT_EQ(losses, (std::vector<float>{one.steps[2].loss, one.steps[3].loss}));
-        EXPECT_EQ(reference::difference(one.state, reference::whole_state(pointers)), "")
+        EXPECT_EQ(reference::difference(one.state, reference::whole_state_of(states)), "")
             << to_string(topology) << " stage " << target_stage << " from stage " << stage;
       }
     }

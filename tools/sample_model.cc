@@ -40,16 +40,20 @@ reference::TrainConfig sample_model(const std::string& name, uint64_t seed) {
 
 namespace {
 
+[[noreturn]] void refuse_contradiction(const std::string& entry, int text, int config) {
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = "--topology and --config contradict each other.",
+                        .entry = entry,
+                        .expected = std::to_string(config) + ", as the config has it",
+                        .found = std::to_string(text),
+                        .next = "leave " + entry + "= out of --topology"});
+}
+
 // The degree that the text or the config says; the other one is 0 or 1 then, or the same.
 int degree(const char* axis, int text, int config) {
   if (text == 0 || text == config) return config;
   if (config == 1) return text;
-  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                        .what = "--topology and --config contradict each other.",
-                        .entry = axis,
-                        .expected = std::to_string(config) + ", as the config has it",
-                        .found = std::to_string(text),
-                        .next = "leave it out of --topology"});
+  refuse_contradiction(axis, text, config);
 }
 
 void take_optimizer(const engine::RunConfig& from, reference::TrainConfig* config) {
@@ -107,12 +111,7 @@ SampleRun sample_run(const std::string& model, uint64_t seed, const std::string&
   spec.topology.expert = degree("ep", spec.topology.expert, from.expert);
   run.topology = resolve(spec, Topology{});
   if (spec.stage >= 0 && spec.stage != from.stage) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "--topology and --config contradict each other.",
-                          .entry = "stage",
-                          .expected = std::to_string(from.stage) + ", as the config has it",
-                          .found = std::to_string(spec.stage),
-                          .next = "leave stage= out of --topology"});
+    refuse_contradiction("stage", spec.stage, from.stage);
   }
   run.config.stage = from.stage;
   run.config.model.dtype = from.dtype;

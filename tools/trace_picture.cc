@@ -17,22 +17,16 @@ using Json = nlohmann::ordered_json;
 // Calls of one exchange: the same number in the same group; of a message, between the same ranks.
 using Exchange = std::tuple<int, int64_t, int, int>;
 
-bool is_message(const TraceEvent& e) { return e.verb == Verb::kSend || e.verb == Verb::kReceive; }
-
 // The calls that met, in the trace's order, by whom the others waited for: it stands first.
 std::vector<std::vector<size_t>> exchanges(const CollectiveTrace& trace) {
   const std::vector<TraceEvent>& events = trace.events();
   std::map<Exchange, std::vector<size_t>> met;
-  std::map<std::tuple<Verb, int, int, int>, int64_t> messages;  // so far, by side
   for (size_t i = 0; i < events.size(); ++i) {
     const TraceEvent& e = events[i];
-    if (!is_message(e)) {
-      met[{e.group, e.sequence, -1, -1}].push_back(i);
-      continue;
-    }
-    const bool sends = e.verb == Verb::kSend;
-    const int from = sends ? e.rank : e.peer, to = sends ? e.peer : e.rank;
-    met[{e.group, messages[{e.verb, e.group, from, to}]++, from, to}].push_back(i);
+    int from = -1, to = -1;
+    if (e.verb == Verb::kSend) from = e.rank, to = e.peer;
+    if (e.verb == Verb::kReceive) from = e.peer, to = e.rank;
+    met[{e.group, e.sequence, from, to}].push_back(i);
   }
   std::vector<std::vector<size_t>> list;
   for (auto& [key, calls] : met) {
