@@ -39,41 +39,38 @@ std::vector<TreeNode> frontier(const std::vector<LeafRange>& owned) {
 }
 
 void TreeSum::merge_top() {
-  Entry& left = stack_[depth_ - 2];
-  const Entry& right = stack_[depth_ - 1];
-  float* sum = left.values.data();
-  const float* term = right.values.data();
+  const size_t depth = stack_.size();
+  float* sum = values_at(depth - 2);
+  const float* term = values_at(depth - 1);
   for (size_t i = 0; i < width_; ++i) sum[i] += term[i];
-  left.last = right.last;
-  --depth_;
+  stack_[depth - 2].last = stack_[depth - 1].last;
+  stack_.pop_back();
 }
 
 float* TreeSum::push(TreeNode node) {
   const LeafIndex first = node.first_leaf();
-  if (depth_ > 0) {
-    CHECK(stack_[depth_ - 1].last < first, "leaves come in ascending order, each once");
-    while (depth_ > 1 && common_level(stack_[depth_ - 2].first, stack_[depth_ - 1].first) <
-                             common_level(stack_[depth_ - 1].first, first)) {
+  if (!stack_.empty()) {
+    CHECK(stack_.back().last < first, "leaves come in ascending order, each once");
+    while (stack_.size() > 1 && common_level(stack_[stack_.size() - 2].first, stack_.back().first) <
+                                    common_level(stack_.back().first, first)) {
       merge_top();
     }
   }
-  if (stack_.empty()) stack_.reserve(8);
-  if (depth_ == stack_.size()) stack_.push_back({0, 0, std::vector<float>(width_)});
-  Entry& entry = stack_[depth_++];
-  entry.first = first;
-  entry.last = node.last_leaf();
-  return entry.values.data();
+  stack_.push_back({first, node.last_leaf()});
+  const size_t room = stack_.size() * width_;
+  if (values_.size() < room) values_.resize(2 * room);
+  return values_at(stack_.size() - 1);
 }
 
 bool TreeSum::finish(std::span<float> root) {
   CHECK(root.size() == width_, "the root has another width");
-  if (depth_ == 0) {
+  if (stack_.empty()) {
     std::fill(root.begin(), root.end(), 0.0f);
     return false;
   }
-  while (depth_ > 1) merge_top();
-  depth_ = 0;
-  std::copy_n(stack_[0].values.begin(), width_, root.begin());
+  while (stack_.size() > 1) merge_top();
+  stack_.clear();
+  std::copy_n(values_.begin(), width_, root.begin());
   return true;
 }
 

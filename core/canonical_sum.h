@@ -59,20 +59,20 @@ class TreeSum {
   float* push(TreeNode node);
   float* push_leaf(LeafIndex leaf) { return push({0, leaf}); }
 
-  bool empty() const { return depth_ == 0; }
+  bool empty() const { return stack_.empty(); }
   // The root; false, and zeros, where nothing was pushed. The sum is empty afterwards.
   bool finish(std::span<float> root);
 
  private:
   struct Entry {
     LeafIndex first = 0, last = 0;  // of the span
-    std::vector<float> values;
   };
+  float* values_at(size_t depth) { return values_.data() + depth * width_; }
   void merge_top();
 
   size_t width_;
-  size_t depth_ = 0;
-  std::vector<Entry> stack_;  // [0, depth_) is in use, the rest are spare buffers
+  std::vector<Entry> stack_;
+  std::vector<float> values_;  // `width` for each entry, and spare room behind them
 };
 
 // One owner's share of a sum: a vector for each node of its frontier.

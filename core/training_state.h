@@ -23,6 +23,8 @@ struct BufferPiece {
 
 struct TrainedParameter {
   std::string name;
+  // Its name in the module that is saved: a PipelineModule counts layers, "3.mlp.up_proj.weight".
+  std::string module_name = {};
   Shape shape;              // of this rank's tensor- or expert-parallel shard
   Shape whole;              // of all ranks together
   int split_axis = -1;      // −1: the shard is the whole
@@ -76,6 +78,7 @@ struct LossScale {
 struct TrainingState {
   DType dtype = DType::kFloat32;
   int stage = 0;
+  bool pipeline_module = false;  // the model is a PipelineModule, of one stage or more
   std::vector<TrainedParameter> parameters;
   std::vector<TrainedGroup> groups;
   TrainingCounters counters;

@@ -89,6 +89,21 @@ void check_side_files(const std::vector<SideFile>& files) {
   }
 }
 
+// What a rank tells rank 0 of its files, and back.
+std::string text_of_files(const std::vector<checkpoint::ManifestFile>& files) {
+  nlohmann::json list = nlohmann::json::array();
+  for (const checkpoint::ManifestFile& file : files) {
+    list.push_back({file.path, file.size_bytes, file.hash});
+  }
+  return list.dump();
+}
+
+void take_files(const std::string& text, std::vector<checkpoint::ManifestFile>* files) {
+  for (const nlohmann::json& file : nlohmann::json::parse(text)) {
+    files->push_back({.path = file[0], .size_bytes = file[1], .hash = file[2]});
+  }
+}
+
 }  // namespace
 
 TagValidation tag_validation(const Json& config) {
@@ -149,17 +164,22 @@ std::string CheckpointEngine::from_rank(int root, std::string text) {
 
 std::vector<std::string> CheckpointEngine::gathered(const std::string& text) {
   const size_t world = static_cast<size_t>(parallel_.topology.world());
+  const bool leads = parallel_.rank == 0;
+  const int64_t own = static_cast<int64_t>(text.size());
   std::vector<int64_t> sizes(world);
   std::vector<Buffer> targets;
   for (int64_t& size : sizes) targets.push_back(buffer(std::span(&size, 1)));
-  const int64_t own = static_cast<int64_t>(text.size());
   parallel_.world->all_gather(const_buffer(std::span(&own, 1)), targets);
-  std::vector<std::vector<uint8_t>> parts;
-  for (const int64_t size : sizes) parts.emplace_back(static_cast<size_t>(size));
+  std::vector<std::vector<uint8_t>> parts(world);
   targets.clear();
-  for (std::vector<uint8_t>& part : parts) targets.push_back(buffer(std::span(part)));
+  for (size_t p = 0; p < world; ++p) {
+    parts[p].resize(leads ? static_cast<size_t>(sizes[p]) : 0);
+    targets.push_back(buffer(std::span(parts[p])));
+  }
   const std::vector<uint8_t> bytes(text.begin(), text.end());
-  parallel_.world->all_gather(const_buffer(std::span<const uint8_t>(bytes)), targets);
+  std::vector<ConstBuffer> source(world, const_buffer(std::span<const uint8_t>()));
+  source[0] = const_buffer(std::span<const uint8_t>(bytes));
+  parallel_.world->all_to_all(source, targets);
   std::vector<std::string> result;
   for (const std::vector<uint8_t>& part : parts) result.emplace_back(part.begin(), part.end());
   return result;
@@ -271,10 +291,7 @@ std::shared_ptr<PendingSave> CheckpointEngine::begin_save(const TrainingState& s
 // Rank 0: the manifest, and one rename.
 void CheckpointEngine::publish(PendingSave* pending, const std::vector<std::string>& parts) {
   checkpoint::Manifest manifest{.files = {}, .program_version = ISOSHARD_VERSION};
-  for (const std::string& part : parts) {
-    const checkpoint::Manifest its = checkpoint::parse_manifest(part, "a rank's files");
-    manifest.files.insert(manifest.files.end(), its.files.begin(), its.files.end());
-  }
+  for (const std::string& part : parts) take_files(part, &manifest.files);
   const std::string text = checkpoint::to_json(manifest);
   if (pending->staged_->in_place()) pending->staged_->settle();
   const std::unique_ptr<WritableFile> file =
@@ -320,9 +337,7 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
     }
     if (pending->failure_) std::rethrow_exception(pending->failure_);
   });
-  const checkpoint::Manifest written{.files = pending->written_,
-                                     .program_version = ISOSHARD_VERSION};
-  const std::vector<std::string> parts = gathered(checkpoint::to_json(written));
+  const std::vector<std::string> parts = gathered(text_of_files(pending->written_));
   attempt([&] {
     if (leads) publish(pending, parts);
   });

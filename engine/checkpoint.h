@@ -137,7 +137,7 @@ class CheckpointEngine {
   std::string from_rank(int root, std::string text);
   void agree(const std::exception_ptr& failure, const std::string& act, const std::string& path,
              const std::string& safe);
-  // By rank; on every rank.
+  // What every rank gives, by rank, on rank 0; empty texts elsewhere. Collective.
   std::vector<std::string> gathered(const std::string& text);
 
   Storage& storage_;

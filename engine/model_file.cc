@@ -23,7 +23,8 @@ class ModelFile : public RankWriter {
     const bool frozen = state_.stage >= 2 && !content_.exclude_frozen;
     const TrainingCounters& counters = state_.counters;
     const Topology& t = place_.topology;
-    const NodeId modules = module();
+    const bool layered = state_.pipeline_module;  // its module lies in the layers' files
+    const NodeId modules = layered ? pickle().none() : module();
     Entries root = {
         {"module", modules},
         {"buffer_names", pickle().list({})},
@@ -39,11 +40,11 @@ class ModelFile : public RankWriter {
         {"global_steps", pickle().integer(counters.steps)},
         {"global_samples", pickle().integer(counters.samples)},
         {"dp_world_size", pickle().integer(ranks())},
-        {"mp_world_size", pickle().integer(t.tensor)},
+        {"mp_world_size", pickle().integer(place_.mp_ranks())},
         // The Ulysses mpu has sp for tp here (docs/deepspeed_errata.md); this is what is meant.
         {"checkpoint_parallel_dimensions",
-         builder_.dict(
-             {{"pp_degree", pickle().integer(1)}, {"tp_degree", pickle().integer(t.tensor)}})},
+         builder_.dict({{"pp_degree", pickle().integer(t.pipeline)},
+                        {"tp_degree", pickle().integer(t.tensor)}})},
         {"ds_config", json_node(&builder_, content_.config)},
         {"ds_version", pickle().string(content_.version)}};
     if (has_experts(state_)) {
@@ -157,7 +158,7 @@ class ModelFile : public RankWriter {
     for (const TrainedGroup& group : state_.groups) {
       std::vector<NodeId> items;
       for (const int number : owned(group)) {
-        items.push_back(pickle().string(parameter(number).name));
+        items.push_back(pickle().string(parameter(number).module_name));
         // What is saved with experts is copied first, and torch.Size becomes a tuple on the way.
         items.push_back(experts ? integer_tuple(parameter(number).shape)
                                 : builder_.size_node(parameter(number).shape));
@@ -171,7 +172,7 @@ class ModelFile : public RankWriter {
   NodeId shared_params() {
     Entries entries;
     for (const auto& [alias, name] : state_.aliases) {
-      if (place_.zero_rank() == 0 && place_.mp_rank() == 0) {
+      if (place_.zero_rank() == 0 && place_.mp_rank() == 0 && !state_.pipeline_module) {
         entries.emplace_back(alias, pickle().string(name));
       }
     }

@@ -113,7 +113,7 @@ class OptimFile : public RankWriter {
       parts.args = pickle().tuple({});
       parts.state = builder_.dict(
           {{"numel", pickle().integer(piece.count)}, {"start", pickle().integer(piece.at)}});
-      items.push_back(pickle().string(parameter(piece.parameter).name));
+      items.push_back(pickle().string(parameter(piece.parameter).module_name));
       items.push_back(pickle().object(std::move(parts)));
     }
     return pickle().ordered_dict(std::move(items));

@@ -10,11 +10,34 @@ namespace isoshard::engine {
 
 using checkpoint::FileBlueprint;
 
-std::string files_unsupported(const TrainingState& state, const Topology& topology) {
-  if (topology.pipeline > 1) {
-    return "the engine does not write the layer files of pipelines yet";
+namespace {
+
+std::string pipeline_unsupported(const TrainingState& state, const Topology& topology) {
+  if (has_experts(state)) return "DeepSpeed has no AutoEP in a PipelineModule";
+  if (topology.tensor > 1) {
+    return "DeepSpeed leaves tensor-parallel layers of a pipeline to the model's own code";
   }
+  if (topology.sequence > 1) return "DeepSpeed has no sequence-parallel ranks in a pipeline";
+  if (state.stage > 1) {
+    return "DeepSpeed's pipelines have ZeRO 0 and 1 (AssertionError, \"incompatible with pipeline "
+           "parallelism\")";
+  }
+  if (state.stage == 0 && state.dtype == DType::kBFloat16) {
+    return "a bf16 pipeline at stage 0 is BF16_Optimizer's form, which DeepSpeed saves and cannot "
+           "load (KeyError: 0)";
+  }
+  if (state.stage == 0)
+    return "isoshard does not read the pipelines of stage 0 that have no masters";
+  return "";
+}
+
+}  // namespace
+
+std::string files_unsupported(const TrainingState& state, const Topology& topology) {
   const bool experts = has_experts(state);
+  if (state.pipeline_module || topology.pipeline > 1) {
+    return pipeline_unsupported(state, topology);
+  }
   if (experts && topology.tensor > 1) {
     return topology.expert > 1
                ? "the engine does not write AutoEP folded with AutoTP yet"
@@ -57,6 +80,9 @@ std::vector<FileBlueprint> rank_files(const TrainingState& state, const RankPlac
   std::vector<FileBlueprint> files;
   if (state.stage == 3 || place.zero_rank() == 0) {
     files.push_back(model_file(state, place, content));
+    for (const LayerPlace& layer : layers_with_files(state, place)) {
+      files.push_back(layer_file(state, layer));
+    }
   }
   if (state.stage > 0) files.push_back(optim_file(state, place, content));
   if (state.stage < 3) add_expert_files(state, place, content, &files);

@@ -92,7 +92,9 @@ class Weights {
           const TrainingState& state, const LoadOptions& options)
       : storage_(storage),
         folder_(folder),
+        state_(state),
         model_(model),
+        layered_(state.pipeline_module),
         options_(options),
         layers_(expert_layers(state)) {}
 
@@ -109,7 +111,7 @@ class Weights {
                             .expected = std::to_string(count) + " elements",
                             .found = std::to_string(target->size())});
     }
-    if (!options_.load_module_strict && !p.expert && !has(p.name)) return;
+    if (!options_.load_module_strict && !p.expert && !layered_ && !has(p.name)) return;
     *target = values(p);
   }
 
@@ -119,6 +121,11 @@ class Weights {
   }
 
   std::vector<float> values(const TrainedParameter& p) {
+    if (layered_) {
+      const auto [file_name, local] = place_in_layers(p);
+      RankReader& file = opened(file_name);
+      return file.values(file.need(file.fields().root(), local), numel(p.shape), p.module_name);
+    }
     if (!p.expert) {
       const NodeId module = model_.need(model_.fields().root(), "module");
       return model_.values(model_.need(module, p.name), numel(p.shape), p.name);
@@ -131,8 +138,7 @@ class Weights {
     for (int64_t expert = layer->begin; expert < layer->begin + layer->held; ++expert) {
       const std::string name = p.name + "." + std::to_string(expert);
       const std::string file_name = expert_file_name(layer->layer, expert);
-      RankReader& file =
-          files_.try_emplace(file_name, storage_, folder_ + "/" + file_name).first->second;
+      RankReader& file = opened(file_name);
       const std::vector<float> one =
           file.values(file.need(file.fields().root(), name), count, name);
       values.insert(values.end(), one.begin(), one.end());
@@ -141,7 +147,17 @@ class Weights {
   }
 
  private:
+  RankReader& opened(const std::string& name) {
+    return files_.try_emplace(name, storage_, folder_ + "/" + name).first->second;
+  }
+
   std::optional<std::vector<float>> module_values(const std::string& name) {
+    if (layered_) {
+      for (const TrainedParameter& p : state_.parameters) {
+        if (p.name == name) return values(p);
+      }
+      return std::nullopt;
+    }
     if (!has(name)) return std::nullopt;
     const NodeId node = model_.need(model_.need(model_.fields().root(), "module"), name);
     const Shape shape = model_.fields().tensor(node, name).shape;
@@ -150,10 +166,12 @@ class Weights {
 
   Storage& storage_;
   std::string folder_;
+  const TrainingState& state_;
   RankReader& model_;
+  bool layered_;
   const LoadOptions& options_;
   std::vector<ExpertLayerPlace> layers_;
-  std::map<std::string, RankReader> files_;  // of experts; each holds three stacks
+  std::map<std::string, RankReader> files_;  // of experts (three stacks each), or of layers
 };
 
 // `reader`: the file that holds the optimizer.
@@ -228,6 +246,7 @@ void check_model(RankReader& reader, const TrainingState& state) {
                           .found = found,
                           .next = "name the checkpoint of this model"});
   };
+  if (state.stage == 0 && state.pipeline_module) return;  // as their files are read
   if (state.stage == 0) {
     const NodeId module = reader.need(fields.root(), "module");
     for (const TrainedParameter& p : state.parameters) {
@@ -246,7 +265,7 @@ void check_model(RankReader& reader, const TrainingState& state) {
       if (numel(p.shape) == 0) continue;
       if (at == found.size()) refuse(p.name, to_string(p.shape), "nothing");
       const auto& [name, node] = found[at++];
-      if (name != p.name)
+      if (name != p.module_name)
         refuse(p.name, "in this place of group " + std::to_string(g), quote(name));
       const Shape shape = fields.shape(node, name);
       if (shape != p.shape) refuse(p.name, to_string(p.shape), to_string(shape));
@@ -270,15 +289,15 @@ LoadResult load_rank(Storage& storage, const std::string& folder, const RankPlac
   const int64_t own = place.topology.zero_ranks();
   const bool with_states = options.load_optimizer_states && !options.load_module_only;
   const bool partitioned = state->stage == 3 || (state->stage > 0 && with_states);
-  if ((partitioned && ranks != own) || mp_ranks != place.topology.tensor) {
+  if ((partitioned && ranks != own) || mp_ranks != place.mp_ranks()) {
     throw Error(ErrorInfo{
         .code = ErrorCode::kMismatch,
         .what = "The checkpoint was saved by another number of ranks (DeepSpeed: "
                 "ZeRORuntimeException).",
         .file = *result.path,
-        .expected = std::to_string(own) + " data- and sequence-parallel ranks, tensor-parallel " +
-                    std::to_string(place.topology.tensor),
-        .found = std::to_string(ranks) + ", tensor-parallel " + std::to_string(mp_ranks),
+        .expected = std::to_string(own) + " data- and sequence-parallel ranks, model-parallel " +
+                    std::to_string(place.mp_ranks()),
+        .found = std::to_string(ranks) + ", model-parallel " + std::to_string(mp_ranks),
         .next = "isoshard reshard --to dp=…,sp=…,tp=…"});
   }
   const bool module_alone = state->stage < 3 && !with_states;

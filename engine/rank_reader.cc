@@ -40,15 +40,17 @@ Json json_of(const checkpoint::Pickle& pickle, NodeId node, int depth, int64_t* 
       return list;
     }
     case Kind::kDict: {
-      Json object = Json::object();
       const std::vector<NodeId>& entries = pickle.items(node);
+      Json::object_t object;
+      object.reserve(entries.size() / 2);
       for (size_t i = 0; i + 1 < entries.size(); i += 2) {
         const Json key = json_of(pickle, entries[i], depth + 1, left);
-        object[key.is_string() ? key.get<std::string>()
-                               : key.dump(-1, ' ', false, Json::error_handler_t::replace)] =
-            json_of(pickle, entries[i + 1], depth + 1, left);
+        const std::string text = key.is_string()
+                                     ? key.get<std::string>()
+                                     : key.dump(-1, ' ', false, Json::error_handler_t::replace);
+        object[text] = json_of(pickle, entries[i + 1], depth + 1, left);
       }
-      return object;
+      return Json(std::move(object));
     }
     default:
       break;

@@ -90,7 +90,7 @@ class UniversalReader {
   }
 
   const ParameterState& find(const TrainedParameter& p) const {
-    const ParameterState* found = source_.find_parameter(p.name);
+    const ParameterState* found = source_.find_parameter(p.module_name);
     if (found == nullptr) refuse(p, "", "nothing");
     if (found->shape != p.whole) refuse(p, "", to_string(found->shape));
     return *found;

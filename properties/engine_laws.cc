@@ -17,6 +17,7 @@ using reference::Trainer;
 TrainConfig dense_config(const Draw& draw) {
   TrainConfig config = draw_config(draw);
   config.model.experts = 0;
+  config.pipeline_module = false;
   if (config.model.dtype == DType::kFloat16) {
     config.model.dtype = DType::kBFloat16;
     config.loss_scale = {};

@@ -97,8 +97,13 @@ void FileBridge::bring(const std::string& from, const std::string& to, const Leg
     checkpoint::adopt_splits(&source,
                              checkpoint::read_checkpoint(storage_, donor_of_splits(), options));
   }
-  const checkpoint::ReshardOptions reshard_options{
+  checkpoint::ReshardOptions reshard_options{
       .allow_dropped = {}, .splits = {.kv_heads = config_.model.kv_heads}, .stages = {}};
+  if (source.pipeline.present()) {
+    const reference::ModelConfig& model = config_.model;
+    reshard_options.stages.parts = reference::pipeline_parts(model, leg.topology.pipeline);
+    if (model.tied) reshard_options.stages.tied["embed"] = {0, static_cast<int>(model.layers) + 2};
+  }
   const checkpoint::TargetFiles target =
       checkpoint::reshard_blueprints(source, leg.topology, leg.stage, reshard_options);
   const std::string folder = to + "/" + source.tag;
@@ -109,7 +114,8 @@ void FileBridge::bring(const std::string& from, const std::string& to, const Leg
 }
 
 std::string FileBridge::unsupported(const Leg& leg) const {
-  TrainingState state{.dtype = config_.model.dtype, .stage = leg.stage};
+  TrainingState state{
+      .dtype = config_.model.dtype, .stage = leg.stage, .pipeline_module = is_pipeline_module(leg)};
   if (config_.model.experts > 0) state.groups.push_back({.expert = true});
   return engine::files_unsupported(state, leg.topology);
 }

@@ -52,6 +52,10 @@ class FileBridge {
 
   // Why the engine writes no files for a leg of this run; empty: it does.
   std::string unsupported(const Leg& leg) const;
+  // Whether its files are a PipelineModule's: from one of these to the others there is no way.
+  bool is_pipeline_module(const Leg& leg) const {
+    return config_.pipeline_module || leg.topology.pipeline > 1;
+  }
   // Reshards what `latest` names in `from` to a leg's topology and stage, into `to`, and names it
   // there.
   void bring(const std::string& from, const std::string& to, const Leg& leg);

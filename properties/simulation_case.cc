@@ -40,6 +40,8 @@ ModelConfig draw_model(const Draw& draw) {
   return m;
 }
 
+}  // namespace
+
 bool fits(const ModelConfig& model, const Topology& topology) {
   try {
     reference::check_model(model, topology);
@@ -48,8 +50,6 @@ bool fits(const ModelConfig& model, const Topology& topology) {
     return false;
   }
 }
-
-}  // namespace
 
 int SimulationCase::steps() const {
   int total = 0;
@@ -77,6 +77,7 @@ TrainConfig draw_config(const Draw& draw) {
   if (c.model.dtype == DType::kFloat16) {
     c.loss_scale = {.dynamic = true, .scale = draw(0, 1) == 1 ? 8388608.0 : 1024.0, .window = 3};
   }
+  c.pipeline_module = draw(0, 3) == 1 && c.model.experts == 0;
   return c;
 }
 
@@ -96,8 +97,10 @@ std::vector<Topology> fitting(const std::vector<Topology>& topologies, TrainConf
   // A model that fits none gives way: it gets what the topologies ask for.
   if (possible.empty()) {
     const Topology& first = topologies.at(0);
-    config->model.experts = 8 % first.expert == 0 ? 8 : first.expert;
-    config->model.top_k = std::min<int64_t>(2, config->model.experts);
+    if (first.expert > 1) {
+      config->model.experts = 8 % first.expert == 0 ? 8 : first.expert;
+      config->model.top_k = std::min<int64_t>(2, config->model.experts);
+    }
     config->model.layers = std::max(3, first.pipeline);
     for (const Topology& topology : topologies) {
       if (fits(config->model, topology)) possible.push_back(topology);
@@ -149,6 +152,7 @@ std::string text_of(const TrainConfig& config) {
          (d.masked > 0 ? ", masked 1 in " + text(d.masked) : "");
   out += "\ntrain   " + std::string(reference::name(config.optimizer.kind)) +
          (config.clip > 0 ? ", clipped" : "") + (config.split_decay ? ", norms apart" : "") +
+         (config.pipeline_module ? ", a PipelineModule" : "") +
          (config.reduce == reference::ReduceMode::kFixed ? ", sums in fixed point" : "");
   return out;
 }

@@ -32,6 +32,8 @@ reference::TrainConfig draw_config(const Draw& draw);
 // Makes SGD's first momentum the gradient itself: float32, without scale, clipping and decay.
 void show_gradients(reference::TrainConfig* config);
 
+bool fits(const reference::ModelConfig& model, const Topology& topology);
+
 // Those of the topologies that the model can have; a model that can have none gets what the first
 // asks for. Error(kUsage) if that does not help.
 std::vector<Topology> fitting(const std::vector<Topology>& topologies,

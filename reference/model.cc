@@ -83,6 +83,26 @@ bool held_by_stage(const ModelConfig& config, const ParameterInfo& info, int sta
   return info.layer >= layers.begin && info.layer < layers.end;
 }
 
+std::string pipeline_name(const ModelConfig& config, const ParameterInfo& info) {
+  const std::string local = info.name.substr(info.name.rfind('.') + 1);
+  if (info.layer < 0) return (config.tied ? "tied_modules.embed." : "0.") + local;
+  if (info.layer < config.layers) {
+    const std::string at = "model.layers." + std::to_string(info.layer) + ".";
+    return std::to_string(info.layer + 1) + "." + info.name.substr(at.size());
+  }
+  const bool head = info.name.starts_with("lm_head.");
+  return std::to_string(config.layers + (head ? 2 : 1)) + "." + local;
+}
+
+std::vector<int> pipeline_parts(const ModelConfig& config, int stages) {
+  std::vector<int> parts = {0};
+  for (int stage = 0; stage + 1 < stages; ++stage) {
+    parts.push_back(1 + static_cast<int>(layers_of_stage(config, stages, stage).end));
+  }
+  parts.push_back(static_cast<int>(config.layers) + 3);
+  return parts;
+}
+
 Span shard_of(const ModelConfig& config, const ParameterInfo& info, const Topology& topology,
               int tensor_rank, int expert_rank) {
   if (info.split == Split::kReplicated) return {0, info.shape[0]};
@@ -109,9 +129,12 @@ Shape shard_shape(const ParameterInfo& info, Span shard) {
   return shape;
 }
 
-float initial_value(const ModelConfig& config, const ParameterInfo& info, int64_t element) {
-  const uint64_t word =
-      keyed_random(config.seed, {name_key(info.name), static_cast<uint64_t>(element)});
+InitialValues::InitialValues(const ModelConfig& config, const ParameterInfo& info)
+    : info_(info), key_(mix(mix(config.seed) ^ name_key(info.name))) {}
+
+float InitialValues::at(int64_t element) const {
+  const ParameterInfo& info = info_;
+  const uint64_t word = mix(key_ ^ static_cast<uint64_t>(element));
   // 24 bits in [−1, 1).
   const float unit = static_cast<float>(static_cast<int64_t>(word >> 40) - (1 << 23)) * 0x1p-23f;
   if (info.shape.size() == 1) return 1.0f + 0.125f * unit;

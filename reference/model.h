@@ -74,6 +74,15 @@ Span layers_of_stage(const ModelConfig& config, int stages, int stage);
 // Whether a stage holds a parameter; a tied embedding is held by the first and the last.
 bool held_by_stage(const ModelConfig& config, const ParameterInfo& info, int stages, int stage);
 
+// The layers of the model as a PipelineModule: embedding, decoder layers, norm, head. A tied head
+// is a TiedLayerSpec "embed" with a forward_fn, and has no file.
+//
+//   model.layers.2.mlp.up_proj.weight → 3.mlp.up_proj.weight
+//   model.embed_tokens.weight         → 0.weight, or tied_modules.embed.weight
+std::string pipeline_name(const ModelConfig& config, const ParameterInfo& info);
+// The first of these layers on each stage, and their number.
+std::vector<int> pipeline_parts(const ModelConfig& config, int stages);
+
 // What a tensor- or expert-parallel rank has of the split axis (kReplicated: of axis 0, all).
 // AutoTP's widths: heads stay whole, the remainder goes to the first ranks.
 Span shard_of(const ModelConfig& config, const ParameterInfo& info, const Topology& topology,
@@ -82,8 +91,18 @@ Span shard_of(const ModelConfig& config, const ParameterInfo& info, const Topolo
 // The shape of that shard.
 Shape shard_shape(const ParameterInfo& info, Span shard);
 
-// The initial value of an element of the whole, by its row-major number; not rounded to dtype.
-float initial_value(const ModelConfig& config, const ParameterInfo& info, int64_t element);
+// The initial values of a parameter.
+class InitialValues {
+ public:
+  // `info` outlives the object.
+  InitialValues(const ModelConfig& config, const ParameterInfo& info);
+  // Of an element of the whole, by its row-major number; not rounded to dtype.
+  float at(int64_t element) const;
+
+ private:
+  const ParameterInfo& info_;
+  uint64_t key_;
+};
 
 // Throws Error(kUsage) where the model cannot be trained so: what divides what, in numbers.
 void check_model(const ModelConfig& config, const Topology& topology);

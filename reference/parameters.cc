@@ -36,27 +36,21 @@ int Parameters::find(const std::string& name) const {
   return found->second;
 }
 
-void Parameters::gather(Communicator& group, const Values& own, std::vector<Values>* target) const {
-  if (group.size() == 1) {
-    (*target)[0] = own;
-    return;
-  }
+Values Parameters::gather(Communicator& group, const Values& own) const {
+  if (group.size() == 1) return own;
   const DType dtype = state_->dtype;
-  const auto packed = [&](size_t count) {
-    return std::vector<std::byte>(count * static_cast<size_t>(item_size_bytes(dtype)));
-  };
-  std::vector<std::byte> sent = packed(own.size());
+  const size_t count = own.size(), members = static_cast<size_t>(group.size());
+  const size_t bytes = count * static_cast<size_t>(item_size_bytes(dtype));
+  std::vector<std::byte> sent(bytes), received(bytes * members);
   cast(DType::kFloat32, std::as_bytes(std::span(own)), dtype, sent);
-  std::vector<std::vector<std::byte>> received;
-  for (const Values& values : *target) received.push_back(packed(values.size()));
   std::vector<Buffer> buffers;
-  for (size_t p = 0; p < received.size(); ++p) {
-    buffers.push_back({dtype, received[p].data(), static_cast<int64_t>((*target)[p].size())});
+  for (size_t p = 0; p < members; ++p) {
+    buffers.push_back({dtype, received.data() + p * bytes, static_cast<int64_t>(count)});
   }
-  group.all_gather({dtype, sent.data(), static_cast<int64_t>(own.size())}, buffers);
-  for (size_t p = 0; p < received.size(); ++p) {
-    cast(dtype, received[p], DType::kFloat32, std::as_writable_bytes(std::span((*target)[p])));
-  }
+  group.all_gather({dtype, sent.data(), static_cast<int64_t>(count)}, buffers);
+  Values all(count * members);
+  cast(dtype, received, DType::kFloat32, std::as_writable_bytes(std::span(all)));
+  return all;
 }
 
 const Values& Parameters::use(int number) {
@@ -78,9 +72,7 @@ const Values& Parameters::use(int number) {
           rounded_to(state_->dtype, group.master[static_cast<size_t>(piece.at + i)]);
     }
   }
-  std::vector<Values> slots(static_cast<size_t>(owners.size()), Values(own.size()));
-  gather(owners, own, &slots);
-  for (const Values& part : slots) values.insert(values.end(), part.begin(), part.end());
+  values = gather(owners, own);
   values.resize(static_cast<size_t>(count));
   return values;
 }

@@ -39,8 +39,8 @@ class Parameters {
   Communicator& owners(bool expert) const {
     return expert ? *parallel_.expert_data : *parallel_.zero;
   }
-  // Shard values by rank of the owners, on the wire in the parameters' dtype, into `target`.
-  void gather(Communicator& group, const Values& own, std::vector<Values>* target) const;
+  // What all owners have, by rank, as much as this one: on the wire in the parameters' dtype.
+  Values gather(Communicator& group, const Values& own) const;
 
  private:
   const ParallelState& parallel_;

@@ -50,6 +50,7 @@ void Trainer::make_state() {
   const Topology& t = parallel_.topology;
   state_.dtype = model.dtype;
   state_.stage = config_.stage;
+  state_.pipeline_module = config_.pipeline_module || t.pipeline > 1;
   state_.loss_scale = config_.loss_scale;
   state_.counts_steps = counts_steps(config_.optimizer.kind);
   state_.scheduled = config_.schedule.kind != ScheduleKind::kConstant;
@@ -64,10 +65,12 @@ void Trainer::make_state() {
   for (const ParameterInfo& info : parameters_of(model)) {
     if (!held_by_stage(model, info, t.pipeline, parallel_.at.pipeline)) continue;
     const Span shard = shard_of(model, info, t, parallel_.at.tensor, parallel_.at.expert);
-    TrainedParameter p{.name = info.name,
-                       .shape = shard_shape(info, shard),
-                       .whole = info.shape,
-                       .expert = info.split == Split::kExpert};
+    TrainedParameter p{
+        .name = info.name,
+        .module_name = state_.pipeline_module ? pipeline_name(model, info) : info.name,
+        .shape = shard_shape(info, shard),
+        .whole = info.shape,
+        .expert = info.split == Split::kExpert};
     if (info.split != Split::kReplicated) {
       p.split_axis = info.split == Split::kRow ? 1 : 0;
       p.split_begin = shard.begin;
@@ -214,9 +217,10 @@ void Trainer::initialise() {
       const TrainedParameter& p = state_.parameters[static_cast<size_t>(piece.parameter)];
       const ParameterInfo& info = *std::find_if(infos.begin(), infos.end(),
                                                 [&](const auto& i) { return i.name == p.name; });
+      const InitialValues values(config_.model, info);
       for (int64_t i = 0; i < piece.count; ++i) {
-        group.master[static_cast<size_t>(piece.at + i)] = rounded_to(
-            state_.dtype, initial_value(config_.model, info, whole_element(p, piece.begin + i)));
+        group.master[static_cast<size_t>(piece.at + i)] =
+            rounded_to(state_.dtype, values.at(whole_element(p, piece.begin + i)));
       }
     }
   }
@@ -256,22 +260,22 @@ void Trainer::refresh_parameters() {
       TrainedParameter& p = state_.parameters[static_cast<size_t>(number)];
       p.values.resize(static_cast<size_t>(numel(p.shape)));
     }
-    const auto take = [&](const std::vector<BufferPiece>& pieces, const Values& values) {
+    const auto take = [&](const std::vector<BufferPiece>& pieces, const float* values) {
       for (const BufferPiece& piece : pieces) {  // `parameter` counts within the group
         TrainedParameter& p = state_.parameters[static_cast<size_t>(
             group.parameters[static_cast<size_t>(piece.parameter)])];
-        std::copy_n(values.begin() + piece.at, piece.count, p.values.begin() + piece.begin);
+        std::copy_n(values + piece.at, piece.count, p.values.begin() + piece.begin);
       }
     };
     const std::vector<GroupCut>& cuts = owners.layout->cuts;
     if (state_.stage == 0) {  // everybody has everything
-      take(cuts[static_cast<size_t>(owners.group->rank())].pieces, own);
+      take(cuts[static_cast<size_t>(owners.group->rank())].pieces, own.data());
       continue;
     }
-    std::vector<Values> all;
-    for (const GroupCut& cut : cuts) all.emplace_back(static_cast<size_t>(cut.size));
-    parameters_->gather(*owners.group, own, &all);
-    for (size_t member = 0; member < all.size(); ++member) take(cuts[member].pieces, all[member]);
+    const Values all = parameters_->gather(*owners.group, own);
+    for (size_t member = 0; member < cuts.size(); ++member) {
+      take(cuts[member].pieces, all.data() + member * own.size());
+    }
   }
 }
 

@@ -30,7 +30,8 @@ struct TrainConfig {
   LossScale loss_scale;  // as it is at the beginning
   double clip = 0.0;     // largest norm of the gradient; 0: as it is
   int stage = 0;
-  bool split_decay = false;  // norms are an optimizer group of their own, without weight decay
+  bool pipeline_module = false;  // a PipelineModule also where there is one stage
+  bool split_decay = false;      // norms are an optimizer group of their own, without weight decay
   bool disable_in_eval = false;
   ReduceMode reduce = ReduceMode::kTree;
 };

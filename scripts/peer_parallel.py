@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 
+import llama_pipeline
 import record_pipeline
 import record_traces
 
@@ -168,6 +169,8 @@ SIMULATED = [
     ("dp=2,ep=2,stage=1", {**MIXTRAL, "autoep": 2}, 2),
     ("dp=4,ep=2,stage=2", {**MIXTRAL, "autoep": 2, "stage": 2}, 4),
     ("dp=4,ep=2,stage=3", {**MIXTRAL, "autoep": 2, "stage": 3}, 4),
+    ("dp=2,pp=2,stage=1", {**LLAMA, "stages": 2}, 4),
+    ("dp=3,pp=2,stage=1", {"model": "llama-tied", "stages": 2}, 6),
 ]
 
 
@@ -235,7 +238,7 @@ def rank_main(case, load, out):
     if "autoep" in case and "most" in case:  # AutoEP takes the default, which a large model passes
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer as fill
         fill.__defaults__ = (case["most"],)
-    model = build_model(case)
+    model = llama_pipeline.build_model(case) if "stages" in case else build_model(case)
     parameters = list(model.parameters())
     if case["model"] == "moe":
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
@@ -248,6 +251,8 @@ def rank_main(case, load, out):
     engine.save_checkpoint(os.path.join(out, "again"), client_state=state)
     if "clip" in case:  # not by the config: a load brings the file's back
         engine.optimizer.clip_grad = case["clip"]
+    if "stages" in case:
+        return
     rank = torch.distributed.get_rank() // case.get("autotp", 1)
     words = 11 if case["model"] == "moe" else case.get("sizes", {}).get("vocab_size", 64)
     ids = torch.randint(0, words, (8, 1, 8), generator=torch.Generator().manual_seed(7))[rank]

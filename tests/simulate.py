@@ -201,7 +201,7 @@ class Simulate(ProgramCase):
         self.run_program(0, "diff", folder / "ckpt", "out")
         self.run_program(2, "golden", "--out", folder)  # it is there already
         self.run_program(2, "golden", "--topology", "dp=2,ep=2", "--out", "none")
-        self.run_program(2, "golden", "--topology", "pp=2", "--out", "none")
+        self.run_program(2, "golden", "--topology", "pp=2,stage=2", "--out", "none")
 
     def test_a_golden_folder_is_checked(self):
         folder = self.golden("dp=3,stage=2")

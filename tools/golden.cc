@@ -243,8 +243,8 @@ void add_golden(CLI::App* app, Session* session) {
   std::vector<CLI::Option*> asked = {
       verb->add_option(
           "--topology", options->topology,
-          "dp=,sp=,tp=,ep=,stage= (dp=2,stage=1); no pp, and tp with neither sp nor ep"),
-      verb->add_option("--model", options->model, "llama, llama-fp32, mixtral or tiny (llama)"),
+          "dp=,sp=,tp=,ep=,pp=,stage= (dp=2,stage=1); tp with neither sp nor ep, pp with dp"),
+      verb->add_option("--model", options->model, std::string(kSampleModels) + " (llama)"),
       verb->add_option("--steps", options->steps, "Steps that are trained (3)")
           ->check(CLI::Range(0, 10000)),
       verb->add_option("--seed", options->seed, "Of weights, tokens and the order of events (1)")

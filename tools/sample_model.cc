@@ -19,7 +19,8 @@ reference::TrainConfig sample_model(const std::string& name, uint64_t seed) {
   m.intermediate = 48;
   m.dtype = DType::kBFloat16;
   config.data.batch = 8;
-  if (name == "llama") return config;
+  m.tied = name == "llama-tied";
+  if (name == "llama" || m.tied) return config;
   if (name == "mixtral") {
     m.hidden = 16;
     m.head_size = 4;

@@ -1,0 +1,101 @@
+// Every topology through DeepSpeed's files, and pairs of them: layout_case.h.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <iostream>
+
+#include "core/random.h"
+#include "properties/layout_case.h"
+#include "sim/topologies/catalog.h"
+
+namespace isoshard::properties {
+namespace {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr uint64_t kPairs = 60, kLargePairs = 3;
+constexpr size_t kStride = 8;
+#else
+constexpr uint64_t kPairs = 2000, kLargePairs = 100;
+constexpr size_t kStride = 1;
+#endif
+
+std::string checked(const LayoutCase& value, LayoutMutant mutant = LayoutMutant::kNone) {
+  try {
+    return layout_difference(value, mutant);
+  } catch (const std::exception& failure) {
+    return failure.what();
+  }
+}
+
+void check_pairs(int world, uint64_t pairs) {
+  const std::vector<Topology> topologies = sim::topologies_up_to(world);
+  for (uint64_t number = 0; number < pairs; ++number) {
+    const LayoutCase value = seeded_layout_case(5, number, topologies);
+    ASSERT_EQ(checked(value), "") << "case " << number << "\n" << text_of(value);
+  }
+}
+
+TEST(Files, SampledPairsAreLoaded) { check_pairs(8, kPairs); }
+TEST(Files, SampledPairsOf64RanksAreLoaded) { check_pairs(64, kLargePairs); }
+
+// What DeepSpeed can run and save, as its own rules say (docs/deepspeed_errata.md, SUPPORT.md), and
+// isoshard reads: AutoTP without sp and without experts, AutoEP, at stage 3 without sp, pipelines
+// of stage 1.
+bool has_files(const Topology& t, int stage) {
+  const int kinds = (t.tensor > 1) + (t.expert > 1) + (t.pipeline > 1);
+  if (kinds > 1) return false;
+  if (t.tensor > 1) return t.sequence == 1;
+  if (t.expert > 1) return t.data * t.sequence % t.expert == 0 && (stage < 3 || t.sequence == 1);
+  if (t.pipeline > 1) return t.sequence == 1 && stage == 1;
+  return true;
+}
+
+// To any other one, with a model that both can have.
+TEST(Files, EveryTopologyIsSavedAndLoaded) {
+  const std::vector<Topology> topologies = sim::topologies_up_to(8);
+  size_t legs = 0;
+  for (size_t i = 0; i < topologies.size(); i += kStride) {
+    const Topology& topology = topologies[i];
+    for (uint64_t stage = 0; stage < 4; ++stage) {
+      if (!has_files(topology, static_cast<int>(stage))) continue;
+      Random random(keyed_random(9, {i, stage}));
+      const Draw draw = [&](int64_t low, int64_t high) { return random.between(low, high); };
+      LayoutCase value;
+      int tries = 0;
+      do {
+        value = draw_layout_case(draw, {topology}, topologies);
+      } while (++tries < 500 && value.from != Leg{topology, static_cast<int>(stage), 0});
+      ASSERT_LT(tries, 500) << "no model has files of " << to_string(topology) << " stage "
+                            << stage;
+      ASSERT_EQ(checked(value), "") << text_of(value);
+      ++legs;
+    }
+  }
+  std::cout << legs << " topologies and stages of " << 4 * topologies.size() << "\n";
+}
+
+class LayoutMutants : public testing::TestWithParam<LayoutMutant> {};
+
+TEST_P(LayoutMutants, IsKilled) {
+  const std::vector<Topology> topologies = sim::topologies_up_to(8);
+  constexpr uint64_t kMost = 100;
+  for (uint64_t number = 0; number < kMost; ++number) {
+    const LayoutCase value = seeded_layout_case(5, number, topologies);
+    const std::string reason = checked(value, GetParam());
+    if (reason.empty()) continue;
+    EXPECT_EQ(checked(value), "") << "the law fails without the mutant too";
+    std::cout << "killed by case " << number << ": " << reason << "\n";
+    return;
+  }
+  FAIL() << "the mutant survives " << kMost << " cases";
+}
+
+INSTANTIATE_TEST_SUITE_P(All, LayoutMutants,
+                         testing::Values(LayoutMutant::kSwappedRanks, LayoutMutant::kStaleFile),
+                         [](const auto& info) {
+                           return info.param == LayoutMutant::kStaleFile ? "StaleFile"
+                                                                         : "SwappedRanks";
+                         });
+
+}  // namespace
+}  // namespace isoshard::properties

@@ -1,0 +1,225 @@
+// See layout_case.h.
+#include "properties/layout_case.h"
+
+#include <algorithm>
+#include <bit>
+#include <map>
+
+#include "core/error.h"
+#include "core/hex_float.h"
+#include "core/random.h"
+
+namespace isoshard::properties {
+namespace {
+
+using engine::CheckpointEngine;
+using reference::TrainConfig;
+using reference::Trainer;
+
+const char* const kNames[] = {"exp_avg",         "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq",
+                              "square_averages", "z",          "exp_avg_sq_row"};
+
+uint64_t key_of(uint64_t seed, const std::string& text) {
+  uint64_t word = mix(seed ^ text.size());
+  for (const char c : text) word = mix(word ^ static_cast<unsigned char>(c));
+  return word;
+}
+
+// 25 bits and a sign, −0 among them.
+float value_of(uint64_t key, int64_t element) {
+  const uint64_t word = keyed_random(key, {static_cast<uint64_t>(element)});
+  if (word % 64 == 0) return -0.0f;
+  return static_cast<float>(static_cast<int64_t>(word >> 40) - (1 << 23)) * 0x1p-20f;
+}
+
+// Calls `visit(key, element, value)` for every element of the masters and states that a rank holds.
+template <typename Visit>
+void visit_values(TrainingState* state, uint64_t seed, const Visit& visit) {
+  for (TrainedGroup& group : state->groups) {
+    const auto all = [&](const std::string& name, std::vector<float>* values) {
+      for (const BufferPiece& piece : group.pieces) {
+        const TrainedParameter& p = state->parameters[static_cast<size_t>(piece.parameter)];
+        const uint64_t key = key_of(seed, p.name + "/" + name);
+        for (int64_t i = 0; i < piece.count; ++i) {
+          visit(p.name + " " + name, key, reference::whole_element(p, piece.begin + i),
+                &(*values)[static_cast<size_t>(piece.at + i)]);
+        }
+      }
+    };
+    all("fp32", &group.master);
+    for (auto& [name, values] : group.states) all(name, &values);
+  }
+}
+
+TrainingCounters counters_of(uint64_t seed) {
+  const auto number = [&](uint64_t which) {
+    return static_cast<int64_t>(1 + keyed_random(seed, {which}) % 1000);
+  };
+  const int64_t good = number(1), bad = number(2);
+  return {.steps = good + bad,
+          .skipped_steps = bad,
+          .optimizer_steps = good,
+          .samples = number(3),
+          .schedule_iteration = good - 1};
+}
+
+void apply(LayoutMutant mutant, Storage& storage, const std::string& folder) {
+  if (mutant == LayoutMutant::kNone) return;
+  std::vector<std::string> files;
+  for (const DirectoryEntry& entry : storage.list(folder)) {
+    if (entry.name.ends_with("_optim_states.pt")) files.push_back(folder + "/" + entry.name);
+  }
+  if (files.size() < 2) return;
+  const auto read = [&](const std::string& path) {
+    return read_small_file(storage, path, int64_t{1} << 30);
+  };
+  const std::string first = read(files.front()), last = read(files.back());
+  checkpoint::replace_small_file(storage, files.back(), first);
+  if (mutant == LayoutMutant::kSwappedRanks) {
+    checkpoint::replace_small_file(storage, files.front(), last);
+  }
+}
+
+TrainConfig config_of(const LayoutCase& value, const Leg& leg) {
+  TrainConfig config = value.config;
+  config.stage = leg.stage;
+  return config;
+}
+
+// A rank's trainer with the case's states, all of them zero.
+std::unique_ptr<Trainer> make_trainer(const LayoutCase& value, const Leg& leg,
+                                      const ParallelState& parallel,
+                                      reference::LayoutCache* cache) {
+  auto trainer = std::make_unique<Trainer>(config_of(value, leg), parallel, cache);
+  for (TrainedGroup& group : trainer->state().groups) {
+    group.states.clear();
+    for (const std::string& name : value.states) {
+      group.states.emplace_back(name, std::vector<float>(group.master.size(), 0.0f));
+    }
+  }
+  return trainer;
+}
+
+CheckpointEngine engine_of(Storage& storage, const LayoutCase& value, const Leg& leg,
+                           const ParallelState& parallel) {
+  return CheckpointEngine(storage, parallel,
+                          deepspeed_config(config_of(value, leg), leg.topology, leg.stage),
+                          [](const std::string&) {});
+}
+
+std::string element_difference(const LayoutCase& value, int rank, TrainingState* state) {
+  std::string reason;
+  visit_values(
+      state, value.seed, [&](const std::string& what, uint64_t key, int64_t element, float* found) {
+        const float expected = value_of(key, element);
+        if (std::bit_cast<uint32_t>(expected) == std::bit_cast<uint32_t>(*found)) return;
+        if (!reason.empty()) return;
+        reason = "rank " + std::to_string(rank) + ", " + what + "[" + std::to_string(element) +
+                 "]: " + hex_float(*found) + ", saved as " + hex_float(expected);
+      });
+  if (reason.empty() && !(state->counters == counters_of(value.seed))) {
+    reason = "rank " + std::to_string(rank) + ": other counters";
+  }
+  return reason;
+}
+
+}  // namespace
+
+std::vector<int> stages_with_files(const TrainConfig& config, const Topology& topology) {
+  checkpoint::MemoryStorage storage;
+  const FileBridge bridge(storage, config, 1);
+  std::vector<int> stages;
+  for (int stage = 0; stage <= 3; ++stage) {
+    if (bridge.unsupported({topology, stage, 0}).empty()) stages.push_back(stage);
+  }
+  return stages;
+}
+
+LayoutCase draw_layout_case(const Draw& draw, const std::vector<Topology>& from,
+                            const std::vector<Topology>& to) {
+  LayoutCase value{.config = draw_config(draw)};
+  value.seed = static_cast<uint64_t>(draw(1, 1'000'000));
+  const int64_t count = draw(1, 4);
+  for (int64_t k = 0; k < count; ++k) {
+    const std::string name = kNames[draw(0, std::size(kNames) - 1)];
+    const auto known = std::find(value.states.begin(), value.states.end(), name);
+    if (known == value.states.end()) value.states.push_back(name);
+  }
+  const auto one_of = [&](const auto& list) {
+    return list[static_cast<size_t>(draw(0, static_cast<int64_t>(list.size()) - 1))];
+  };
+  const auto pick = [&](const std::vector<Topology>& topologies) -> Leg {
+    std::map<int, std::vector<Topology>> by_size;  // by the power of two below the number of ranks
+    for (const Topology& topology : topologies) {
+      by_size[std::bit_width(static_cast<unsigned>(topology.world()))].push_back(topology);
+    }
+    auto size = by_size.begin();
+    std::advance(size, draw(0, static_cast<int64_t>(by_size.size()) - 1));
+    for (int tries = 0; tries < 64; ++tries) {
+      const Topology topology = one_of(size->second);
+      if (!fits(value.config.model, topology)) continue;
+      const std::vector<int> stages = stages_with_files(value.config, topology);
+      if (!stages.empty()) return {topology, one_of(stages), 0};
+    }
+    return {{.data = size->second.front().world()}, 1, 0};
+  };
+  if (from.size() == 1) fitting(from, &value.config);  // the model gives way
+  if (value.config.model.experts > 0) value.config.pipeline_module = false;
+  value.from = pick(from);
+  // What follows is a PipelineModule too, and before it none.
+  if (value.from.topology.pipeline > 1) value.config.pipeline_module = true;
+  do {
+    value.to = pick(to);
+  } while (value.to.topology.pipeline > 1 && !value.config.pipeline_module);
+  return value;
+}
+
+LayoutCase seeded_layout_case(uint64_t seed, uint64_t number,
+                              const std::vector<Topology>& topologies) {
+  Random random(keyed_random(seed, {number}));
+  return draw_layout_case([&](int64_t low, int64_t high) { return random.between(low, high); },
+                          topologies, topologies);
+}
+
+std::string text_of(const LayoutCase& value) {
+  std::string out = text_of(value.config) + "\nstates ";
+  for (const std::string& name : value.states) out += " " + name;
+  return out + "\nlegs    " + to_string(value.from) + "; " + to_string(value.to);
+}
+
+std::string layout_difference(const LayoutCase& value, LayoutMutant mutant) {
+  checkpoint::MemoryStorage storage;
+  const TrainingCounters counters = counters_of(value.seed);
+  sim::Cluster before(value.from.topology, {.seed = value.seed});
+  reference::LayoutCache layouts;
+  before.run([&](sim::Rank& rank) {
+    const ParallelState parallel = parallel_state(rank);
+    const auto trainer = make_trainer(value, value.from, parallel, &layouts);
+    visit_values(&trainer->state(), value.seed,
+                 [](const std::string&, uint64_t key, int64_t element, float* target) {
+                   *target = value_of(key, element);
+                 });
+    trainer->state().counters = counters;
+    trainer->refresh_parameters();
+    engine_of(storage, value, value.from, parallel).save_checkpoint(trainer->state(), "/from", {});
+  });
+  std::string folder = "/from";
+  if (!(value.from.topology == value.to.topology && value.from.stage == value.to.stage)) {
+    folder = "/to";
+    FileBridge(storage, value.config, value.seed).bring("/from", folder, value.to);
+  }
+  apply(mutant, storage, folder + "/global_step" + std::to_string(counters.steps));
+  sim::Cluster after(value.to.topology, {.seed = value.seed});
+  std::string reason;
+  layouts.clear();
+  after.run([&](sim::Rank& rank) {
+    const ParallelState parallel = parallel_state(rank);
+    const auto trainer = make_trainer(value, value.to, parallel, &layouts);
+    engine_of(storage, value, value.to, parallel).load_checkpoint(&trainer->state(), folder, {});
+    const std::string found = element_difference(value, rank.number(), &trainer->state());
+    if (reason.empty()) reason = found;
+  });
+  return reason;
+}
+
+}  // namespace isoshard::properties
