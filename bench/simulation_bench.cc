@@ -34,7 +34,9 @@ void save_reshard_load(benchmark::State& state) {
   uint64_t number = 0;
   int64_t ranks = 0;
   for (auto _ : state) {
+    state.PauseTiming();
     const properties::LayoutCase value = properties::seeded_layout_case(1, number++, topologies);
+    state.ResumeTiming();
     ranks += value.from.topology.world() + value.to.topology.world();
     const std::string reason = layout_difference(value);
     CHECK(reason.empty(), reason);

@@ -58,7 +58,7 @@ float* TreeSum::push(TreeNode node) {
   }
   stack_.push_back({first, node.last_leaf()});
   const size_t room = stack_.size() * width_;
-  if (values_.size() < room) values_.resize(2 * room);
+  if (values_.size() < room) values_.resize(std::max(room, 2 * values_.size()));
   return values_at(stack_.size() - 1);
 }
 
@@ -107,12 +107,13 @@ void PartialCombiner::add(const Partial& partial) {
 }
 
 bool PartialCombiner::finish(std::span<float> root) {
-  std::sort(terms_.begin(), terms_.end(),
-            [](const Term& a, const Term& b) { return a.node.first_leaf() < b.node.first_leaf(); });
-  TreeSum sum(width_);
-  for (const Term& term : terms_) std::copy_n(term.values, width_, sum.push(term.node));
+  const auto before = [](const Term& a, const Term& b) {
+    return a.node.first_leaf() < b.node.first_leaf();
+  };
+  if (!std::ranges::is_sorted(terms_, before)) std::ranges::sort(terms_, before);
+  for (const Term& term : terms_) std::copy_n(term.values, width_, sum_.push(term.node));
   terms_.clear();
-  return sum.finish(root);
+  return sum_.finish(root);
 }
 
 }  // namespace isoshard

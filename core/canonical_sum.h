@@ -49,7 +49,7 @@ struct TreeNode {
 // up by itself. `owned` is sorted; ranges that touch are taken together.
 std::vector<TreeNode> frontier(const std::vector<LeafRange>& owned);
 
-// Adds leaves, or finished nodes, that come in ascending order. Holds one buffer a level.
+// Adds leaves, or finished nodes, that come in ascending order. Holds as many vectors as levels.
 class TreeSum {
  public:
   explicit TreeSum(size_t width) : width_(width) {}
@@ -60,6 +60,8 @@ class TreeSum {
   float* push_leaf(LeafIndex leaf) { return push({0, leaf}); }
 
   bool empty() const { return stack_.empty(); }
+  // Of an empty sum: the width of the next.
+  void restart(size_t width) { width_ = width; }
   // The root; false, and zeros, where nothing was pushed. The sum is empty afterwards.
   bool finish(std::span<float> root);
 
@@ -102,7 +104,12 @@ class PartialSum {
 // The root over all owners. Columns [first, first + root.size()) of each partial's `width`.
 class PartialCombiner {
  public:
-  explicit PartialCombiner(size_t width) : width_(width) {}
+  explicit PartialCombiner(size_t width) : width_(width), sum_(width) {}
+  // Begins a sum of another width; what was added is finished.
+  void restart(size_t width) {
+    width_ = width;
+    sum_.restart(width);
+  }
   // `values` lies still until finish().
   void add(TreeNode node, const float* values) { terms_.push_back({node, values}); }
   // Absent nodes are left out.
@@ -115,6 +122,7 @@ class PartialCombiner {
     const float* values = nullptr;
   };
   size_t width_;
+  TreeSum sum_;
   std::vector<Term> terms_;
 };
 

@@ -23,7 +23,8 @@ struct BufferPiece {
 
 struct TrainedParameter {
   std::string name;
-  // Its name in the module that is saved: a PipelineModule counts layers, "3.mlp.up_proj.weight".
+  // Its name in the module that is saved: `name`, but for a PipelineModule, which counts layers:
+  // "3.mlp.up_proj.weight".
   std::string module_name = {};
   Shape shape;              // of this rank's tensor- or expert-parallel shard
   Shape whole;              // of all ranks together

@@ -7,6 +7,7 @@
 
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/source.h"
+#include "checkpoint/format/crc.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "core/random.h"
@@ -89,17 +90,32 @@ void check_side_files(const std::vector<SideFile>& files) {
   }
 }
 
-// What a rank tells rank 0 of its files, and back.
+uint32_t crc_of(const std::string& text) {
+  return checkpoint::crc32_of(std::as_bytes(std::span(text)));
+}
+
+// What a rank tells rank 0 of its files, and back. The CRC is of the list: what was altered on its
+// way must not be published as the hash of a file.
 std::string text_of_files(const std::vector<checkpoint::ManifestFile>& files) {
   nlohmann::json list = nlohmann::json::array();
   for (const checkpoint::ManifestFile& file : files) {
     list.push_back({file.path, file.size_bytes, file.hash});
   }
-  return list.dump();
+  const std::string text = list.dump();
+  return checkpoint::hex16(crc_of(text)) + text;
 }
 
-void take_files(const std::string& text, std::vector<checkpoint::ManifestFile>* files) {
-  for (const nlohmann::json& file : nlohmann::json::parse(text)) {
+void take_files(size_t rank, const std::string& text,
+                std::vector<checkpoint::ManifestFile>* files) {
+  const std::string list = text.size() > 16 ? text.substr(16) : "";
+  if (text.substr(0, 16) != checkpoint::hex16(crc_of(list))) {
+    throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
+                          .what = "A rank's list of files was altered on its way.",
+                          .entry = "rank " + std::to_string(rank),
+                          .safe = kAsItWas,
+                          .next = "save again"});
+  }
+  for (const nlohmann::json& file : nlohmann::json::parse(list)) {
     files->push_back({.path = file[0], .size_bytes = file[1], .hash = file[2]});
   }
 }
@@ -164,22 +180,15 @@ std::string CheckpointEngine::from_rank(int root, std::string text) {
 
 std::vector<std::string> CheckpointEngine::gathered(const std::string& text) {
   const size_t world = static_cast<size_t>(parallel_.topology.world());
-  const bool leads = parallel_.rank == 0;
   const int64_t own = static_cast<int64_t>(text.size());
   std::vector<int64_t> sizes(world);
   std::vector<Buffer> targets;
   for (int64_t& size : sizes) targets.push_back(buffer(std::span(&size, 1)));
   parallel_.world->all_gather(const_buffer(std::span(&own, 1)), targets);
-  std::vector<std::vector<uint8_t>> parts(world);
-  targets.clear();
-  for (size_t p = 0; p < world; ++p) {
-    parts[p].resize(leads ? static_cast<size_t>(sizes[p]) : 0);
-    targets.push_back(buffer(std::span(parts[p])));
-  }
-  const std::vector<uint8_t> bytes(text.begin(), text.end());
-  std::vector<ConstBuffer> source(world, const_buffer(std::span<const uint8_t>()));
-  source[0] = const_buffer(std::span<const uint8_t>(bytes));
-  parallel_.world->all_to_all(source, targets);
+  std::vector<std::vector<uint8_t>> source(world);
+  source[0].assign(text.begin(), text.end());
+  if (parallel_.rank != 0) std::fill(sizes.begin(), sizes.end(), 0);
+  const std::vector<std::vector<uint8_t>> parts = exchange(*parallel_.world, source, sizes);
   std::vector<std::string> result;
   for (const std::vector<uint8_t>& part : parts) result.emplace_back(part.begin(), part.end());
   return result;
@@ -291,7 +300,9 @@ std::shared_ptr<PendingSave> CheckpointEngine::begin_save(const TrainingState& s
 // Rank 0: the manifest, and one rename.
 void CheckpointEngine::publish(PendingSave* pending, const std::vector<std::string>& parts) {
   checkpoint::Manifest manifest{.files = {}, .program_version = ISOSHARD_VERSION};
-  for (const std::string& part : parts) take_files(part, &manifest.files);
+  for (size_t rank = 0; rank < parts.size(); ++rank) {
+    take_files(rank, parts[rank], &manifest.files);
+  }
   const std::string text = checkpoint::to_json(manifest);
   if (pending->staged_->in_place()) pending->staged_->settle();
   const std::unique_ptr<WritableFile> file =

@@ -1,8 +1,13 @@
-// See rank_files.h: the files of a PipelineModule's layers.
+// See layer_files.h.
+#include "engine/layer_files.h"
+
+#include <map>
+
 #include "checkpoint/deepspeed/pipeline.h"
 #include "core/check.h"
+#include "core/error.h"
 #include "engine/pickled.h"
-#include "engine/rank_files.h"
+#include "engine/rank_reader.h"
 
 namespace isoshard::engine {
 
@@ -14,7 +19,6 @@ std::pair<std::string, std::string> place_in_layers(const TrainedParameter& para
   }
   const std::string key = checkpoint::tied_key(name);
   CHECK(!key.empty(), name + " is of no layer");
-  // The embedding's, and that is the first layer.
   return {checkpoint::layer_file_name(0, 0, 1), name.substr(("tied_modules." + key + ".").size())};
 }
 
@@ -29,6 +33,27 @@ std::vector<LayerPlace> layers_with_files(const TrainingState& state, const Rank
     layers.back().parameters.push_back(static_cast<int>(i));
   }
   return layers;
+}
+
+void check_layers(Storage& storage, const std::string& folder, const TrainingState& state,
+                  bool strict) {
+  std::map<std::string, RankReader> files;
+  for (const TrainedParameter& p : state.parameters) {
+    const auto [name, local] = place_in_layers(p);
+    RankReader& file = files.try_emplace(name, storage, folder + "/" + name).first->second;
+    const checkpoint::Fields& fields = file.fields();
+    if (!strict && fields.maybe(fields.root(), local) == checkpoint::kNoNode) continue;
+    const Shape found = fields.tensor(file.need(fields.root(), local), local).shape;
+    if (found == p.shape) continue;
+    throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                          .what = "A layer of the checkpoint has another shape (DeepSpeed: "
+                                  "RuntimeError, \"size mismatch\").",
+                          .file = folder + "/" + name,
+                          .entry = quote(p.module_name),
+                          .expected = to_string(p.shape),
+                          .found = to_string(found),
+                          .next = "name the checkpoint of this model"});
+  }
 }
 
 checkpoint::FileBlueprint layer_file(const TrainingState& state, const LayerPlace& layer) {

@@ -3,8 +3,10 @@
 
 #include <algorithm>
 
+#include "core/check.h"
 #include "core/error.h"
 #include "engine/expert_files.h"
+#include "engine/layer_files.h"
 
 namespace isoshard::engine {
 
@@ -76,6 +78,9 @@ std::vector<FileBlueprint> rank_files(const TrainingState& state, const RankPlac
                           .what = "client_state contains a reserved key (DeepSpeed: KeyError).",
                           .entry = key,
                           .next = "give the entry another name"});
+  }
+  for (const TrainedParameter& p : state.parameters) {
+    CHECK(state.pipeline_module || p.module_name == p.name, p.name + " has two names");
   }
   std::vector<FileBlueprint> files;
   if (state.stage == 3 || place.zero_rank() == 0) {

@@ -6,8 +6,8 @@
 //   stages 1, 2  the same without the optimizer; each rank its zero_pp_rank_D_…_optim_states.pt
 //   stage 3      each rank both: zero_pp_rank_D_mp_rank_XX_{model,optim}_states.pt
 //
-// A PipelineModule (deepspeed/runtime/pipe/module.py; stage 1) has a file a layer,
-// layer_NN-model_states.pt, of the first data-parallel rank, and no module in the model file.
+// A PipelineModule (engine/layer_files.h; stage 1) has a file a layer, and no module in the model
+// file.
 //
 // AutoEP (engine/expert_files.h) adds a file an expert at stages 0 to 2, and at stage 0 an
 // optimizer file an expert-parallel rank.
@@ -15,7 +15,6 @@
 
 #include <nlohmann/json.hpp>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "checkpoint/blueprint.h"
@@ -55,22 +54,10 @@ std::vector<checkpoint::FileBlueprint> rank_files(const TrainingState& state,
                                                   const RankPlace& place,
                                                   const SaveContent& content);
 
-// A layer of a PipelineModule, and its parameters.
-struct LayerPlace {
-  int layer = 0;
-  std::vector<int> parameters;  // numbers in TrainingState::parameters
-};
-// Those that have a file among the layers of the rank's stage: a tied module is in that of the
-// first layer that uses it.
-std::vector<LayerPlace> layers_with_files(const TrainingState& state, const RankPlace& place);
-// Where a parameter of a PipelineModule lies: the name of the file, and its name there.
-std::pair<std::string, std::string> place_in_layers(const TrainedParameter& parameter);
-
 // Its two files; each knows the stage.
 checkpoint::FileBlueprint model_file(const TrainingState& state, const RankPlace& place,
                                      const SaveContent& content);
 checkpoint::FileBlueprint optim_file(const TrainingState& state, const RankPlace& place,
                                      const SaveContent& content);
-checkpoint::FileBlueprint layer_file(const TrainingState& state, const LayerPlace& layer);
 
 }  // namespace isoshard::engine

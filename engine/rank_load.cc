@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "core/zero_rules.h"
 #include "engine/expert_files.h"
+#include "engine/layer_files.h"
 #include "engine/rank_fields.h"
 #include "engine/rank_reader.h"
 
@@ -85,14 +86,13 @@ void load_partitions(RankReader& reader, const RankPlace& place, bool with_state
 }
 
 // A parameter in its own dtype, of stages 0 to 2: from the module, or from the files of the rank's
-// experts.
+// experts or layers.
 class Weights {
  public:
   Weights(Storage& storage, const std::string& folder, RankReader& model,
           const TrainingState& state, const LoadOptions& options)
       : storage_(storage),
         folder_(folder),
-        state_(state),
         model_(model),
         layered_(state.pipeline_module),
         options_(options),
@@ -111,13 +111,8 @@ class Weights {
                             .expected = std::to_string(count) + " elements",
                             .found = std::to_string(target->size())});
     }
-    if (!options_.load_module_strict && !p.expert && !layered_ && !has(p.name)) return;
+    if (!options_.load_module_strict && !p.expert && !holds(p)) return;
     *target = values(p);
-  }
-
-  bool has(const std::string& name) const {
-    const NodeId module = model_.need(model_.fields().root(), "module");
-    return model_.fields().maybe(module, name) != checkpoint::kNoNode;
   }
 
   std::vector<float> values(const TrainedParameter& p) {
@@ -147,17 +142,23 @@ class Weights {
   }
 
  private:
+  bool holds(const TrainedParameter& p) {
+    if (!layered_) return has(p.name);
+    const auto [file_name, local] = place_in_layers(p);
+    RankReader& file = opened(file_name);
+    return file.fields().maybe(file.fields().root(), local) != checkpoint::kNoNode;
+  }
+
+  bool has(const std::string& name) const {
+    const NodeId module = model_.need(model_.fields().root(), "module");
+    return model_.fields().maybe(module, name) != checkpoint::kNoNode;
+  }
+
   RankReader& opened(const std::string& name) {
     return files_.try_emplace(name, storage_, folder_ + "/" + name).first->second;
   }
 
   std::optional<std::vector<float>> module_values(const std::string& name) {
-    if (layered_) {
-      for (const TrainedParameter& p : state_.parameters) {
-        if (p.name == name) return values(p);
-      }
-      return std::nullopt;
-    }
     if (!has(name)) return std::nullopt;
     const NodeId node = model_.need(model_.need(model_.fields().root(), "module"), name);
     const Shape shape = model_.fields().tensor(node, name).shape;
@@ -166,7 +167,6 @@ class Weights {
 
   Storage& storage_;
   std::string folder_;
-  const TrainingState& state_;
   RankReader& model_;
   bool layered_;
   const LoadOptions& options_;
@@ -244,9 +244,13 @@ void check_model(RankReader& reader, const TrainingState& state) {
                           .entry = quote(entry),
                           .expected = expected,
                           .found = found,
-                          .next = "name the checkpoint of this model"});
+                          .next = state.pipeline_module
+                                      ? "name the checkpoint of this model; where it is that, its "
+                                        "layers are cut otherwise: isoshard reshard --to pp=N "
+                                        "--pp-parts …"
+                                      : "name the checkpoint of this model"});
   };
-  if (state.stage == 0 && state.pipeline_module) return;  // as their files are read
+  if (state.stage == 0 && state.pipeline_module) return;  // check_layers() does
   if (state.stage == 0) {
     const NodeId module = reader.need(fields.root(), "module");
     for (const TrainedParameter& p : state.parameters) {
@@ -263,12 +267,12 @@ void check_model(RankReader& reader, const TrainingState& state) {
     for (const int number : state.groups[g].parameters) {
       const TrainedParameter& p = state.parameters[static_cast<size_t>(number)];
       if (numel(p.shape) == 0) continue;
-      if (at == found.size()) refuse(p.name, to_string(p.shape), "nothing");
+      if (at == found.size()) refuse(p.module_name, to_string(p.shape), "nothing");
       const auto& [name, node] = found[at++];
       if (name != p.module_name)
-        refuse(p.name, "in this place of group " + std::to_string(g), quote(name));
+        refuse(p.module_name, "in this place of group " + std::to_string(g), quote(name));
       const Shape shape = fields.shape(node, name);
-      if (shape != p.shape) refuse(p.name, to_string(p.shape), to_string(shape));
+      if (shape != p.shape) refuse(p.module_name, to_string(p.shape), to_string(shape));
     }
     if (at < found.size()) refuse(found[at].first, "no further parameter", "one");
   }
@@ -298,7 +302,19 @@ LoadResult load_rank(Storage& storage, const std::string& folder, const RankPlac
         .expected = std::to_string(own) + " data- and sequence-parallel ranks, model-parallel " +
                     std::to_string(place.mp_ranks()),
         .found = std::to_string(ranks) + ", model-parallel " + std::to_string(mp_ranks),
-        .next = "isoshard reshard --to dp=…,sp=…,tp=…"});
+        .next = place.topology.pipeline > 1 ? "isoshard reshard --to dp=…,pp=…"
+                                            : "isoshard reshard --to dp=…,sp=…,tp=…"});
+  }
+  if (state->pipeline_module) {
+    if (options.custom_load_fn) {
+      throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                            .what = "A pipeline takes no custom_load_fn (DeepSpeed: "
+                                    "AssertionError, \"custom_load_fn not supported w. pipeline "
+                                    "parallelism\").",
+                            .file = *result.path,
+                            .next = "leave custom_load_fn out"});
+    }
+    check_layers(storage, folder, *state, options.load_module_strict);
   }
   const bool module_alone = state->stage < 3 && !with_states;
   if (!(module_alone && (options.custom_load_fn || !options.load_module_strict))) {

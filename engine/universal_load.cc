@@ -83,7 +83,7 @@ class UniversalReader {
     throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
                           .what = "The universal folder does not hold this run's model.",
                           .file = source_.folder,
-                          .entry = quote(p.name) + " " + what,
+                          .entry = quote(p.module_name) + " " + what,
                           .expected = to_string(p.whole),
                           .found = found,
                           .next = "name the checkpoint of this model"});

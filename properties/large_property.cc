@@ -68,7 +68,7 @@ TEST_P(LargeSteps, IsTheStepOfOneRank) {
 }
 
 INSTANTIATE_TEST_SUITE_P(
-    Of1024Ranks, LargeSteps,
+    Large, LargeSteps,
     testing::Values(LargeStep{{.data = 1024}, 1}, LargeStep{{.data = 512, .sequence = 2}, 3},
                     LargeStep{{.data = 64, .sequence = 4, .tensor = 4}, 2},
                     LargeStep{{.data = 64, .sequence = 2, .tensor = 2, .pipeline = 4}, 1},

@@ -5,6 +5,7 @@
 #include <bit>
 #include <map>
 
+#include "core/cast.h"
 #include "core/error.h"
 #include "core/hex_float.h"
 #include "core/random.h"
@@ -16,8 +17,8 @@ using engine::CheckpointEngine;
 using reference::TrainConfig;
 using reference::Trainer;
 
-const char* const kNames[] = {"exp_avg",         "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq",
-                              "square_averages", "z",          "exp_avg_sq_row"};
+const char* const kStates[] = {"exp_avg",         "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq",
+                               "square_averages", "z",          "exp_avg_sq_row"};
 
 uint64_t key_of(uint64_t seed, const std::string& text) {
   uint64_t word = mix(seed ^ text.size());
@@ -25,7 +26,7 @@ uint64_t key_of(uint64_t seed, const std::string& text) {
   return word;
 }
 
-// 25 bits and a sign, −0 among them.
+// 23 bits and a sign, −0 among them.
 float value_of(uint64_t key, int64_t element) {
   const uint64_t word = keyed_random(key, {static_cast<uint64_t>(element)});
   if (word % 64 == 0) return -0.0f;
@@ -34,7 +35,7 @@ float value_of(uint64_t key, int64_t element) {
 
 // Calls `visit(key, element, value)` for every element of the masters and states that a rank holds.
 template <typename Visit>
-void visit_values(TrainingState* state, uint64_t seed, const Visit& visit) {
+void visit_values(TrainingState* state, uint64_t seed, bool with_states, const Visit& visit) {
   for (TrainedGroup& group : state->groups) {
     const auto all = [&](const std::string& name, std::vector<float>* values) {
       for (const BufferPiece& piece : group.pieces) {
@@ -47,32 +48,45 @@ void visit_values(TrainingState* state, uint64_t seed, const Visit& visit) {
       }
     };
     all("fp32", &group.master);
+    if (!with_states) continue;
     for (auto& [name, values] : group.states) all(name, &values);
   }
 }
 
-TrainingCounters counters_of(uint64_t seed) {
+// Where the files hold a number of its own, it is one of its own.
+TrainingCounters counters_of(const LayoutCase& value) {
   const auto number = [&](uint64_t which) {
-    return static_cast<int64_t>(1 + keyed_random(seed, {which}) % 1000);
+    return static_cast<int64_t>(1 + keyed_random(value.seed, {which}) % 1000);
   };
   const int64_t good = number(1), bad = number(2);
+  const bool counted = reference::counts_steps(value.config.optimizer.kind);
+  const bool scheduled = value.config.schedule.kind != reference::ScheduleKind::kConstant;
   return {.steps = good + bad,
           .skipped_steps = bad,
-          .optimizer_steps = good,
+          .optimizer_steps = counted ? number(4) : good,
           .samples = number(3),
-          .schedule_iteration = good - 1};
+          .schedule_iteration = scheduled ? number(5) : good - 1};
 }
 
-void apply(LayoutMutant mutant, Storage& storage, const std::string& folder) {
+void apply(LayoutMutant mutant, Storage& storage, const std::string& folder, int64_t layers) {
   if (mutant == LayoutMutant::kNone) return;
+  const auto read = [&](const std::string& path) {
+    return read_small_file(storage, path, int64_t{1} << 30);
+  };
+  if (mutant == LayoutMutant::kSwappedLayers) {
+    const std::string one = folder + "/layer_01-model_states.pt";
+    const std::string two = folder + "/layer_02-model_states.pt";
+    if (layers < 2 || !storage.is_file(one)) return;  // otherwise the second is the norm
+    const std::string first = read(one), second = read(two);
+    checkpoint::replace_small_file(storage, one, second);
+    checkpoint::replace_small_file(storage, two, first);
+    return;
+  }
   std::vector<std::string> files;
   for (const DirectoryEntry& entry : storage.list(folder)) {
     if (entry.name.ends_with("_optim_states.pt")) files.push_back(folder + "/" + entry.name);
   }
   if (files.size() < 2) return;
-  const auto read = [&](const std::string& path) {
-    return read_small_file(storage, path, int64_t{1} << 30);
-  };
   const std::string first = read(files.front()), last = read(files.back());
   checkpoint::replace_small_file(storage, files.back(), first);
   if (mutant == LayoutMutant::kSwappedRanks) {
@@ -107,23 +121,33 @@ CheckpointEngine engine_of(Storage& storage, const LayoutCase& value, const Leg&
                           [](const std::string&) {});
 }
 
-std::string element_difference(const LayoutCase& value, int rank, TrainingState* state) {
+// Of a load of all, or of the weights alone: the masters, rounded.
+std::string element_difference(const LayoutCase& value, int rank, bool weights_alone,
+                               TrainingState* state) {
   std::string reason;
-  visit_values(
-      state, value.seed, [&](const std::string& what, uint64_t key, int64_t element, float* found) {
-        const float expected = value_of(key, element);
-        if (std::bit_cast<uint32_t>(expected) == std::bit_cast<uint32_t>(*found)) return;
-        if (!reason.empty()) return;
-        reason = "rank " + std::to_string(rank) + ", " + what + "[" + std::to_string(element) +
-                 "]: " + hex_float(*found) + ", saved as " + hex_float(expected);
-      });
-  if (reason.empty() && !(state->counters == counters_of(value.seed))) {
-    reason = "rank " + std::to_string(rank) + ": other counters";
+  const std::string where =
+      "rank " + std::to_string(rank) + (weights_alone ? ", weights alone" : "");
+  visit_values(state, value.seed, !weights_alone,
+               [&](const std::string& what, uint64_t key, int64_t element, float* found) {
+                 float expected = value_of(key, element);
+                 if (weights_alone) expected = rounded_to(state->dtype, expected);
+                 if (std::bit_cast<uint32_t>(expected) == std::bit_cast<uint32_t>(*found)) return;
+                 if (!reason.empty()) return;
+                 reason = where + ", " + what + "[" + std::to_string(element) +
+                          "]: " + hex_float(*found) + ", saved as " + hex_float(expected);
+               });
+  if (reason.empty() && !weights_alone && !(state->counters == counters_of(value))) {
+    reason = where + ": other counters";
   }
   return reason;
 }
 
 }  // namespace
+
+std::string name(LayoutMutant mutant) {
+  constexpr const char* kNames[] = {"None", "SwappedRanks", "StaleFile", "SwappedLayers"};
+  return kNames[static_cast<size_t>(mutant)];
+}
 
 std::vector<int> stages_with_files(const TrainConfig& config, const Topology& topology) {
   checkpoint::MemoryStorage storage;
@@ -141,36 +165,35 @@ LayoutCase draw_layout_case(const Draw& draw, const std::vector<Topology>& from,
   value.seed = static_cast<uint64_t>(draw(1, 1'000'000));
   const int64_t count = draw(1, 4);
   for (int64_t k = 0; k < count; ++k) {
-    const std::string name = kNames[draw(0, std::size(kNames) - 1)];
+    const std::string name = kStates[draw(0, std::size(kStates) - 1)];
     const auto known = std::find(value.states.begin(), value.states.end(), name);
     if (known == value.states.end()) value.states.push_back(name);
   }
   const auto one_of = [&](const auto& list) {
     return list[static_cast<size_t>(draw(0, static_cast<int64_t>(list.size()) - 1))];
   };
-  const auto pick = [&](const std::vector<Topology>& topologies) -> Leg {
+  const auto pick = [&](const std::vector<Topology>& topologies, bool pipelines) -> Leg {
     std::map<int, std::vector<Topology>> by_size;  // by the power of two below the number of ranks
     for (const Topology& topology : topologies) {
       by_size[std::bit_width(static_cast<unsigned>(topology.world()))].push_back(topology);
     }
     auto size = by_size.begin();
     std::advance(size, draw(0, static_cast<int64_t>(by_size.size()) - 1));
-    for (int tries = 0; tries < 64; ++tries) {
-      const Topology topology = one_of(size->second);
-      if (!fits(value.config.model, topology)) continue;
-      const std::vector<int> stages = stages_with_files(value.config, topology);
-      if (!stages.empty()) return {topology, one_of(stages), 0};
+    std::vector<Leg> legs;
+    for (const Topology& topology : size->second) {
+      if ((topology.pipeline > 1 && !pipelines) || !fits(value.config.model, topology)) continue;
+      for (const int stage : stages_with_files(value.config, topology)) {
+        legs.push_back({topology, stage, 0});
+      }
     }
+    if (!legs.empty()) return one_of(legs);
     return {{.data = size->second.front().world()}, 1, 0};
   };
   if (from.size() == 1) fitting(from, &value.config);  // the model gives way
-  if (value.config.model.experts > 0) value.config.pipeline_module = false;
-  value.from = pick(from);
-  // What follows is a PipelineModule too, and before it none.
+  value.from = pick(from, true);
+  // What follows a pipeline is a PipelineModule too, and nothing else can come to one.
   if (value.from.topology.pipeline > 1) value.config.pipeline_module = true;
-  do {
-    value.to = pick(to);
-  } while (value.to.topology.pipeline > 1 && !value.config.pipeline_module);
+  value.to = pick(to, value.config.pipeline_module);
   return value;
 }
 
@@ -189,13 +212,13 @@ std::string text_of(const LayoutCase& value) {
 
 std::string layout_difference(const LayoutCase& value, LayoutMutant mutant) {
   checkpoint::MemoryStorage storage;
-  const TrainingCounters counters = counters_of(value.seed);
+  const TrainingCounters counters = counters_of(value);
   sim::Cluster before(value.from.topology, {.seed = value.seed});
   reference::LayoutCache layouts;
   before.run([&](sim::Rank& rank) {
     const ParallelState parallel = parallel_state(rank);
     const auto trainer = make_trainer(value, value.from, parallel, &layouts);
-    visit_values(&trainer->state(), value.seed,
+    visit_values(&trainer->state(), value.seed, true,
                  [](const std::string&, uint64_t key, int64_t element, float* target) {
                    *target = value_of(key, element);
                  });
@@ -208,16 +231,21 @@ std::string layout_difference(const LayoutCase& value, LayoutMutant mutant) {
     folder = "/to";
     FileBridge(storage, value.config, value.seed).bring("/from", folder, value.to);
   }
-  apply(mutant, storage, folder + "/global_step" + std::to_string(counters.steps));
+  apply(mutant, storage, folder + "/global_step" + std::to_string(counters.steps),
+        value.config.model.layers);
   sim::Cluster after(value.to.topology, {.seed = value.seed});
   std::string reason;
   layouts.clear();
   after.run([&](sim::Rank& rank) {
     const ParallelState parallel = parallel_state(rank);
-    const auto trainer = make_trainer(value, value.to, parallel, &layouts);
-    engine_of(storage, value, value.to, parallel).load_checkpoint(&trainer->state(), folder, {});
-    const std::string found = element_difference(value, rank.number(), &trainer->state());
-    if (reason.empty()) reason = found;
+    CheckpointEngine files = engine_of(storage, value, value.to, parallel);
+    for (const bool weights_alone : {false, true}) {
+      const auto trainer = make_trainer(value, value.to, parallel, &layouts);
+      files.load_checkpoint(&trainer->state(), folder, {.load_module_only = weights_alone});
+      const std::string found =
+          element_difference(value, rank.number(), weights_alone, &trainer->state());
+      if (reason.empty()) reason = found;
+    }
   });
   return reason;
 }

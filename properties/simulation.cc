@@ -51,7 +51,9 @@ void Simulation::run(const Leg& leg) {
   cluster.run([&](sim::Rank& rank) {
     const ParallelState parallel = parallel_state(rank);
     auto& trainer = trainers[static_cast<size_t>(rank.number())];
-    trainer = std::make_unique<Trainer>(config, parallel, &layouts);
+    ParallelState trained = parallel;
+    if (hooks_.groups) hooks_.groups(&trained, rank);
+    trainer = std::make_unique<Trainer>(config, trained, &layouts);
     CheckpointEngine files(storage_, parallel, deepspeed_config(config, leg.topology, leg.stage),
                            [](const std::string&) {});
     if (by_files) {

@@ -28,6 +28,8 @@ struct Record {
 struct Hooks {
   std::function<void(reference::Trainer*, int rank)> after_load;
   std::function<void(reference::Trainer*, int rank)> after_step;
+  // The groups that the training of a rank goes by; its saves and loads go by the true ones.
+  std::function<void(ParallelState*, sim::Rank&)> groups;
   // Of each cluster that has ended, also where it failed.
   OnTrace on_trace;
 };

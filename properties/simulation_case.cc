@@ -100,6 +100,7 @@ std::vector<Topology> fitting(const std::vector<Topology>& topologies, TrainConf
     if (first.expert > 1) {
       config->model.experts = 8 % first.expert == 0 ? 8 : first.expert;
       config->model.top_k = std::min<int64_t>(2, config->model.experts);
+      config->pipeline_module = false;
     }
     config->model.layers = std::max(3, first.pipeline);
     for (const Topology& topology : topologies) {

@@ -176,15 +176,12 @@ TopologyPlans::~TopologyPlans() = default;
 
 std::string TopologyPlans::difference(size_t from, size_t to, bool skew) const {
   const Side &a = *sides_[from], &b = *sides_[to];
-  std::vector<FileBlueprint> target = b.target;
+  reshard::ReshardPlan plan = reshard::make_plan(a.source, b.target);
   if (skew) {
-    for (FileBlueprint& file : target) {
-      for (checkpoint::LeafRun& run : file.storages[0].runs) {
-        if (run.begin + run.count < a.source.leaf(run.leaf).size_elements()) ++run.begin;
-      }
+    for (reshard::Transfer& transfer : plan.transfers) {
+      if (transfer.source_offset >= 4) transfer.source_offset -= 4;
     }
   }
-  const reshard::ReshardPlan plan = reshard::make_plan(a.source, std::move(target));
   std::vector<std::vector<int64_t>> found;
   for (const std::vector<int64_t>& rank : b.elements) found.emplace_back(rank.size(), -1);
   for (const reshard::Transfer& transfer : plan.transfers) {

@@ -20,7 +20,7 @@ class TopologyPlans {
   size_t size() const { return legs_.size(); }
   const Leg& leg(size_t number) const { return legs_[number]; }
   // "" if the plan from one to the other brings every rank of the target each of its elements, from
-  // a rank that holds it; `skew`: the target asks for the neighbours of its elements.
+  // a rank that holds it; `skew`: the plan reads the element before each.
   // Thread-safe.
   std::string difference(size_t from, size_t to, bool skew) const;
 

@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 
+#include "core/check.h"
 #include "core/exact_sum.h"
 #include "core/hex_float.h"
 #include "sim/topologies/catalog.h"
@@ -23,23 +24,61 @@ SimulationCase draw_short(const Draw& draw, int world, int legs, int steps) {
 
 bool same(double a, double b) { return std::bit_cast<uint64_t>(a) == std::bit_cast<uint64_t>(b); }
 
-// Mean over the data-parallel ranks of each one's mean: what is wrong with a loss that ranks
-// average.
-float mean_of_means(const TrainConfig& config, int ranks) {
+// A group of one, whose rank believes it is alone.
+class LoneGroup : public Communicator {
+ public:
+  const std::string& group() const override { return name_; }
+  int rank() const override { return 0; }
+  int size() const override { return 1; }
+  void all_reduce(Buffer, Reduction, CallSite) override {}
+  void reduce_scatter(std::span<const ConstBuffer>, Buffer, Reduction, CallSite) override {
+    stop();
+  }
+  void all_gather(ConstBuffer, std::span<const Buffer>, CallSite) override { stop(); }
+  void all_to_all(std::span<const ConstBuffer>, std::span<const Buffer>, CallSite) override {
+    stop();
+  }
+  void broadcast(Buffer, int, CallSite) override {}
+  void send(ConstBuffer, int, CallSite) override { stop(); }
+  void receive(Buffer, int, CallSite) override { stop(); }
+  void barrier(CallSite) override {}
+
+ private:
+  static void stop() { CHECK(false, "a lone rank exchanges nothing"); }
+  std::string name_ = "alone";
+};
+
+// The first sum, that of the loss, goes over all ranks; those of the norm over `few`.
+class NormGroup : public LoneGroup {
+ public:
+  NormGroup(Communicator* all, Communicator* few) : all_(*all), few_(*few) {}
+  int size() const override { return all_.size(); }
+  void all_reduce(Buffer values, Reduction reduction, CallSite site) override {
+    (calls_++ == 0 ? all_ : few_).all_reduce(values, reduction, site);
+  }
+
+ private:
+  Communicator &all_, &few_;
+  int calls_ = 0;
+};
+
+// What ranks report that add up no losses, averaged over them.
+float mean_of_means(const SimulationCase& value) {
+  const Leg& leg = value.legs[0];
+  TrainConfig config = value.config;
+  config.stage = leg.stage;
   double total = 0;
-  sim::Cluster cluster({});
+  sim::Cluster cluster(leg.topology, {.seed = value.seed});
   cluster.run([&](sim::Rank& rank) {
-    Trainer trainer(config, parallel_state(rank));
+    LoneGroup alone;
+    ParallelState parallel = parallel_state(rank);
+    parallel.world = &alone;
+    Trainer trainer(config, parallel);
     trainer.initialise();
-    for (const auto& micros : plan_batch(config.data, ranks)) {
-      int64_t first = config.data.batch, count = 0;
-      for (const auto& micro : micros) {
-        for (const int64_t place : micro) first = std::min(first, place), ++count;
-      }
-      total += static_cast<double>(trainer.evaluate(first, count).loss);
-    }
+    const double loss = static_cast<double>(trainer.step().loss);
+    if (parallel.at.tensor == 0 && parallel.last_stage()) total += loss;  // those that have one
   });
-  return static_cast<float>(total / ranks);
+  return static_cast<float>(total / leg.topology.zero_ranks());
 }
 
 }  // namespace
@@ -61,11 +100,12 @@ std::string loss_does_not_know_ranks(const Draw& draw, TrainingMutant mutant) {
   value.config.data.masked = static_cast<int>(draw(0, 2));
   value.config.data.strided = false;
   value.config.model.dropout = 0;
+  if (mutant == TrainingMutant::kMeanOfMeans) show_gradients(&value.config);  // nothing overflows
   Simulation simulation(value.config, value.seed);
   simulation.run(value.legs[0]);
   float loss = simulation.record().steps[0].loss;
   if (mutant == TrainingMutant::kMeanOfMeans) {
-    loss = mean_of_means(value.config, value.legs[0].topology.data);
+    loss = mean_of_means(value);
   }
   const float expected = single_rank(value.config, 1).steps[0].loss;
   if (same(loss, expected)) return "";
@@ -106,20 +146,21 @@ std::string norms_count_each_element_once(const Draw& draw, TrainingMutant mutan
   SimulationCase value = draw_short(draw, 8, 1, 1);
   TrainConfig& config = value.config;
   show_gradients(&config);
-  Simulation simulation(config, value.seed);
+  Hooks hooks;
+  std::vector<std::unique_ptr<NormGroup>> groups;
+  if (mutant == TrainingMutant::kFirstShardNorm) {  // tensor-parallel ranks do not add theirs up
+    config.reduce = reference::ReduceMode::kTree;
+    hooks.groups = [&](ParallelState* parallel, sim::Rank& rank) {
+      groups.push_back(std::make_unique<NormGroup>(parallel->world, &rank.group(GroupKind::kZero)));
+      parallel->world = groups.back().get();
+    };
+  }
+  Simulation simulation(config, value.seed, hooks);
   simulation.run(value.legs[0]);
   ExactSum squares;
-  const Topology& t = value.legs[0].topology;
   for (const reference::ParameterInfo& info : parameters_of(config.model)) {
     const auto& gradient = simulation.record().state.at({info.name, "momentum_buffer"});
-    const reference::Span shard = shard_of(config.model, info, t, 0, 0);
-    for (size_t i = 0; i < gradient.size(); ++i) {
-      const bool rows = info.split == reference::Split::kColumn;
-      const int64_t row = static_cast<int64_t>(i) / (numel(info.shape) / info.shape[0]);
-      const bool first_shard = !rows || (row >= shard.begin && row < shard.end);
-      if (mutant == TrainingMutant::kFirstShardNorm && !first_shard) continue;
-      squares.add_square(gradient[i]);
-    }
+    for (const float element : gradient) squares.add_square(element);
   }
   const double expected = std::sqrt(squares.value()), found = simulation.record().steps[0].norm;
   if (same(expected, found)) return "";

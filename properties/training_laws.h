@@ -34,7 +34,7 @@ enum class TrainingMutant {
   kDegreeInFiles,    // the files say how many sequence-parallel ranks there were
   kEarlyPointer,     // `latest` is moved before the files are written
   kEqualLots,        // every rank evaluates as many samples, though told otherwise
-  kSkewedPlan,       // a plan takes the neighbour's element
+  kSkewedPlan,       // a plan reads one element early
 };
 
 std::string name(TrainingMutant mutant);

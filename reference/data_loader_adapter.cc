@@ -32,6 +32,7 @@ const BatchColumn& column(const LoadedBatch& batch, const std::string& key,
 BatchColumn shifted(const BatchColumn& labels) {
   BatchColumn result = labels;
   result.key = "shift_labels";
+  if (labels.length == 0) return result;
   for (int64_t row = 0; row < labels.rows; ++row) {
     const auto first = result.values.begin() + row * labels.length;
     std::rotate(first, first + 1, first + labels.length);

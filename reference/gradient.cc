@@ -157,9 +157,10 @@ std::vector<Values> reduce_to_owners(Communicator& group,
     float_at[m] = float_at[m - 1] + static_cast<size_t>(float_counts[m - 1]);
   }
   std::vector<Values> roots(items.size());
+  PartialCombiner combiner(0);
   visit_parts(items, own, [&](const ReduceItem& item, int64_t, Span part) {
     const size_t width = static_cast<size_t>(part.size());
-    PartialCombiner combiner(width);
+    combiner.restart(width);
     for (size_t m = 0; m < members; ++m) {
       for (const TreeNode& node : nodes[m]) {
         if (present[flag_at[m]++] != 0) combiner.add(node, values.data() + float_at[m]);

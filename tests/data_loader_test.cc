@@ -42,8 +42,9 @@ BatchLoader always(const LoadedBatch& batch) {
 
 // The vector of DeepSpeed's documentation: ids 1 10 10 10 2 2 over two ranks.
 TEST(DataLoaderAdapter, ShiftsLabelsBeforeItCuts) {
-  const auto found =
-      run({.sequence = 2}, [](int) { return always(batch_of({1, 10, 10, 10, 2, 2})); });
+  const auto found = run({.sequence = 2}, [](int) {
+    return always(batch_of({1, 10, 10, 10, 2, 2}));
+  });
   const LoadedBatch first = {{"input_ids", 1, 3, {1, 10, 10}},
                              {"position_ids", 1, 3, {0, 1, 2}},
                              {"shift_labels", 1, 3, {10, 10, 10}}};
@@ -118,6 +119,11 @@ TEST(DataLoaderAdapter, RefusesWhatDeepSpeedRefuses) {
               return batch;
             }).find("several lengths"),
             std::string::npos);
+}
+
+TEST(DataLoaderAdapter, AnEmptySampleIsEmpty) {
+  const auto found = run({.sequence = 2}, [](int) { return always(batch_of({})); });
+  EXPECT_EQ(found[1][0][2], (BatchColumn{"shift_labels", 1, 0, {}}));
 }
 
 // Loaders of two lengths let DeepSpeed hang; here the ranks that wait are named.

@@ -244,7 +244,7 @@ TEST(Engine, AModuleThatLacksANameIsLoadedOnlyIfItMay) {
   world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
     trainer.step();
     for (TrainedParameter& p : trainer.state().parameters) {
-      if (p.name == "model.norm.weight") p.name = "model.other.weight";
+      if (p.name == "model.norm.weight") p.name = p.module_name = "model.other.weight";
     }
     save(trainer, files);
   });

@@ -212,7 +212,7 @@ class Simulate(ProgramCase):
         path.write_bytes(data)
         (folder / "more").write_text("")
         told = self.run_program(1, "golden", "--check", folder).stdout
-        self.assertIn("different  ckpt/global_step3/mp_rank_00_model_states.pt", told)
+        self.assertIn('different  "ckpt/global_step3/mp_rank_00_model_states.pt"', told)
         self.assertIn('unexpected "more"', told)
 
     def test_h5py_reads_it(self):

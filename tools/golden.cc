@@ -181,10 +181,9 @@ void list_files(Storage& storage, const std::string& folder, const std::string& 
   }
 }
 
-// Makes it again in memory and compares every file, byte for byte.
-void check(Session* session, GoldenOptions options) {
-  Storage& disk = session->storage;
-  const std::string folder = options.check;
+// What a golden folder says was asked for.
+GoldenOptions told_options(Storage& disk, const std::string& folder) {
+  GoldenOptions options;
   Json told;
   try {
     told = Json::parse(read_small_file(disk, folder + "/golden.json", 1 << 20));
@@ -205,6 +204,13 @@ void check(Session* session, GoldenOptions options) {
                           .file = folder + "/golden.json",
                           .next = "make it again: isoshard golden --out DIR"});
   }
+  return options;
+}
+
+// Makes it again in memory and compares every file, byte for byte.
+void check(Session* session, const std::string& folder) {
+  Storage& disk = session->storage;
+  const GoldenOptions options = told_options(disk, folder);
   checkpoint::MemoryStorage memory;
   memory.make_directories("/golden");
   Golden(options, memory).write("/golden");
@@ -213,12 +219,19 @@ void check(Session* session, GoldenOptions options) {
   list_files(disk, folder, "", &found);
   constexpr int64_t kMost = int64_t{1} << 32;  // of one file
   int64_t differing = 0, unexpected = 0;
+  nlohmann::json files = nlohmann::json::array();
+  const auto tell = [&](const char* word, const std::string& path) {
+    files.push_back({{"file", path}, {"is", word}});
+    std::string line = word;
+    line.resize(11, ' ');
+    session->say(line + quote(path));
+  };
   for (const std::string& path : expected) {
     if (std::find(found.begin(), found.end(), path) == found.end()) {
-      std::cout << "missing    " << path.substr(1) << "\n";
+      tell("missing", path.substr(1));
     } else if (read_small_file(memory, "/golden" + path, kMost) !=
                read_small_file(disk, folder + path, kMost)) {
-      std::cout << "different  " << path.substr(1) << "\n";
+      tell("different", path.substr(1));
     } else {
       continue;
     }
@@ -226,10 +239,26 @@ void check(Session* session, GoldenOptions options) {
   }
   for (const std::string& path : found) {
     if (std::find(expected.begin(), expected.end(), path) != expected.end()) continue;
-    std::cout << "unexpected " << quote(path.substr(1)) << "\n";
+    tell("unexpected", path.substr(1));
     ++unexpected;
   }
-  std::cout << expected.size() << " files, " << differing << " differ, " << unexpected << " more\n";
+  session->say(std::to_string(expected.size()) + " files, " + std::to_string(differing) +
+               " differ, " + std::to_string(unexpected) + " more");
+  if (differing > 0) {
+    session->say("which tensors: isoshard golden --topology " + shell_word(options.topology) +
+                 " --model " + shell_word(options.model) + " --steps " +
+                 std::to_string(options.steps) + " --seed " + std::to_string(options.seed) +
+                 (options.config.empty() ? "" : " --config CONFIG.json") +
+                 " --out NEW && isoshard diff NEW/ckpt " + shell_word(folder + "/ckpt"));
+  }
+  if (session->json) {
+    session->print_json({{"kind", "golden_check"},
+                         {"equal", differing + unexpected == 0},
+                         {"files", expected.size()},
+                         {"differing", differing},
+                         {"unexpected", unexpected},
+                         {"list", files}});
+  }
   if (differing + unexpected > 0) session->status = kAnswerIsNo;
 }
 
@@ -261,9 +290,10 @@ void add_golden(CLI::App* app, Session* session) {
   verb->add_flag("--overwrite", options->overwrite, "Replace the folder if it is there")
       ->excludes(again);
   verb->add_flag("--quiet", session->quiet, "Errors only");
+  verb->add_flag("--json", session->json, "One JSON object a line");
   verb->callback([session, options, config] {
     if (!config->empty()) options->config = read_small_file(session->storage, *config, 1 << 20);
-    if (!options->check.empty()) return check(session, *options);
+    if (!options->check.empty()) return check(session, options->check);
     if (options->out.empty()) {
       throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                             .what = "Neither a folder to make nor one to check is named.",
@@ -277,6 +307,11 @@ void add_golden(CLI::App* app, Session* session) {
       session->notice("without effect here: " + key);
     }
     session->say("made " + options->out);
+    if (session->json) {
+      session->print_json({{"kind", "golden"},
+                           {"made", options->out},
+                           {"without_effect", golden.without_effect()}});
+    }
   });
 }
 

@@ -24,18 +24,6 @@ enum class Mend { kReshard, kUniversal, kConfig };
 
 bool in_partitions(int stage) { return stage == 1 || stage == 2; }
 
-// A word as a POSIX shell reads it back.
-std::string shell_word(const std::string& text) {
-  const bool plain = !text.empty() && std::ranges::all_of(text, [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
-           std::string("_@%+=:,./-").find(c) != std::string::npos;
-  });
-  if (plain) return text;
-  std::string quoted = "'";
-  for (char c : text) quoted += c == '\'' ? "'\\''" : std::string(1, c);
-  return quoted + "'";
-}
-
 class Comparison {
  public:
   Comparison(const ShardedState& source, const RunConfig& run, const TargetSpec& spec)

@@ -47,6 +47,9 @@ void add_source_flags(CLI::App* verb, Session* session);
 void add_expect_flag(CLI::App* verb, Session* session);
 void add_only_flag(CLI::App* verb, Session* session);
 
+// A word as a POSIX shell reads it back.
+std::string shell_word(const std::string& text);
+
 std::string human_bytes(int64_t bytes);  // "2.4 GB", decimal
 
 void add_verbs(CLI::App* app, Session* session);

@@ -341,11 +341,22 @@ void add_replay(CLI::App* app, Session* session) {
   auto number = std::make_shared<int64_t>(0);
   add_case_flags(verb, options.get());
   verb->add_option("--case", *number, "Its number, from 0 on")->required()->check(not_whole);
+  verb->add_flag("--json", session->json, "One JSON object a line");
   verb->callback([session, options, number] {
     const CaseLimits limits = limits_of(*options);
-    std::cout << case_text(*options, limits, *number) << "\n";
+    const std::string text = case_text(*options, limits, *number);
+    session->say(text);
     const CaseResult result = case_result(*options, limits, *number);
-    std::cout << (result.reason.empty() ? "equal to the run on one rank" : result.reason) << "\n";
+    if (session->json) {
+      session->print_json({{"kind", "replay"},
+                           {"case", *number},
+                           {"seed", options->seed},
+                           {"text", text},
+                           {"equal", result.reason.empty()},
+                           {"reason", result.reason},
+                           {"trace_hash", checkpoint::hex16(result.trace_hash)}});
+    }
+    session->say(result.reason.empty() ? "equal to the run on one rank" : result.reason);
     if (!result.reason.empty()) session->status = kAnswerIsNo;
   });
 }
@@ -385,8 +396,21 @@ void add_simulate(CLI::App* app, Session* session) {
   add_replay(app, session);
   CLI::App* list = app->add_subcommand("topologies", "The topologies that simulate knows by name");
   list->set_help_flag("-h,--help", "This page");
-  list->callback([] {
+  list->add_flag("--json", session->json, "One JSON object a line");
+  list->callback([session] {
     for (const sim::NamedTopology& entry : sim::catalog()) {
+      const Topology& t = entry.topology;
+      if (session->json) {
+        session->print_json({{"kind", "topology"},
+                             {"name", entry.name},
+                             {"ranks", t.world()},
+                             {"dp", t.data},
+                             {"sp", t.sequence},
+                             {"tp", t.tensor},
+                             {"ep", t.expert},
+                             {"pp", t.pipeline}});
+        continue;
+      }
       std::printf("%-32s %3d ranks\n", entry.name.c_str(), entry.topology.world());
     }
   });
