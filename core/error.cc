@@ -48,8 +48,7 @@ Error::Error(ErrorInfo info) : info_(std::move(info)) {
   line("entry:    ", info_.entry);
   line("expected: ", info_.expected);
   line("found:    ", info_.found);
-  line("safe now: ",
-       info_.safe.empty() ? "the source was only read; nothing was published" : info_.safe);
+  line("safe now: ", info_.safe.empty() ? kNothingPublished : info_.safe);
   line("next:     ", info_.next);
 }
 

@@ -53,6 +53,9 @@ class Error : public std::exception {
 
 // A string from a file, made safe to print: control characters, escapes, bidi marks and invalid
 // UTF-8 become \u{…}; the result is enclosed in double quotes.
+// What is safe where ErrorInfo::safe says nothing.
+inline constexpr const char* kNothingPublished = "the source was only read; nothing was published";
+
 std::string quote(const std::string& text);
 
 }  // namespace isoshard

@@ -21,7 +21,8 @@ std::string pipeline_unsupported(const TrainingState& state, const Topology& top
   }
   if (topology.sequence > 1) return "DeepSpeed has no sequence-parallel ranks in a pipeline";
   if (state.stage > 1) {
-    return "DeepSpeed's pipelines have ZeRO 0 and 1 (AssertionError, \"incompatible with pipeline "
+    return "DeepSpeed's pipelines have no ZeRO above 1 (AssertionError, \"incompatible with "
+           "pipeline "
            "parallelism\")";
   }
   if (state.stage == 0 && state.dtype == DType::kBFloat16) {
@@ -62,10 +63,12 @@ std::string files_unsupported(const TrainingState& state, const Topology& topolo
 std::vector<FileBlueprint> rank_files(const TrainingState& state, const RankPlace& place,
                                       const SaveContent& content) {
   if (const std::string reason = files_unsupported(state, place.topology); !reason.empty()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                          .what = "This run cannot be saved in DeepSpeed's files: " + reason + ".",
-                          .entry = to_string(place.topology),
-                          .next = "simulate it in memory"});
+    throw Error(
+        ErrorInfo{.code = ErrorCode::kUnsupported,
+                  .what = "This run cannot be saved in DeepSpeed's files: " + reason + ".",
+                  .entry = to_string(place.topology) + " stage " + std::to_string(state.stage),
+                  .next = "choose another topology or stage; isoshard simulate "
+                          "--topologies … runs this one in memory"});
   }
   std::vector<std::string> reserved = {"checkpoint_parallel_dimensions"};
   if (has_experts(state)) {

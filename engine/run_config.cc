@@ -181,6 +181,9 @@ RunConfig read_run_config(const Json& json) {
   const int64_t size = expert.whole("autoep_size", 1, 1, 4096);
   if (experts) config.expert = static_cast<int>(size);
   expert.tell_rest(&config.without_effect);
+  Section pipeline = root.section("pipeline");
+  config.pipeline = static_cast<int>(pipeline.whole("stages", 0, 1, 4096));
+  pipeline.tell_rest(&config.without_effect);
   config.clip = root.real("gradient_clipping", 0.0);
   config.batch = root.whole("train_batch_size", 0, 1, 1'000'000'000);
   config.micro_batch = root.whole("train_micro_batch_size_per_gpu", 0, 1, 1'000'000'000);

@@ -32,6 +32,7 @@ struct SchedulerSettings {
 struct RunConfig {
   int stage = 0;  // zero_optimization.stage
   int tensor = 1, sequence = 1, expert = 1;
+  int pipeline = 0;  // pipeline.stages; 0: not given, or "auto"
   DType dtype = DType::kFloat32;
   LossScale loss_scale;                                  // of fp16
   double clip = 0.0;                                     // gradient_clipping

@@ -273,6 +273,7 @@ void Trainer::refresh_parameters() {
       continue;
     }
     const Values all = parameters_->gather(*owners.group, own);
+    CHECK(all.size() == cuts.size() * own.size(), "a partition from each of those who share it");
     for (size_t member = 0; member < cuts.size(); ++member) {
       take(cuts[member].pieces, all.data() + member * own.size());
     }

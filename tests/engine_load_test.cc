@@ -7,6 +7,7 @@
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/universal_blueprint.h"
 #include "checkpoint/posix_storage.h"
+#include "checkpoint/publication.h"
 #include "engine/fp32_state_dict.h"
 #include "reshard/executor.h"
 #include "reshard/tensor_values.h"
@@ -236,6 +237,36 @@ TEST(UniversalLoad, RefusesWhatIsNone) {
   EXPECT_NE(std::string(load("").what()).find("no universal checkpoint"), std::string::npos);
   EXPECT_NE(std::string(load("global_step0").what()).find("no universal folder"), std::string::npos)
       << load("global_step0").what();
+}
+
+// The same of a pipeline, whose layers lie in files of their own.
+TEST(Engine, APipelinesLayersAreReadAtEveryLoad) {
+  World world;
+  world.topology = {.pipeline = 2};
+  world.config.model.layers = 2;
+  world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
+    trainer.step();
+    save(trainer, files);
+  });
+  const auto load = [&](const LoadOptions& options) {
+    return world.run([&](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
+      files.load_checkpoint(&trainer.state(), "/run", options);
+    });
+  };
+  EXPECT_EQ(load({}).info().what, "");
+  const auto keep = [](const LoadOptions::Source&, const TrainedParameter&, std::vector<float>*) {};
+  const std::string custom = load({.load_module_only = true, .custom_load_fn = keep}).what();
+  EXPECT_NE(custom.find("AssertionError"), std::string::npos) << custom;
+  const std::string norm = "/run/global_step1/layer_03-model_states.pt";
+  const std::string layer =
+      read_small_file(world.disk, "/run/global_step1/layer_01-model_states.pt", 1 << 20);
+  checkpoint::replace_small_file(world.disk, norm, layer);  // it has no "weight"
+  EXPECT_NE(load({}).info().what, "");
+  EXPECT_NE(load({.load_module_only = true}).info().what, "");
+  const LoadOptions lenient{.load_module_strict = false, .load_module_only = true};
+  EXPECT_EQ(load(lenient).info().what, "");
+  world.disk.remove_file(norm);
+  EXPECT_NE(load({}).info().what, "");
 }
 
 TEST(Engine, AModuleThatLacksANameIsLoadedOnlyIfItMay) {

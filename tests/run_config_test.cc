@@ -65,6 +65,14 @@ TEST(RunConfig, DefaultsAreDeepSpeeds) {
             8.0);
 }
 
+TEST(RunConfig, CountsThePipelinesStages) {
+  EXPECT_EQ(read_run_config(Json::object()).pipeline, 0);
+  EXPECT_EQ(read_run_config({{"pipeline", {{"stages", "auto"}}}}).pipeline, 0);
+  const RunConfig c = read_run_config({{"pipeline", {{"stages", 3}, {"seed_layers", true}}}});
+  EXPECT_EQ(c.pipeline, 3);
+  EXPECT_EQ(c.without_effect, std::vector<std::string>{"pipeline.seed_layers"});
+}
+
 TEST(RunConfig, RefusesByKey) {
   EXPECT_EQ(refused(R"({"zero_optimization": {"stage": 4}})"), "zero_optimization.stage");
   EXPECT_EQ(refused(R"({"zero_optimization": {"stage": "2"}})"), "zero_optimization.stage");

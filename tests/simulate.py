@@ -203,6 +203,19 @@ class Simulate(ProgramCase):
         self.run_program(2, "golden", "--topology", "dp=2,ep=2", "--out", "none")
         self.run_program(2, "golden", "--topology", "pp=2,stage=2", "--out", "none")
 
+    def test_a_golden_pipeline_is_a_checkpoint(self):
+        (self.place / "cfg.json").write_text(json.dumps({
+            "train_micro_batch_size_per_gpu": 1, "pipeline": {"stages": 2},
+            "zero_optimization": {"stage": 1}}))
+        self.run_program(2, "golden", "--topology", "pp=1", "--config", "cfg.json", "--out", "no")
+        folder = self.golden("dp=2", "--config", "cfg.json", "--model", "llama-tied")
+        told = self.run_program(0, "inspect", folder / "ckpt").stdout
+        self.assertIn("trained layers 2 3, tied embed", told)
+        told = self.run_program(0, "verify", folder / "ckpt").stdout
+        self.assertTrue(told.startswith("VERIFIED"))
+        self.run_program(0, "reshard", folder / "ckpt", "one", "--to", "pp=1,dp=3")
+        self.run_program(0, "diff", folder / "ckpt", "one")
+
     def test_a_golden_folder_is_checked(self):
         folder = self.golden("dp=3,stage=2")
         self.assertIn("0 differ, 0 more", self.run_program(0, "golden", "--check", folder).stdout)

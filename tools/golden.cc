@@ -45,12 +45,13 @@ class Golden {
     config_ = run.config;
     without_effect_ = std::move(run.without_effect);
     leg_ = {run.topology, config_.stage, options.steps};
-    if (leg_.topology.world() <= 4096 && leg_.steps >= 0 && leg_.steps <= 10000) return;
+    if (leg_.topology.world() <= 1024) return;
     throw Error(ErrorInfo{.code = ErrorCode::kLimit,
-                          .what = "A golden folder of that size is not made.",
-                          .expected = "up to 4096 ranks and 10000 steps",
-                          .found = std::to_string(leg_.topology.world()) + " ranks, " +
-                                   std::to_string(leg_.steps) + " steps"});
+                          .what = "A golden folder of so many ranks is not made.",
+                          .entry = options.topology,
+                          .expected = "up to 1024 ranks",
+                          .found = std::to_string(leg_.topology.world()) + " ranks",
+                          .next = "choose fewer ranks"});
   }
 
   // Everything under `folder`, which exists.
@@ -182,43 +183,85 @@ void list_files(Storage& storage, const std::string& folder, const std::string& 
 }
 
 // What a golden folder says was asked for.
-GoldenOptions told_options(Storage& disk, const std::string& folder) {
-  GoldenOptions options;
-  Json told;
-  try {
-    told = Json::parse(read_small_file(disk, folder + "/golden.json", 1 << 20));
-    if (told.at("schema") != 1 || told.at("kind") != "golden") {
-      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                            .what = "This golden folder is of another kind or version.",
-                            .file = folder + "/golden.json",
-                            .expected = "schema 1, kind golden"});
+class Description {
+ public:
+  Description(Storage& disk, const std::string& folder) : path_(folder + "/golden.json") {
+    try {
+      told_ = Json::parse(read_small_file(disk, path_, 1 << 20));
+    } catch (const nlohmann::json::exception& error) {
+      fail("This is no description of a golden folder.", "", "JSON", error.what());
     }
-    options.topology = told.at("topology");
-    options.model = told.at("model");
-    options.steps = told.at("steps");
-    options.seed = told.at("seed");
-    if (told.contains("config")) options.config = told.at("config").dump();
-  } catch (const nlohmann::json::exception&) {
+    if (!told_.is_object() || told_.value("schema", Json()) != 1 ||
+        told_.value("kind", Json()) != "golden") {
+      fail("This is no description of a golden folder, or of another version.", "schema, kind",
+           "1, \"golden\"", "other values");
+    }
+  }
+
+  GoldenOptions options() const {
+    GoldenOptions options;
+    options.topology = text("topology");
+    options.model = text("model");
+    options.steps = static_cast<int>(number("steps", 10'000));
+    options.seed = static_cast<uint64_t>(number("seed", 999'999'999));
+    if (told_.contains("config")) options.config = told_["config"].dump();
+    return options;
+  }
+
+  // For an error that its words lead to.
+  [[noreturn]] void blame(const Error& error) const {
+    fail(error.info().what, error.info().entry, error.info().expected, error.info().found);
+  }
+
+ private:
+  [[noreturn]] void fail(const std::string& what, const std::string& entry,
+                         const std::string& expected, const std::string& found) const {
     throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
-                          .what = "This is no description of a golden folder.",
-                          .file = folder + "/golden.json",
+                          .what = what,
+                          .file = path_,
+                          .entry = entry,
+                          .expected = expected,
+                          .found = found.substr(0, 200),
                           .next = "make it again: isoshard golden --out DIR"});
   }
-  return options;
-}
+  std::string text(const char* key) const {
+    const Json value = told_.value(key, Json());
+    if (value.is_string() && value.get<std::string>().size() <= 200) return value;
+    fail("What was asked for is not told.", key, "a text of up to 200 characters",
+         value.type_name());
+  }
+  int64_t number(const char* key, int64_t most) const {
+    const Json value = told_.value(key, Json());
+    if (value.is_number_unsigned() && value.get<uint64_t>() <= static_cast<uint64_t>(most)) {
+      return value;
+    }
+    fail("What was asked for is not told.", key, "a whole number up to " + std::to_string(most),
+         value.dump());
+  }
+
+  std::string path_;
+  Json told_;
+};
 
 // Makes it again in memory and compares every file, byte for byte.
 void check(Session* session, const std::string& folder) {
   Storage& disk = session->storage;
-  const GoldenOptions options = told_options(disk, folder);
+  const Description description(disk, folder);
+  const GoldenOptions options = description.options();
   checkpoint::MemoryStorage memory;
   memory.make_directories("/golden");
-  Golden(options, memory).write("/golden");
+  try {
+    Golden(options, memory).write("/golden");
+  } catch (const Error& error) {
+    checkpoint::throw_if_cancelled();
+    description.blame(error);
+  }
   std::vector<std::string> expected, found;
   list_files(memory, "/golden", "", &expected);
   list_files(disk, folder, "", &found);
   constexpr int64_t kMost = int64_t{1} << 32;  // of one file
   int64_t differing = 0, unexpected = 0;
+  bool of_states = false;  // a file of the checkpoint differs
   nlohmann::json files = nlohmann::json::array();
   const auto tell = [&](const char* word, const std::string& path) {
     files.push_back({{"file", path}, {"is", word}});
@@ -232,6 +275,7 @@ void check(Session* session, const std::string& folder) {
     } else if (read_small_file(memory, "/golden" + path, kMost) !=
                read_small_file(disk, folder + path, kMost)) {
       tell("different", path.substr(1));
+      of_states = of_states || path.ends_with("_states.pt");
     } else {
       continue;
     }
@@ -244,10 +288,12 @@ void check(Session* session, const std::string& folder) {
   }
   session->say(std::to_string(expected.size()) + " files, " + std::to_string(differing) +
                " differ, " + std::to_string(unexpected) + " more");
-  if (differing > 0) {
-    session->say("which tensors: isoshard golden --topology " + shell_word(options.topology) +
-                 " --model " + shell_word(options.model) + " --steps " +
-                 std::to_string(options.steps) + " --seed " + std::to_string(options.seed) +
+  if (of_states) {
+    session->say("what is damaged: isoshard verify " + shell_word(folder + "/ckpt"));
+    session->say("which tensors differ, where none is: isoshard golden --topology " +
+                 shell_word(options.topology) + " --model " + shell_word(options.model) +
+                 " --steps " + std::to_string(options.steps) + " --seed " +
+                 std::to_string(options.seed) +
                  (options.config.empty() ? "" : " --config CONFIG.json") +
                  " --out NEW && isoshard diff NEW/ckpt " + shell_word(folder + "/ckpt"));
   }
@@ -270,9 +316,9 @@ void add_golden(CLI::App* app, Session* session) {
   auto options = std::make_shared<GoldenOptions>();
   verb->set_help_flag("-h,--help", "This page");
   std::vector<CLI::Option*> asked = {
-      verb->add_option(
-          "--topology", options->topology,
-          "dp=,sp=,tp=,ep=,pp=,stage= (dp=2,stage=1); tp with neither sp nor ep, pp with dp"),
+      verb->add_option("--topology", options->topology,
+                       "dp=,sp=,tp=,ep=,pp=,stage= (dp=2,stage=1); tp with neither sp nor ep, pp "
+                       "with dp alone at stage 1"),
       verb->add_option("--model", options->model, std::string(kSampleModels) + " (llama)"),
       verb->add_option("--steps", options->steps, "Steps that are trained (3)")
           ->check(CLI::Range(0, 10000)),

@@ -73,7 +73,7 @@ void report(const Session& session, const isoshard::Error& error) {
                         {"entry", info.entry},
                         {"expected", info.expected},
                         {"found", info.found},
-                        {"safe", info.safe},
+                        {"safe", info.safe.empty() ? isoshard::kNothingPublished : info.safe},
                         {"next", info.next}});
   }
   std::cerr << "isoshard: " << error.what() << "\n";
@@ -142,8 +142,23 @@ int run(int argc, char** argv, Session* session) {
     std::cout << isoshard::tools::version_text() << "\n";
     return isoshard::tools::kDone;
   } catch (const CLI::ParseError& error) {
-    std::cerr << "isoshard: " << error.what()
-              << "\n  next: isoshard help, or isoshard VERB --help\n";
+    const auto asked = app.get_subcommands();
+    const std::string next =
+        asked.empty() ? "isoshard help" : "isoshard " + asked[0]->get_name() + " --help";
+    const bool json =
+        std::any_of(argv, argv + argc, [](const char* a) { return std::string(a) == "--json"; });
+    if (json) {
+      session->print_json({{"kind", "error"},
+                           {"code", name(isoshard::ErrorCode::kUsage)},
+                           {"what", error.what()},
+                           {"file", ""},
+                           {"entry", ""},
+                           {"expected", ""},
+                           {"found", ""},
+                           {"safe", isoshard::kNothingPublished},
+                           {"next", next}});
+    }
+    std::cerr << "isoshard: " << error.what() << "\n  next: " << next << "\n";
     return isoshard::tools::kCouldNot;
   }
   for (CLI::App* verb : app.get_subcommands([](CLI::App*) { return true; })) {

@@ -110,6 +110,9 @@ SampleRun sample_run(const std::string& model, uint64_t seed, const std::string&
   spec.topology.tensor = degree("tp", spec.topology.tensor, from.tensor);
   spec.topology.sequence = degree("sp", spec.topology.sequence, from.sequence);
   spec.topology.expert = degree("ep", spec.topology.expert, from.expert);
+  if (from.pipeline > 0) {
+    spec.topology.pipeline = degree("pp", spec.topology.pipeline, from.pipeline);
+  }
   run.topology = resolve(spec, Topology{});
   if (spec.stage >= 0 && spec.stage != from.stage) {
     refuse_contradiction("stage", spec.stage, from.stage);
@@ -121,6 +124,15 @@ SampleRun sample_run(const std::string& model, uint64_t seed, const std::string&
   take_optimizer(from, &run.config);
   if (from.batch > 0 || from.micro_batch > 0) {
     const engine::BatchSizes sizes = engine::batch_sizes(from, run.topology.data);
+    constexpr int64_t kMostSamples = 4096;
+    if (sizes.batch > kMostSamples) {
+      throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                            .what = "So large a batch is not simulated.",
+                            .entry = "train_batch_size",
+                            .expected = "up to " + std::to_string(kMostSamples) + " samples",
+                            .found = std::to_string(sizes.batch),
+                            .next = "give the config a smaller batch"});
+    }
     run.config.data.batch = sizes.batch;
     run.config.data.micro_batch = sizes.micro_batch;
   }

@@ -213,7 +213,8 @@ class Tally {
               << ", trace hash " << hash << "\n"
               << "drawn from " << limits_.topologies.size() << " topologies, " << changes_
               << " changes of topology and stage, DeepSpeed's files resharded " << files_
-              << " times, " << events_ << " events between ranks\n";
+              << " times (the others in memory: docs/KNOWN_GAPS.md), " << events_
+              << " events between ranks\n";
     if (!options_.faults.empty()) {
       std::cout << fault_counters() << "\n";
     }
