@@ -74,4 +74,16 @@ void check_body(const std::function<std::string()>& body, int share) {
   FAIL() << text.str();
 }
 
+void expect_killed(uint64_t first, uint64_t count,
+                   const std::function<std::string(uint64_t number, bool mutated)>& outcome) {
+  for (uint64_t number = first; number < first + count; ++number) {
+    const std::string reason = outcome(number, true);
+    if (reason.empty()) continue;
+    EXPECT_EQ(outcome(number, false), "") << "the law fails without the mutant too";
+    std::cout << "killed by case " << number << ": " << reason << "\n";
+    return;
+  }
+  FAIL() << "the mutant survives " << count << " cases";
+}
+
 }  // namespace isoshard::properties

@@ -26,4 +26,10 @@ void check_law(const LawRun& run);
 // The same for any body, which draws its case and returns "" if its law holds.
 void check_body(const std::function<std::string()>& body, int share);
 
+// A mutant against its law: `outcome` is what the law says of case `number`, with the mutant or
+// without. The first of `count` cases from `first` on that notices the mutant is printed and must
+// hold without it; a mutant that survives them fails the test.
+void expect_killed(uint64_t first, uint64_t count,
+                   const std::function<std::string(uint64_t number, bool mutated)>& outcome);
+
 }  // namespace isoshard::properties

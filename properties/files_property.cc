@@ -5,6 +5,7 @@
 #include <iostream>
 
 #include "core/random.h"
+#include "properties/check_property.h"
 #include "properties/layout_case.h"
 #include "sim/topologies/catalog.h"
 
@@ -100,16 +101,10 @@ class LayoutMutants : public testing::TestWithParam<LayoutMutant> {};
 
 TEST_P(LayoutMutants, IsKilled) {
   const std::vector<Topology> topologies = sim::topologies_up_to(8);
-  constexpr uint64_t kMost = 100;
-  for (uint64_t number = 0; number < kMost; ++number) {
-    const LayoutCase value = seeded_layout_case(5, number, topologies);
-    const std::string reason = checked(value, GetParam());
-    if (reason.empty()) continue;
-    EXPECT_EQ(checked(value), "") << "the law fails without the mutant too";
-    std::cout << "killed by case " << number << ": " << reason << "\n";
-    return;
-  }
-  FAIL() << "the mutant survives " << kMost << " cases";
+  expect_killed(0, 100, [&](uint64_t number, bool mutated) {
+    return checked(seeded_layout_case(5, number, topologies),
+                   mutated ? GetParam() : LayoutMutant::kNone);
+  });
 }
 
 INSTANTIATE_TEST_SUITE_P(All, LayoutMutants,

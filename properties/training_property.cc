@@ -62,16 +62,10 @@ class LifeMutants : public testing::TestWithParam<LifeMutant> {};
 
 TEST_P(LifeMutants, IsKilled) {
   const CaseLimits limits{.topologies = sim::topologies_up_to(4), .steps = 8};
-  constexpr int kMost = 200;
-  for (uint64_t number = 0; number < kMost; ++number) {
+  expect_killed(0, 200, [&](uint64_t number, bool mutated) {
     const LifeCase value = seeded_life(11, number, limits, parse_faults("death"));
-    const std::string reason = run_life(value, GetParam()).reason;
-    if (reason.empty()) continue;
-    EXPECT_EQ(run_life(value).reason, "") << "the law fails without the mutant too";
-    std::cout << "killed by case " << number << ": " << reason << "\n";
-    return;
-  }
-  FAIL() << "the mutant survives " << kMost << " cases";
+    return run_life(value, mutated ? GetParam() : LifeMutant::kNone).reason;
+  });
 }
 
 INSTANTIATE_TEST_SUITE_P(All, LifeMutants,
@@ -127,16 +121,9 @@ class TrainingMutants : public testing::TestWithParam<Duel> {};
 
 TEST_P(TrainingMutants, IsKilled) {
   const Duel& duel = GetParam();
-  constexpr int kMost = 200;
-  for (uint64_t seed = 1; seed <= kMost; ++seed) {
-    const std::string reason = outcome(duel, seed, duel.mutant);
-    if (reason.empty()) continue;
-    EXPECT_EQ(outcome(duel, seed, TrainingMutant::kNone), "")
-        << "the law fails without the mutant too";
-    std::cout << "killed by case " << seed << ": " << reason << "\n";
-    return;
-  }
-  FAIL() << "the mutant survives " << kMost << " cases";
+  expect_killed(1, 200, [&](uint64_t seed, bool mutated) {
+    return outcome(duel, seed, mutated ? duel.mutant : TrainingMutant::kNone);
+  });
 }
 
 INSTANTIATE_TEST_SUITE_P(All, TrainingMutants, testing::ValuesIn(kDuels),

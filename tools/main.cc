@@ -63,19 +63,20 @@ void raise_file_limit() {
   setrlimit(RLIMIT_NOFILE, &limit);
 }
 
+void print_error(const Session& session, const isoshard::ErrorInfo& info) {
+  session.print_json({{"kind", "error"},
+                      {"code", name(info.code)},
+                      {"what", info.what},
+                      {"file", info.file},
+                      {"entry", info.entry},
+                      {"expected", info.expected},
+                      {"found", info.found},
+                      {"safe", info.safe.empty() ? isoshard::kNothingPublished : info.safe},
+                      {"next", info.next}});
+}
+
 void report(const Session& session, const isoshard::Error& error) {
-  const isoshard::ErrorInfo& info = error.info();
-  if (session.json) {
-    session.print_json({{"kind", "error"},
-                        {"code", name(info.code)},
-                        {"what", info.what},
-                        {"file", info.file},
-                        {"entry", info.entry},
-                        {"expected", info.expected},
-                        {"found", info.found},
-                        {"safe", info.safe.empty() ? isoshard::kNothingPublished : info.safe},
-                        {"next", info.next}});
-  }
+  if (session.json) print_error(session, error.info());
   std::cerr << "isoshard: " << error.what() << "\n";
   try {
     session.log(error.what());
@@ -148,15 +149,8 @@ int run(int argc, char** argv, Session* session) {
     const bool json =
         std::any_of(argv, argv + argc, [](const char* a) { return std::string(a) == "--json"; });
     if (json) {
-      session->print_json({{"kind", "error"},
-                           {"code", name(isoshard::ErrorCode::kUsage)},
-                           {"what", error.what()},
-                           {"file", ""},
-                           {"entry", ""},
-                           {"expected", ""},
-                           {"found", ""},
-                           {"safe", isoshard::kNothingPublished},
-                           {"next", next}});
+      print_error(*session,
+                  {.code = isoshard::ErrorCode::kUsage, .what = error.what(), .next = next});
     }
     std::cerr << "isoshard: " << error.what() << "\n  next: " << next << "\n";
     return isoshard::tools::kCouldNot;
