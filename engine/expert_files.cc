@@ -2,11 +2,13 @@
 #include "engine/expert_files.h"
 
 #include <algorithm>
+#include <numeric>
 
 #include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reshard_target.h"
 #include "core/affine_map.h"
+#include "engine/folding.h"
 #include "engine/rank_writer.h"
 
 namespace isoshard::engine {
@@ -49,8 +51,8 @@ class ExpertOptimFile : public RankWriter {
   }
 };
 
-FileBlueprint expert_file(const TrainingState& state, const ExpertLayerPlace& layer,
-                          int64_t expert) {
+FileBlueprint expert_file(const TrainingState& state, const RankPlace& place,
+                          const ExpertLayerPlace& layer, int64_t expert) {
   TorchBuilder builder;
   Entries entries;
   for (const char* stack : kStacks) {
@@ -63,7 +65,18 @@ FileBlueprint expert_file(const TrainingState& state, const ExpertLayerPlace& la
     entries.emplace_back(p->name + "." + std::to_string(expert),
                          builder.tensor({.shape = shape, .storage = storage}));
   }
-  return builder.finish(expert_file_name(layer.layer, expert), builder.dict(std::move(entries)));
+  if (is_folded(state, place.topology)) {
+    entries.emplace_back("folding", folding_node(&builder, state, place, FoldedFile::kExpert));
+  }
+  return builder.finish(expert_file_name(layer.layer, expert, place.at.tensor),
+                        builder.dict(std::move(entries)));
+}
+
+// Ranks with the same expert- and tensor-parallel rank would write the same names: those whose
+// numbers differ by a multiple of both degrees.
+bool writes_experts(const RankPlace& place) {
+  const Topology& t = place.topology;
+  return place.zero_rank() * t.tensor + place.at.tensor < std::lcm(t.expert, t.tensor);
 }
 
 }  // namespace
@@ -96,9 +109,9 @@ std::string router_alias(const std::string& name) {
   return name.substr(0, name.size() - end.size()) + ".gate.gate.weight";
 }
 
-std::string expert_file_name(int64_t layer, int64_t expert) {
-  return "layer_" + std::to_string(layer) + "_expert_" + std::to_string(expert) +
-         "_mp_rank_00_model_states.pt";
+std::string expert_file_name(int64_t layer, int64_t expert, int tensor_rank) {
+  return "layer_" + std::to_string(layer) + "_expert_" + std::to_string(expert) + "_" +
+         checkpoint::model_file_name(tensor_rank);
 }
 
 NodeId expert_layers_node(TorchBuilder* builder, const TrainingState& state, const RankPlace& place,
@@ -134,10 +147,10 @@ NodeId expert_layers_node(TorchBuilder* builder, const TrainingState& state, con
 void add_expert_files(const TrainingState& state, const RankPlace& place,
                       const SaveContent& content, std::vector<FileBlueprint>* files) {
   const std::vector<ExpertLayerPlace> layers = expert_layers(state);
-  if (layers.empty() || place.at.expert_data > 0) return;
+  if (layers.empty() || !writes_experts(place)) return;
   for (const ExpertLayerPlace& layer : layers) {
     for (int64_t expert = layer.begin; expert < layer.begin + layer.held; ++expert) {
-      files->push_back(expert_file(state, layer, expert));
+      files->push_back(expert_file(state, place, layer, expert));
     }
   }
   if (state.stage == 0) files->push_back(ExpertOptimFile(state, place, content).run());

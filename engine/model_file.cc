@@ -4,6 +4,7 @@
 
 #include "checkpoint/deepspeed/names.h"
 #include "engine/expert_files.h"
+#include "engine/folding.h"
 #include "engine/rank_writer.h"
 
 namespace isoshard::engine {
@@ -50,7 +51,8 @@ class ModelFile : public RankWriter {
     if (has_experts(state_)) {
       add_experts(&root);
     } else if (t.tensor > 1) {
-      root.emplace_back("universal_checkpoint_info", split_info_node(&builder_, state_, t.tensor));
+      root.emplace_back("universal_checkpoint_info",
+                        builder_.dict(split_info(&builder_, state_, t.tensor)));
     }
     merge_client_state(&root);
     const std::string name = state_.stage == 3 ? checkpoint::model_file_name_of_rank(
@@ -67,11 +69,17 @@ class ModelFile : public RankWriter {
     const NodeId list = expert_layers_node(&builder_, state_, place_, layers);
     root->emplace_back("num_experts", pickle().list(std::move(counts)));
     root->emplace_back("ds_autoep_layers", list);
-    root->emplace_back("universal_checkpoint_info",
-                       builder_.dict({{"universal_checkpoint_version", pickle().real(0.4)},
-                                      {"expert_parameter_patterns",
-                                       pickle().list({pickle().string(".*\\.experts\\.w[123]$")})},
-                                      {"ds_autoep_layers", list}}));
+    const bool folded = is_folded(state_, place_.topology);
+    Entries info = folded ? split_info(&builder_, state_, place_.topology.tensor)
+                          : Entries{{"universal_checkpoint_version", pickle().real(0.4)}};
+    info.emplace_back("expert_parameter_patterns",
+                      pickle().list({pickle().string(".*\\.experts\\.w[123]$")}));
+    info.emplace_back("ds_autoep_layers", list);
+    root->emplace_back("universal_checkpoint_info", builder_.dict(std::move(info)));
+    if (folded) {
+      root->emplace_back("folding",
+                         folding_node(&builder_, state_, place_, FoldedFile::kModel, names_));
+    }
   }
 
   // dict.update: keys that are there keep their place.
@@ -123,21 +131,24 @@ class ModelFile : public RankWriter {
             .stride = numel(p.shape) == 0 ? contiguous_stride(p.whole) : Shape()};  // a slice of it
       }
       const NodeId node = builder_.tensor(places_.at(static_cast<int>(i)));
-      items.push_back(pickle().string(p.name));
-      items.push_back(node);
+      const auto add = [&](const std::string& name, NodeId tensor) {
+        names_.push_back(name);
+        items.push_back(pickle().string(name));
+        items.push_back(tensor);
+      };
+      add(p.name, node);
       if (const std::string alias = router_alias(p.name); experts && !alias.empty()) {
-        items.push_back(pickle().string(alias));
-        items.push_back(
-            state_.stage == 3
-                ? builder_.tensor(
-                      {.shape = {0}, .storage = value_storage(&builder_, {}, state_.dtype)})
-                : copy_of(p));
+        add(alias, state_.stage == 3
+                       ? builder_.tensor(
+                             {.shape = {0}, .storage = value_storage(&builder_, {}, state_.dtype)})
+                       : copy_of(p));
       }
       for (const auto& [alias, name] : state_.aliases) {
         if (name == p.name) by_name[alias] = builder_.tensor(places_.at(static_cast<int>(i)));
       }
     }
     for (const auto& [alias, node] : by_name) {
+      names_.push_back(alias);
       items.push_back(pickle().string(alias));
       items.push_back(node);
     }
@@ -186,6 +197,7 @@ class ModelFile : public RankWriter {
   }
 
   std::map<int, TorchBuilder::TensorSpec> places_;
+  std::vector<std::string> names_;  // of the module's entries, in its order
 };
 
 }  // namespace

@@ -4,6 +4,7 @@
 #include "checkpoint/deepspeed/names.h"
 #include "core/zero_rules.h"
 #include "engine/expert_files.h"
+#include "engine/folding.h"
 #include "engine/rank_writer.h"
 
 namespace isoshard::engine {
@@ -19,13 +20,16 @@ class OptimFile : public RankWriter {
   using RankWriter::RankWriter;
 
   FileBlueprint run() {
-    const NodeId root =
-        builder_.dict({{"optimizer_state_dict", state_.stage == 3 ? stage3() : stage12()},
-                       {"ds_config", json_node(&builder_, content_.config)},
-                       {"ds_version", pickle().string(content_.version)}});
+    Entries root = {{"optimizer_state_dict", state_.stage == 3 ? stage3() : stage12()},
+                    {"ds_config", json_node(&builder_, content_.config)},
+                    {"ds_version", pickle().string(content_.version)}};
+    if (is_folded(state_, place_.topology)) {
+      root.emplace_back("folding", folding_node(&builder_, state_, place_, FoldedFile::kOptimizer));
+    }
     const std::string prefix = state_.dtype == DType::kBFloat16 ? "bf16_" : "";
     return builder_.finish(
-        checkpoint::optim_file_name(prefix, place_.zero_rank(), place_.mp_rank()), root);
+        checkpoint::optim_file_name(prefix, place_.zero_rank(), place_.mp_rank()),
+        builder_.dict(std::move(root)));
   }
 
  private:

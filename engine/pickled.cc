@@ -77,7 +77,8 @@ int value_storage(TorchBuilder* builder, std::span<const float> values, DType dt
   return builder->add_storage(std::move(fill));
 }
 
-NodeId split_info_node(TorchBuilder* builder, const TrainingState& state, int ranks) {
+std::vector<std::pair<std::string, NodeId>> split_info(TorchBuilder* builder,
+                                                       const TrainingState& state, int ranks) {
   checkpoint::Pickle& pickle = builder->pickle;
   std::vector<std::string> rows, replicas, vocabulary;
   std::vector<std::pair<std::string, NodeId>> maps, replica_maps;  // as DeepSpeed has them
@@ -93,7 +94,7 @@ NodeId split_info_node(TorchBuilder* builder, const TrainingState& state, int ra
     if (p.name == "lm_head.weight") words = p.whole[0];
     const AffineMap map =
         p.split_widths.empty()
-            ? replicated_map(p.whole, ranks)
+            ? replicated_map(p.expert ? p.shape : p.whole, ranks)
             : split_map(p.whole, static_cast<size_t>(p.split_axis), {p.split_widths});
     auto& list = p.split_widths.empty() ? replica_maps : maps;
     list.emplace_back(pattern, checkpoint::map_node(builder, map));
@@ -115,7 +116,7 @@ NodeId split_info_node(TorchBuilder* builder, const TrainingState& state, int ra
   if (words > 0) entries.emplace_back("original_vocab_size", pickle.integer(words));
   entries.emplace_back("affine_map", builder->dict({{"version", pickle.integer(1)},
                                                     {"params", builder->dict(std::move(maps))}}));
-  return builder->dict(std::move(entries));
+  return entries;
 }
 
 }  // namespace isoshard::engine

@@ -18,7 +18,7 @@ checkpoint::NodeId setting_node(checkpoint::TorchBuilder* builder, const Setting
 int value_storage(checkpoint::TorchBuilder* builder, std::span<const float> values, DType dtype);
 
 // universal_checkpoint_info of an AutoTP run (deepspeed/module_inject/layers.py, 0.19.8).
-checkpoint::NodeId split_info_node(checkpoint::TorchBuilder* builder, const TrainingState& state,
-                                   int ranks);
+std::vector<std::pair<std::string, checkpoint::NodeId>> split_info(
+    checkpoint::TorchBuilder* builder, const TrainingState& state, int ranks);
 
 }  // namespace isoshard::engine

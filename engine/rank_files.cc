@@ -42,10 +42,13 @@ std::string files_unsupported(const TrainingState& state, const Topology& topolo
     return pipeline_unsupported(state, topology);
   }
   if (experts && topology.tensor > 1) {
-    return topology.expert > 1
-               ? "the engine does not write AutoEP folded with AutoTP yet"
-               : "DeepSpeed has AutoTP with experts only where they are shared (ValueError, "
-                 "\"requires expert_parallel.autoep_size > 1\")";
+    if (topology.expert == 1) {
+      return "DeepSpeed has AutoTP with experts only where they are shared (ValueError, "
+             "\"requires expert_parallel.autoep_size > 1\")";
+    }
+    if (state.stage == 0 || state.stage == 3) {
+      return "isoshard does not read AutoEP folded with AutoTP at stages 0 and 3";
+    }
   }
   if (experts && topology.sequence > 1 && state.stage == 3) {
     return "DeepSpeed has no AutoEP with sequence parallelism at stage 3 (AssertionError)";

@@ -10,6 +10,7 @@
 #include "core/error.h"
 #include "core/zero_rules.h"
 #include "engine/expert_files.h"
+#include "engine/folding.h"
 #include "engine/layer_files.h"
 #include "engine/rank_fields.h"
 #include "engine/rank_reader.h"
@@ -89,11 +90,13 @@ void load_partitions(RankReader& reader, const RankPlace& place, bool with_state
 // experts or layers.
 class Weights {
  public:
-  Weights(Storage& storage, const std::string& folder, RankReader& model,
+  Weights(Storage& storage, const std::string& folder, RankReader& model, const RankPlace& place,
           const TrainingState& state, const LoadOptions& options)
       : storage_(storage),
         folder_(folder),
         model_(model),
+        place_(place),
+        state_(state),
         layered_(state.pipeline_module),
         options_(options),
         layers_(expert_layers(state)) {}
@@ -132,8 +135,8 @@ class Weights {
     std::vector<float> values;
     for (int64_t expert = layer->begin; expert < layer->begin + layer->held; ++expert) {
       const std::string name = p.name + "." + std::to_string(expert);
-      const std::string file_name = expert_file_name(layer->layer, expert);
-      RankReader& file = opened(file_name);
+      RankReader& file = opened(expert_file_name(layer->layer, expert, place_.at.tensor));
+      check_folding(file, state_, place_, FoldedFile::kExpert);
       const std::vector<float> one =
           file.values(file.need(file.fields().root(), name), count, name);
       values.insert(values.end(), one.begin(), one.end());
@@ -168,6 +171,8 @@ class Weights {
   Storage& storage_;
   std::string folder_;
   RankReader& model_;
+  const RankPlace& place_;
+  const TrainingState& state_;
   bool layered_;
   const LoadOptions& options_;
   std::vector<ExpertLayerPlace> layers_;
@@ -316,13 +321,13 @@ LoadResult load_rank(Storage& storage, const std::string& folder, const RankPlac
     }
     check_layers(storage, folder, *state, options.load_module_strict);
   }
-  const bool module_alone = state->stage < 3 && !with_states;
+  const bool module_alone = state->stage < 3 && !with_states, experts = has_experts(*state);
   if (!(module_alone && (options.custom_load_fn || !options.load_module_strict))) {
     check_model(model, *state);
   }
+  if (experts) check_folding(model, *state, place, FoldedFile::kModel);
   if (!options.load_module_only) load_counters(model, options, state);
-  Weights weights(storage, folder, model, *state, options);
-  const bool experts = has_experts(*state);
+  Weights weights(storage, folder, model, place, *state, options);
   if (state->stage == 0 && with_states && experts) {
     RankReader optimizer(storage,
                          folder + "/" + checkpoint::expert_optim_file_name(place.at.expert));
@@ -336,6 +341,7 @@ LoadResult load_rank(Storage& storage, const std::string& folder, const RankPlac
     RankReader optimizer(
         storage,
         folder + "/" + checkpoint::optim_file_name(prefix, place.zero_rank(), place.mp_rank()));
+    check_folding(optimizer, *state, place, FoldedFile::kOptimizer);
     load_partitions(optimizer, place, with_states, state);
     if (!with_states) round_masters(state);
   }

@@ -16,6 +16,10 @@ using reference::Trainer;
 
 constexpr const char* kFixed = "isoshard_fixed_exponents";
 
+bool is_pipeline_module(const TrainConfig& config, const Leg& leg) {
+  return config.pipeline_module || leg.topology.pipeline > 1;
+}
+
 }  // namespace
 
 Json client_state(const TrainingState& state) {
@@ -64,7 +68,19 @@ Json deepspeed_config(const TrainConfig& config, const Topology& topology, int s
   json["optimizer"] = {{"type", reference::name(o.kind)}, {"params", params}};
   if (config.model.dtype == DType::kBFloat16) json["bf16"] = {{"enabled", true}};
   if (config.model.dtype == DType::kFloat16) json["fp16"] = {{"enabled", true}};
-  if (topology.tensor > 1) json["tensor_parallel"] = {{"autotp_size", topology.tensor}};
+  if (topology.tensor > 1) {
+    Json& tensor = json["tensor_parallel"] = {{"autotp_size", topology.tensor}};
+    if (config.model.experts > 0) {  // of these models DeepSpeed knows nothing to cut by itself
+      const auto spec = [](const char* pattern, const char* type) {
+        return Json{{"patterns", {pattern}}, {"partition_type", type}};
+      };
+      tensor["partition_config"] = {
+          {"use_default_specs", false},
+          {"layer_specs",
+           {spec(".*\\.(q|k|v)_proj\\.weight$", "column"), spec("lm_head\\.weight$", "column"),
+            spec(".*\\.o_proj\\.weight$", "row")}}};
+    }
+  }
   if (topology.sequence > 1) json["sequence_parallel_size"] = topology.sequence;
   if (config.model.experts > 0) {
     json["expert_parallel"] = {{"enabled", true}, {"autoep_size", topology.expert}};
@@ -113,10 +129,17 @@ void FileBridge::bring(const std::string& from, const std::string& to, const Leg
   checkpoint::replace_small_file(storage_, to + "/latest", source.tag);
 }
 
-std::string FileBridge::unsupported(const Leg& leg) const {
-  TrainingState state{
-      .dtype = config_.model.dtype, .stage = leg.stage, .pipeline_module = is_pipeline_module(leg)};
-  if (config_.model.experts > 0) state.groups.push_back({.expert = true});
+bool FileBridge::leads(const TrainConfig& config, const Leg& from, const Leg& to) {
+  const bool folded = config.model.experts > 0 && to.topology.tensor > 1;
+  return is_pipeline_module(config, from) == is_pipeline_module(config, to) &&
+         (!folded || from.topology == to.topology);
+}
+
+std::string FileBridge::unsupported(const TrainConfig& config, const Leg& leg) {
+  TrainingState state{.dtype = config.model.dtype,
+                      .stage = leg.stage,
+                      .pipeline_module = is_pipeline_module(config, leg)};
+  if (config.model.experts > 0) state.groups.push_back({.expert = true});
   return engine::files_unsupported(state, leg.topology);
 }
 

@@ -51,11 +51,13 @@ class FileBridge {
       : storage_(storage), config_(config), seed_(seed) {}
 
   // Why the engine writes no files for a leg of this run; empty: it does.
-  std::string unsupported(const Leg& leg) const;
-  // Whether its files are a PipelineModule's: from one of these to the others there is no way.
-  bool is_pipeline_module(const Leg& leg) const {
-    return config_.pipeline_module || leg.topology.pipeline > 1;
-  }
+  static std::string unsupported(const reference::TrainConfig& config, const Leg& leg);
+  std::string unsupported(const Leg& leg) const { return unsupported(config_, leg); }
+  // Whether there is a way from the files of one leg to those of another: between a PipelineModule
+  // and the others there is none, nor to experts folded with tensor-parallel ranks but from
+  // themselves.
+  static bool leads(const reference::TrainConfig& config, const Leg& from, const Leg& to);
+  bool leads(const Leg& from, const Leg& to) const { return leads(config_, from, to); }
   // Reshards what `latest` names in `from` to a leg's topology and stage, into `to`, and names it
   // there.
   void bring(const std::string& from, const std::string& to, const Leg& leg);

@@ -150,11 +150,9 @@ std::string name(LayoutMutant mutant) {
 }
 
 std::vector<int> stages_with_files(const TrainConfig& config, const Topology& topology) {
-  checkpoint::MemoryStorage storage;
-  const FileBridge bridge(storage, config, 1);
   std::vector<int> stages;
   for (int stage = 0; stage <= 3; ++stage) {
-    if (bridge.unsupported({topology, stage, 0}).empty()) stages.push_back(stage);
+    if (FileBridge::unsupported(config, {topology, stage, 0}).empty()) stages.push_back(stage);
   }
   return stages;
 }
@@ -172,7 +170,7 @@ LayoutCase draw_layout_case(const Draw& draw, const std::vector<Topology>& from,
   const auto one_of = [&](const auto& list) {
     return list[static_cast<size_t>(draw(0, static_cast<int64_t>(list.size()) - 1))];
   };
-  const auto pick = [&](const std::vector<Topology>& topologies, bool pipelines) -> Leg {
+  const auto pick = [&](const std::vector<Topology>& topologies, const Leg* before) -> Leg {
     std::map<int, std::vector<Topology>> by_size;  // by the power of two below the number of ranks
     for (const Topology& topology : topologies) {
       by_size[std::bit_width(static_cast<unsigned>(topology.world()))].push_back(topology);
@@ -181,19 +179,20 @@ LayoutCase draw_layout_case(const Draw& draw, const std::vector<Topology>& from,
     std::advance(size, draw(0, static_cast<int64_t>(by_size.size()) - 1));
     std::vector<Leg> legs;
     for (const Topology& topology : size->second) {
-      if ((topology.pipeline > 1 && !pipelines) || !fits(value.config.model, topology)) continue;
+      if (!fits(value.config.model, topology)) continue;
       for (const int stage : stages_with_files(value.config, topology)) {
-        legs.push_back({topology, stage, 0});
+        const Leg leg{topology, stage, 0};
+        if (before == nullptr || FileBridge::leads(value.config, *before, leg)) legs.push_back(leg);
       }
     }
     if (!legs.empty()) return one_of(legs);
     return {{.data = size->second.front().world()}, 1, 0};
   };
   if (from.size() == 1) fitting(from, &value.config);  // the model gives way
-  value.from = pick(from, true);
+  value.from = pick(from, nullptr);
   // What follows a pipeline is a PipelineModule too, and nothing else can come to one.
   if (value.from.topology.pipeline > 1) value.config.pipeline_module = true;
-  value.to = pick(to, value.config.pipeline_module);
+  value.to = pick(to, &value.from);
   return value;
 }
 

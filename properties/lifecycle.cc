@@ -78,7 +78,7 @@ class Life {
     checkpoint::throw_if_cancelled();
     sim::Faults faults = faults_of(commands);
     by_files_ = durable_.step > 0 && durable_.files && bridge_.unsupported(leg_).empty() &&
-                bridge_.is_pipeline_module(durable_.leg) == bridge_.is_pipeline_module(leg_);
+                bridge_.leads(durable_.leg, leg_);
     from_ = durable_.folder;
     if (by_files_ && !(durable_.leg == leg_)) {
       from_ = "/leg" + std::to_string(++folders_);

@@ -32,9 +32,7 @@ void Simulation::run(const Leg& leg) {
   sim::Cluster cluster(leg.topology, {.seed = keyed_random(seed_, {static_cast<uint64_t>(legs_)})});
   std::vector<std::unique_ptr<Trainer>> trainers(static_cast<size_t>(leg.topology.world()));
   const std::string reason = bridge_.unsupported(leg);
-  if (!reason.empty() || bridge_.is_pipeline_module(last_) != bridge_.is_pipeline_module(leg)) {
-    by_files = false;
-  }
+  if (!reason.empty() || !bridge_.leads(last_, leg)) by_files = false;
   if (by_files) {
     const bool same = last_.topology == leg.topology && last_.stage == leg.stage;
     if (!same) {
