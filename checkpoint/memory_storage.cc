@@ -13,8 +13,6 @@
 namespace isoshard::checkpoint {
 namespace {
 
-constexpr int64_t kFreeBytes = int64_t{1} << 50;
-
 struct MemoryContents {
   std::mutex mutex;
   std::vector<std::byte> bytes;
@@ -334,7 +332,7 @@ void MemoryStorage::sync_everything(const std::string& path) {
 }
 
 FreeSpace MemoryStorage::free_space(const std::string&) {
-  return FreeSpace{.bytes = kFreeBytes, .inodes = -1};
+  return FreeSpace{.bytes = free_bytes_, .inodes = -1};
 }
 
 std::string MemoryStorage::canonical(const std::string& path) { return canonical_path(path); }

@@ -10,6 +10,7 @@
 #include "checkpoint/format/crc.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
+#include "core/check.h"
 #include "core/random.h"
 #include "core/utf8.h"
 #include "engine/rank_load.h"
@@ -157,6 +158,7 @@ int CheckpointEngine::first_failure(bool failed) {
   // The lowest rank that failed is the largest of what they report.
   int64_t report = failed ? parallel_.topology.world() - parallel_.rank : 0;
   parallel_.world->all_reduce(buffer(std::span(&report, 1)), Reduction::kMax);
+  CHECK(report >= 0 && report <= parallel_.topology.world(), "the ranks' status is none");
   return report == 0 ? -1 : parallel_.topology.world() - static_cast<int>(report);
 }
 

@@ -17,6 +17,8 @@ using Value = std::variant<int64_t, std::string>;
 using Values = std::vector<std::pair<std::string, Value>>;
 
 constexpr const char* kFamilies = "param_families";
+constexpr const char* kReshard =
+    "load it at the topology that saved it, or isoshard reshard --to tp=1[,dp=,ep=] first";
 
 Values shared_by(const std::string& group, int64_t rank, int64_t ranks) {
   return {{"zero_partition_group", group},
@@ -91,15 +93,15 @@ std::string text_of(const Value& value) {
 }
 
 [[noreturn]] void refuse(const RankReader& file, const std::string& what, const std::string& entry,
-                         const std::string& expected, const std::string& found) {
+                         const std::string& expected, const std::string& found,
+                         const std::string& next = kReshard) {
   throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
                         .what = what,
                         .file = file.fields().document().path(),
                         .entry = entry,
                         .expected = expected,
                         .found = found,
-                        .next = "load it at the topology that saved it, or isoshard reshard --to "
-                                "tp=1[,dp=,ep=] first"});
+                        .next = next});
 }
 
 void check_values(const RankReader& file, NodeId node, const Values& expected,
@@ -149,7 +151,9 @@ void check_folding(const RankReader& file, const TrainingState& state, const Ran
                : "The run folds experts with tensor-parallel ranks, the file does not (DeepSpeed: "
                  "RuntimeError, \"Missing AutoEP+AutoTP folding metadata\").",
            "folding", to_string(place.topology),
-           folding != checkpoint::kNoNode ? "an entry" : "no entry");
+           folding != checkpoint::kNoNode ? "an entry" : "no entry",
+           folding != checkpoint::kNoNode ? kReshard
+                                          : "resume it at tp=1; no reshard leads to folded ranks");
   }
   if (folding == checkpoint::kNoNode) return;
   Values expected = values_of(place, kind);

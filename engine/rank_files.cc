@@ -36,42 +36,44 @@ std::string pipeline_unsupported(const TrainingState& state, const Topology& top
 
 }  // namespace
 
-std::string files_unsupported(const TrainingState& state, const Topology& topology) {
+Support supports(const TrainingState& state, const Topology& topology) {
   const bool experts = has_experts(state);
   if (state.pipeline_module || topology.pipeline > 1) {
-    return pipeline_unsupported(state, topology);
+    return {pipeline_unsupported(state, topology)};
   }
   if (experts && topology.tensor > 1) {
     if (topology.expert == 1) {
-      return "DeepSpeed has AutoTP with experts only where they are shared (ValueError, "
-             "\"requires expert_parallel.autoep_size > 1\")";
+      return {
+          "DeepSpeed has AutoTP with experts only where they are shared (ValueError, "
+          "\"requires expert_parallel.autoep_size > 1\")"};
     }
     if (state.stage == 0 || state.stage == 3) {
-      return "isoshard does not read AutoEP folded with AutoTP at stages 0 and 3";
+      return {"isoshard does not read AutoEP folded with AutoTP at stages 0 and 3"};
     }
   }
   if (experts && topology.sequence > 1 && state.stage == 3) {
-    return "DeepSpeed has no AutoEP with sequence parallelism at stage 3 (AssertionError)";
+    return {"DeepSpeed has no AutoEP with sequence parallelism at stage 3 (AssertionError)"};
   }
   if (topology.tensor > 1 && topology.sequence > 1) {
-    return "DeepSpeed has no run of sequence- and tensor-parallel ranks together "
-           "(ValueError, \"mutually exclusive\")";
+    return {
+        "DeepSpeed has no run of sequence- and tensor-parallel ranks together "
+        "(ValueError, \"mutually exclusive\")"};
   }
   if (state.stage == 0 && state.dtype == DType::kFloat16) {
-    return "fp16 at stage 0 is FP16_Optimizer's form, of GPUs alone";
+    return {"fp16 at stage 0 is FP16_Optimizer's form, of GPUs alone"};
   }
-  return "";
+  return {""};
 }
 
 std::vector<FileBlueprint> rank_files(const TrainingState& state, const RankPlace& place,
                                       const SaveContent& content) {
-  if (const std::string reason = files_unsupported(state, place.topology); !reason.empty()) {
+  if (const Support support = supports(state, place.topology); !support) {
     throw Error(
         ErrorInfo{.code = ErrorCode::kUnsupported,
-                  .what = "This run cannot be saved in DeepSpeed's files: " + reason + ".",
+                  .what = "This run cannot be saved in DeepSpeed's files: " + support.why + ".",
                   .entry = to_string(place.topology) + " stage " + std::to_string(state.stage),
                   .next = "choose another topology or stage; isoshard simulate "
-                          "--topologies … runs this one in memory"});
+                          "--topologies … runs others like it in memory"});
   }
   std::vector<std::string> reserved = {"checkpoint_parallel_dimensions"};
   if (has_experts(state)) {

@@ -45,8 +45,12 @@ struct RankPlace {
   }
 };
 
-// "" if DeepSpeed has files for such a run and the engine writes them; otherwise the reason.
-std::string files_unsupported(const TrainingState& state, const Topology& topology);
+// Whether DeepSpeed has files for such a run and the engine writes them; otherwise why not.
+struct Support {
+  std::string why;  // "": they are there
+  explicit operator bool() const { return why.empty(); }
+};
+Support supports(const TrainingState& state, const Topology& topology);
 
 // Throws Error(kUnsupported) with that reason, and Error(kUsage) where client_state has a key that
 // DeepSpeed reserves (KeyError there).

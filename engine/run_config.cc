@@ -1,6 +1,8 @@
 // See run_config.h.
 #include "engine/run_config.h"
 
+#include <algorithm>
+#include <cctype>
 #include <set>
 
 #include "core/error.h"
@@ -19,6 +21,12 @@ namespace {
                         .next = "correct the config"});
 }
 
+// A class that DeepSpeed builds from an object of the config, and the keys the object may have.
+struct Keywords {
+  std::string taker;
+  std::set<std::string> names;
+};
+
 // One object of the config; what was not asked for is without effect.
 class Section {
  public:
@@ -26,6 +34,7 @@ class Section {
     if (object_ != nullptr && !object_->is_object()) refuse(path_, "an object", object_->dump());
   }
 
+  bool given() const { return object_ != nullptr; }
   const Json* find(const std::string& key) {
     if (object_ == nullptr) return nullptr;
     const auto found = object_->find(key);
@@ -65,6 +74,25 @@ class Section {
     if (!value->is_string()) refuse(full(key), "a text", value->dump());
     return value->get<std::string>();
   }
+  // DeepSpeed passes such an object as keyword arguments: what the class does not take is a
+  // TypeError there.
+  void refuse_others(const Keywords& taken) const {
+    if (object_ == nullptr) return;
+    std::string list;
+    for (const std::string& name : taken.names) list += (list.empty() ? "" : ", ") + name;
+    for (const auto& [key, value] : object_->items()) {
+      if (taken.names.contains(key)) continue;
+      refuse(full(key), "what " + taken.taker + " takes: " + list,
+             key + ", in DeepSpeed a TypeError");
+    }
+  }
+  // For what the class takes, changes its arithmetic and is not simulated.
+  void refuse_unless(const std::string& key, const Json& simulated) const {
+    if (object_ == nullptr || !object_->contains(key) || object_->at(key) == simulated) return;
+    refuse(full(key), simulated.dump() + ", which alone is simulated", object_->at(key).dump());
+  }
+  // For what was asked for and changes nothing.
+  void disregard(const std::string& key) { used_.erase(key); }
   std::string full(const std::string& key) const { return path_.empty() ? key : path_ + "." + key; }
   void tell_rest(std::vector<std::string>* list) const {
     if (object_ == nullptr) return;
@@ -81,7 +109,7 @@ class Section {
 
 void read_betas(Section* params, OptimizerSettings* o) {
   const Json* betas = params->find("betas");
-  if (betas == nullptr) return;
+  if (betas == nullptr || *betas == "auto") return;
   const bool good =
       betas->is_array() && betas->size() == 2 && (*betas)[0].is_number() && (*betas)[1].is_number();
   if (!good) refuse(params->full("betas"), "two numbers", betas->dump());
@@ -89,58 +117,164 @@ void read_betas(Section* params, OptimizerSettings* o) {
   o->beta2 = (*betas)[1].get<double>();
 }
 
+// DeepSpeed knows its own optimizers in capitals or not, torch's by their exact names
+// (runtime/config.py: DEEPSPEED_OPTIMIZERS).
+std::string optimizer_type(const std::string& given) {
+  std::string lower = given;
+  std::transform(lower.begin(), lower.end(), lower.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  if (lower == "adamw") return "AdamW";
+  if (lower == "adam") return "Adam";
+  if (lower == "lion") return "Lion";
+  if (given != "SGD") {
+    refuse("optimizer.type", "AdamW, Adam or Lion in capitals or not, or SGD", given);
+  }
+  return given;
+}
+
+// zero_use_cpu_optimizer (engine.py); a true cpu_offload stands for offload_optimizer on the cpu.
+bool steps_on_cpu(Section* root) {
+  Section zero = root->section("zero_optimization");
+  const Json* old = zero.find("cpu_offload");
+  if (old != nullptr && *old == true) return true;
+  const Json* offload = zero.find("offload_optimizer");
+  if (offload == nullptr || !offload->is_object() || !offload->contains("device")) return false;
+  return offload->at("device") == "cpu" || offload->at("device") == "nvme";
+}
+
+// Which class _configure_basic_optimizer (engine.py) builds. It takes adam_w_mode, torch_adam and
+// fp32_optimizer_states out before it builds an Adam, whichever that is.
+Keywords optimizer_keywords(const std::string& type, Section* params, bool on_cpu) {
+  if (type == "SGD") {
+    return {"torch.optim.SGD",
+            {"lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize", "foreach",
+             "differentiable", "fused"}};
+  }
+  if (type == "Lion") {
+    const std::string own = on_cpu ? "fp32_optimizer_states" : "set_grad_none";
+    return {on_cpu ? "DeepSpeedCPULion" : "FusedLion", {"lr", "betas", "weight_decay", own}};
+  }
+  Keywords adam{on_cpu ? "DeepSpeedCPUAdam" : "FusedAdam",
+                {"adam_w_mode", "torch_adam", "fp32_optimizer_states", "lr", "betas", "eps",
+                 "weight_decay", "amsgrad"}};
+  if (params->truth("torch_adam", false)) {
+    adam.taker = "torch.optim.AdamW";
+    adam.names.insert({"maximize", "foreach", "capturable", "differentiable", "fused"});
+  } else {
+    adam.names.insert("bias_correction");
+    if (!on_cpu) adam.names.insert("set_grad_none");
+  }
+  return adam;
+}
+
+void refuse_optimizer_keys(Section* params, const std::string& type, bool on_cpu) {
+  if (params->find("max_grad_norm") != nullptr) {
+    refuse(params->full("max_grad_norm"), "gradient_clipping in its place",
+           "max_grad_norm, in DeepSpeed a ValueError");
+  }
+  params->refuse_others(optimizer_keywords(type, params, on_cpu));
+  for (const char* key : {"amsgrad", "maximize", "nesterov"}) params->refuse_unless(key, false);
+  params->refuse_unless("bias_correction", true);
+  params->refuse_unless("dampening", 0);
+}
+
+void read_adam(Section* params, OptimizerSettings* o) {
+  // AdamW is the decoupled form whatever adam_w_mode says (engine.py, _configure_basic_optimizer).
+  if (o->type == "Adam" && !params->truth("adam_w_mode", true)) {
+    refuse(params->full("adam_w_mode"), "true: the decoupled form, which alone is simulated",
+           "false: the decay is added to the gradient");
+  }
+  o->epsilon = params->real("eps", o->epsilon);
+  // torch.optim.AdamW decays by 0.01 where nothing is given, FusedAdam and DeepSpeedCPUAdam do not.
+  // Beyond that torch_adam changes nothing here: one order of operations is simulated.
+  o->weight_decay = params->truth("torch_adam", false) ? 0.01 : 0.0;
+}
+
 void read_optimizer(Section* root, RunConfig* config) {
   Section section = root->section("optimizer");
   OptimizerSettings& o = config->optimizer;
-  const std::string type = section.word("type", "");
-  config->has_optimizer = !type.empty();
+  const Json* type = section.find("type");
+  config->has_optimizer = type != nullptr && !type->is_null();
   if (config->has_optimizer) {
-    o.type = type;
-    if (type == "Lion") o.beta2 = 0.99;
-    if (type != "AdamW" && type != "Adam" && type != "SGD" && type != "Lion") {
-      refuse("optimizer.type", "AdamW, Adam, SGD or Lion", type);
+    o.type = optimizer_type(section.word("type", ""));
+    const Json* given = section.find("params");
+    const bool none = given == nullptr || given->is_null();  // DeepSpeed: no parameters either way
+    Section params(none ? nullptr : given, section.full("params"));
+    refuse_optimizer_keys(&params, o.type, steps_on_cpu(root));
+    o.lr = params.real("lr", o.lr);
+    if (o.type == "SGD") {
+      o.momentum = params.real("momentum", o.momentum);
+    } else {
+      read_betas(&params, &o);
+    }
+    if (o.type == "Adam" || o.type == "AdamW") read_adam(&params, &o);
+    o.weight_decay = params.real("weight_decay", o.weight_decay);
+    params.tell_rest(&config->without_effect);
+  }
+  section.tell_rest(&config->without_effect);
+}
+
+// What the three classes take (runtime/lr_schedules.py) beside the optimizer.
+Keywords schedule_keywords(const std::string& type) {
+  const bool cosine = type == "WarmupCosineLR";
+  Keywords taken{
+      type,
+      {"warmup_num_steps", "warmup_type", "last_batch_iteration",
+       cosine ? "warmup_min_ratio" : "warmup_min_lr", cosine ? "cos_min_ratio" : "warmup_max_lr"}};
+  if (type != "WarmupLR") taken.names.insert("total_num_steps");
+  return taken;
+}
+
+// WarmupLR has the optimizer's lr as its warmup_max_lr where none is given, WarmupDecayLR 0.001;
+// null and Hugging Face's "auto" mean the optimizer's lr in both. An unknown warmup_type is "log".
+void read_schedule(Section* params, SchedulerSettings* s) {
+  params->refuse_others(schedule_keywords(s->type));
+  constexpr int64_t kMostSteps = 1'000'000'000;
+  s->warmup_steps = params->whole("warmup_num_steps", s->warmup_steps, 1, kMostSteps);
+  const std::string warmup = params->word("warmup_type", "log");
+  s->log_warmup = warmup != "linear";
+  if (warmup != "linear" && warmup != "log") params->disregard("warmup_type");
+  if (s->type != "WarmupLR") {
+    s->total_steps = params->whole("total_num_steps", 0, 1, kMostSteps);
+    const Json* given = params->find("total_num_steps");
+    if (s->total_steps == 0) {
+      refuse(params->full("total_num_steps"), "a number of steps",
+             given == nullptr ? "nothing" : given->dump());
     }
   }
-  Section params = section.section("params");
-  o.lr = params.real("lr", o.lr);
-  o.weight_decay = params.real("weight_decay", type == "AdamW" ? 0.01 : 0.0);
-  if (type == "SGD") {
-    o.momentum = params.real("momentum", 0.0);
+  if (s->type == "WarmupCosineLR") {
+    s->warmup_min_ratio = params->real("warmup_min_ratio", s->warmup_min_ratio);
+    s->cosine_min_ratio = params->real("cos_min_ratio", s->cosine_min_ratio);
   } else {
-    read_betas(&params, &o);
-    o.epsilon = params.real("eps", o.epsilon);
+    s->min_lr = params->real("warmup_min_lr", s->min_lr);
+    const Json* most = params->find("warmup_max_lr");
+    if (most == nullptr) {
+      if (s->type == "WarmupDecayLR") s->max_lr = 1e-3;
+    } else if (!most->is_null() && *most != "auto") {
+      s->max_lr = params->real("warmup_max_lr", 0.0);
+    }
   }
-  if (type == "Adam" && !params.truth("adam_w_mode", true)) {
-    refuse("optimizer.params.adam_w_mode", "true: the decoupled form", "false");
+  const Json* start = params->find("last_batch_iteration");
+  if (start != nullptr && *start != -1) {
+    refuse(params->full("last_batch_iteration"), "-1: the schedule begins with the run",
+           start->dump());
   }
-  params.truth("torch_adam", false);  // the same bits are simulated either way
-  params.tell_rest(&config->without_effect);
-  section.tell_rest(&config->without_effect);
 }
 
 void read_scheduler(Section* root, RunConfig* config) {
   Section section = root->section("scheduler");
   SchedulerSettings& s = config->scheduler;
-  s.type = section.word("type", "");
-  if (!s.type.empty() && s.type != "WarmupLR" && s.type != "WarmupDecayLR" &&
-      s.type != "WarmupCosineLR") {
-    refuse("scheduler.type", "WarmupLR, WarmupDecayLR or WarmupCosineLR", s.type);
+  const Json* type = section.find("type");
+  if (type != nullptr && !type->is_null()) {
+    s.type = section.word("type", "");
+    if (s.type != "WarmupLR" && s.type != "WarmupDecayLR" && s.type != "WarmupCosineLR") {
+      refuse("scheduler.type", "WarmupLR, WarmupDecayLR or WarmupCosineLR", s.type);
+    }
+    Section params = section.section("params");
+    if (!params.given()) refuse("scheduler.params", "an object", "nothing");
+    read_schedule(&params, &s);
+    params.tell_rest(&config->without_effect);
   }
-  Section params = section.section("params");
-  s.min_lr = params.real("warmup_min_lr", s.min_lr);
-  s.max_lr = params.real("warmup_max_lr", s.max_lr);
-  s.warmup_steps = params.whole("warmup_num_steps", s.warmup_steps, 1, 1'000'000'000);
-  s.total_steps = params.whole("total_num_steps", s.total_steps, 1, 1'000'000'000);
-  s.cosine_min_ratio = params.real("cos_min_ratio", s.cosine_min_ratio);
-  const std::string warmup = params.word("warmup_type", "log");
-  if (warmup != "log" && warmup != "linear") {
-    refuse("scheduler.params.warmup_type", "log or linear", warmup);
-  }
-  s.log_warmup = warmup == "log";
-  if ((s.type == "WarmupDecayLR" || s.type == "WarmupCosineLR") && s.total_steps == 0) {
-    refuse("scheduler.params.total_num_steps", "a number of steps", "nothing");
-  }
-  params.tell_rest(&config->without_effect);
   section.tell_rest(&config->without_effect);
 }
 
@@ -184,7 +318,7 @@ RunConfig read_run_config(const Json& json) {
   Section pipeline = root.section("pipeline");
   config.pipeline = static_cast<int>(pipeline.whole("stages", 0, 1, 4096));
   pipeline.tell_rest(&config.without_effect);
-  config.clip = root.real("gradient_clipping", 0.0);
+  config.clip = root.real("gradient_clipping", config.clip);
   config.batch = root.whole("train_batch_size", 0, 1, 1'000'000'000);
   config.micro_batch = root.whole("train_micro_batch_size_per_gpu", 0, 1, 1'000'000'000);
   config.accumulation = root.whole("gradient_accumulation_steps", 0, 1, 1'000'000'000);

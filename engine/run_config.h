@@ -3,6 +3,7 @@
 #pragma once
 
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -12,7 +13,7 @@
 namespace isoshard::engine {
 
 struct OptimizerSettings {
-  std::string type = "AdamW";  // "AdamW", "Adam", "SGD", "Lion"; of Adam the decoupled form
+  std::string type = "AdamW";  // "AdamW", "Adam", "SGD", "Lion"; of Adam the decoupled form alone
   double lr = 1e-3;
   double beta1 = 0.9, beta2 = 0.999;
   double epsilon = 1e-8;
@@ -21,12 +22,14 @@ struct OptimizerSettings {
 };
 
 struct SchedulerSettings {
-  std::string type;  // "" none, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"
-  double min_lr = 0.0, max_lr = 1e-3;
+  std::string type;     // "" none, "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"
+  double min_lr = 0.0;  // of WarmupLR and WarmupDecayLR
+  // Of the same two; none is the optimizer's own lr, which WarmupCosineLR takes always.
+  std::optional<double> max_lr;
   int64_t warmup_steps = 1000;
-  int64_t total_steps = 0;
-  bool log_warmup = true;  // warmup_type
-  double cosine_min_ratio = 1e-4;
+  int64_t total_steps = 0;                                 // of the other two than WarmupLR
+  bool log_warmup = true;                                  // warmup_type
+  double warmup_min_ratio = 0.0, cosine_min_ratio = 1e-4;  // of WarmupCosineLR
 };
 
 struct RunConfig {
@@ -35,7 +38,7 @@ struct RunConfig {
   int pipeline = 0;  // pipeline.stages; 0: not given, or "auto"
   DType dtype = DType::kFloat32;
   LossScale loss_scale;                                  // of fp16
-  double clip = 0.0;                                     // gradient_clipping
+  double clip = 1.0;                                     // gradient_clipping; 0: as it is
   int64_t batch = 0, micro_batch = 0, accumulation = 0;  // 0: not given
   bool has_optimizer = false;
   OptimizerSettings optimizer;
@@ -47,7 +50,9 @@ struct RunConfig {
 
 // Throws Error(kUsage) that names the key where a value is none (DeepSpeed: DeepSpeedConfigError,
 // ValidationError, AssertionError): another type, fp16 and bf16 together, a stage beyond 3, an
-// optimizer or schedule that is not simulated.
+// optimizer or schedule that is not simulated, a parameter that its class does not take (TypeError;
+// max_grad_norm: ValueError) or that changes its arithmetic and is not simulated. What is not
+// given, or "auto" where Hugging Face writes that, has DeepSpeed 0.19.8's default.
 RunConfig read_run_config(const Json& config);
 
 // Samples a step and a rank's micro batch for that many data-parallel ranks, where what is given

@@ -129,10 +129,14 @@ void FileBridge::bring(const std::string& from, const std::string& to, const Leg
   checkpoint::replace_small_file(storage_, to + "/latest", source.tag);
 }
 
-bool FileBridge::leads(const TrainConfig& config, const Leg& from, const Leg& to) {
+std::string FileBridge::no_way(const TrainConfig& config, const Leg& from, const Leg& to) {
+  if (is_pipeline_module(config, from) != is_pipeline_module(config, to)) {
+    return "a PipelineModule's files name layers, the others' parameters";
+  }
   const bool folded = config.model.experts > 0 && to.topology.tensor > 1;
-  return is_pipeline_module(config, from) == is_pipeline_module(config, to) &&
-         (!folded || from.topology == to.topology);
+  if (!folded || from.topology == to.topology) return "";
+  return "no reshard leads to experts folded with tensor-parallel ranks, but from their own "
+         "topology";
 }
 
 std::string FileBridge::unsupported(const TrainConfig& config, const Leg& leg) {
@@ -140,7 +144,11 @@ std::string FileBridge::unsupported(const TrainConfig& config, const Leg& leg) {
                       .stage = leg.stage,
                       .pipeline_module = is_pipeline_module(config, leg)};
   if (config.model.experts > 0) state.groups.push_back({.expert = true});
-  return engine::files_unsupported(state, leg.topology);
+  if (const std::string why = reference::sequence_unsupported(config.model, leg.topology);
+      !why.empty()) {
+    return why;
+  }
+  return engine::supports(state, leg.topology).why;
 }
 
 }  // namespace isoshard::properties

@@ -50,14 +50,13 @@ class FileBridge {
   FileBridge(Storage& storage, const reference::TrainConfig& config, uint64_t seed)
       : storage_(storage), config_(config), seed_(seed) {}
 
-  // Why the engine writes no files for a leg of this run; empty: it does.
+  // Why a leg of this run has no files: DeepSpeed cannot run it (its heads, its topology), or the
+  // engine does not write them. "": it has.
   static std::string unsupported(const reference::TrainConfig& config, const Leg& leg);
   std::string unsupported(const Leg& leg) const { return unsupported(config_, leg); }
-  // Whether there is a way from the files of one leg to those of another: between a PipelineModule
-  // and the others there is none, nor to experts folded with tensor-parallel ranks but from
-  // themselves.
-  static bool leads(const reference::TrainConfig& config, const Leg& from, const Leg& to);
-  bool leads(const Leg& from, const Leg& to) const { return leads(config_, from, to); }
+  // Why there is no way from the files of one leg to those of another; "": there is.
+  static std::string no_way(const reference::TrainConfig& config, const Leg& from, const Leg& to);
+  bool leads(const Leg& from, const Leg& to) const { return no_way(config_, from, to).empty(); }
   // Reshards what `latest` names in `from` to a leg's topology and stage, into `to`, and names it
   // there.
   void bring(const std::string& from, const std::string& to, const Leg& leg);

@@ -54,6 +54,8 @@ bool has_files(const Topology& t, int stage) {
 TEST(Files, AreThereForWhatDeepSpeedRuns) {
   int questions = 0;
   reference::TrainConfig dense, experts;
+  dense.model.kv_heads = dense.model.heads = 16;  // as many as the largest sp
+  experts.model = dense.model;
   experts.model.experts = 8;
   for (const Topology& topology : sim::topologies_up_to(16)) {
     for (const auto& [config, ep] : {std::pair(&dense, false), std::pair(&experts, true)}) {

@@ -142,6 +142,19 @@ std::string element_difference(const LayoutCase& value, int rank, bool weights_a
   return reason;
 }
 
+// Heads that DeepSpeed's Ulysses shares among so many ranks, in one of its two ways.
+void give_heads(const Draw& draw, int ranks, reference::ModelConfig* model) {
+  const bool uneven = draw(0, 1) == 1;
+  std::vector<int64_t> divisors;
+  for (int64_t d = 1; d <= ranks; ++d) {
+    if (ranks % d == 0) divisors.push_back(d);
+  }
+  const int64_t last = static_cast<int64_t>(divisors.size()) - 1;
+  model->kv_heads = uneven ? ranks + draw(0, 2) : divisors[static_cast<size_t>(draw(0, last))];
+  model->heads = uneven ? model->kv_heads * draw(1, 2) : ranks * draw(1, 2);
+  model->head_size = 2;
+}
+
 }  // namespace
 
 std::string name(LayoutMutant mutant) {
@@ -182,13 +195,19 @@ LayoutCase draw_layout_case(const Draw& draw, const std::vector<Topology>& from,
       if (!fits(value.config.model, topology)) continue;
       for (const int stage : stages_with_files(value.config, topology)) {
         const Leg leg{topology, stage, 0};
-        if (before == nullptr || FileBridge::leads(value.config, *before, leg)) legs.push_back(leg);
+        if (before == nullptr || FileBridge::no_way(value.config, *before, leg).empty())
+          legs.push_back(leg);
       }
     }
     if (!legs.empty()) return one_of(legs);
     return {{.data = size->second.front().world()}, 1, 0};
   };
   if (from.size() == 1) fitting(from, &value.config);  // the model gives way
+  // To many sequence-parallel ranks too: what is drawn otherwise has up to 4 key-value heads.
+  const int sequence = from.size() == 1 ? from[0].sequence : static_cast<int>(draw(0, 8));
+  if (sequence > 1 && (from.size() == 1 || sequence > 4)) {
+    give_heads(draw, sequence, &value.config.model);
+  }
   value.from = pick(from, nullptr);
   // What follows a pipeline is a PipelineModule too, and nothing else can come to one.
   if (value.from.topology.pipeline > 1) value.config.pipeline_module = true;

@@ -2,13 +2,14 @@
 #include "properties/lifecycle.h"
 
 #include <algorithm>
+#include <bit>
 #include <map>
 #include <new>
-#include <sstream>
 
 #include "checkpoint/cancel.h"
 #include "checkpoint/publication.h"
 #include "core/error.h"
+#include "core/hex_float.h"
 #include "core/random.h"
 
 namespace isoshard::properties {
@@ -31,7 +32,7 @@ class Life {
         bridge_(storage_, value.config, value.seed),
         leg_(value.first),
         total_(value.steps()),
-        one_(single_rank(value.config, total_)) {}
+        one_(single_rank(value.config, total_, &behind_)) {}
 
   void run() {
     for (const LifeCommand& command : value_.commands) {
@@ -50,6 +51,7 @@ class Life {
     }
     if (!reason_.empty()) return;
     reason_ = reference::difference(one_.state, reference::whole_state_of(last_));
+    if (reason_.empty()) reason_ = difference_alone(value_.config, evaluations_);
   }
   const std::string& reason() const { return reason_; }
 
@@ -92,12 +94,14 @@ class Life {
     captured_.clear();
     returned_ = 0;
     live_ = 0;
+    uneven_ = false;
     States states(static_cast<size_t>(leg_.topology.world()));
     const uint64_t seed = keyed_random(value_.seed, {static_cast<uint64_t>(++sessions_)});
     sim::Cluster cluster(leg_.topology, {.seed = seed, .faults = faults});
     const TraceTeller teller{cluster, leg_, on_trace_};
+    const Counted counted{*this, cluster};
     layouts_.clear();
-    bool ended = true;
+    bool ended = true, told = false;
     try {
       cluster.run([&](sim::Rank& rank) {
         run_rank(rank, commands, &states[static_cast<size_t>(rank.number())]);
@@ -107,15 +111,14 @@ class Life {
       checkpoint::throw_if_cancelled();
       if (!explained(failure, cluster)) throw;
       ended = false;
+      told = uneven_ && failure.info().code == ErrorCode::kMismatch &&
+             failure.info().what.starts_with("On rank ");
     }
     if (!ended && mutant_ == LifeMutant::kLostPointer) put_back(pointer);
-    count(cluster.struck());
-    result_.trace_hash = mix(result_.trace_hash ^ cluster.trace().hash());
-    result_.events += static_cast<int64_t>(cluster.trace().events().size());
     find_durable(before);
     crashed_ = !ended;
     if (!ended) {
-      ++result_.crashes;
+      result_.crashes += !told;
       result_.redone += std::max(0, live_ - durable_.step);
       live_ = 0;
     }
@@ -128,17 +131,32 @@ class Life {
     const auto struck = [&](auto kind) { return std::ranges::any_of(cluster.struck(), kind); };
     if (code == ErrorCode::kInterrupted) return !cluster.dead().empty();
     if (code == ErrorCode::kMismatch) {
-      return struck([](sim::FaultKind kind) { return kind == sim::FaultKind::kDrop; });
+      const bool at_call = failure.info().what.starts_with("On rank ");
+      return (uneven_ && at_call) ||
+             struck([](sim::FaultKind kind) { return kind == sim::FaultKind::kDrop; });
     }
     return struck(sim::is_of_disk) && resumed_ < leg_.topology.world();  // a load met the disk
   }
 
-  void count(const std::vector<sim::FaultKind>& struck) {
-    for (const sim::FaultKind kind : struck) {
+  // Counts a session's events and faults when it ends, also where it fails.
+  struct Counted {
+    Life& life;
+    const sim::Cluster& cluster;
+    ~Counted() { life.count(cluster); }
+  };
+
+  void count(const sim::Cluster& cluster) {
+    result_.trace_hash = mix(result_.trace_hash ^ cluster.trace().hash());
+    result_.events += static_cast<int64_t>(cluster.trace().events().size());
+    for (const sim::FaultKind kind : cluster.struck()) {
       result_.disk_faults += sim::is_of_disk(kind);
       result_.deaths += kind == sim::FaultKind::kDieBefore;
       result_.drops += kind == sim::FaultKind::kDrop;
       result_.slow_ranks += kind == sim::FaultKind::kSlow;
+      result_.late_calls += kind == sim::FaultKind::kDelay || kind == sim::FaultKind::kReorder;
+      result_.duplicates += kind == sim::FaultKind::kDuplicate;
+      result_.read_errors += kind == sim::FaultKind::kIoError;
+      result_.corruptions += kind == sim::FaultKind::kCorrupt;
     }
   }
 
@@ -190,7 +208,7 @@ class Life {
           }
           break;
         case Kind::kEvaluate:
-          evaluate(&trainer, rank, command.count);
+          evaluate(&trainer, rank.number(), command);
           break;
         default:
           save(&trainer, &files, rank);
@@ -235,12 +253,24 @@ class Life {
     }
   }
 
-  // In the bypass each rank has other samples where no exchange of the model binds it to others.
-  void evaluate(Trainer* trainer, const sim::Rank& rank, int count) {
+  void evaluate(Trainer* trainer, int rank, const LifeCommand& command) {
+    const Coordinate at = coordinate_of(leg_.topology, rank);
     const Topology& t = leg_.topology;
-    const bool alone = t.tensor == 1 && t.pipeline == 1 && t.expert == 1 && leg_.stage < 3;
-    if (value_.config.disable_in_eval && !alone) return;
-    trainer->evaluate(1000, count + (value_.config.disable_in_eval ? rank.number() % 3 : 0));
+    const bool bypass = value_.config.disable_in_eval;
+    // The exchanges of experts and of stage 3's parameters are the model's own, also in the bypass:
+    // ranks that share them cannot have lots of their own. Those of one tp or pp group have one
+    // lot.
+    if (bypass && (t.expert > 1 || leg_.stage == 3)) return;
+    const bool uneven = !bypass && command.uneven && t.sequence > 1;
+    uneven_ |= uneven;
+    int own = bypass ? at.data * t.sequence + at.sequence : 0;
+    if (uneven && rank == 0 && mutant_ != LifeMutant::kEqualLots) own = 1;
+    Evaluation e{trainer->state().counters.steps, command.count + own % 3,
+                 command.length + own % 4};
+    const int late = bypass && mutant_ == LifeMutant::kForeignLot;
+    e.loss = trainer->evaluate(kEvaluated + late, e.count, e.length).loss;
+    if (uneven) reason_ = "an evaluation of different lots has ended as if nothing were wrong";
+    if (bypass || rank == 0) evaluations_.push_back(e);
   }
 
   void save(Trainer* trainer, CheckpointEngine* files, sim::Rank& rank) {
@@ -289,6 +319,9 @@ class Life {
     }
     if (found == before || !reason_.empty()) return;
     durable_ = {found, files, save_dir_, leg_, std::move(captured_.at(found))};
+    const std::string other = reference::difference(behind_.at(static_cast<size_t>(found)),
+                                                    reference::whole_state_of(durable_.states));
+    if (!other.empty()) reason_ = "saved behind step " + std::to_string(found) + ": " + other;
   }
 
   const LifeCase& value_;
@@ -299,6 +332,7 @@ class Life {
   FileBridge bridge_;
   Leg leg_;
   int total_;
+  std::vector<reference::WholeState> behind_;  // each step, on one rank
   Record one_;
   std::string reason_;
   std::vector<LifeCommand> pending_;
@@ -307,6 +341,7 @@ class Life {
   std::string from_;
   bool by_files_ = false;
   bool disk_ = false;               // faults of disks are placed in this session
+  bool uneven_ = false;             // ranks of one of its evaluations were given different lots
   int resumed_ = 0;                 // ranks that have loaded in it
   bool crashed_ = false;            // the session before was ended by a fault
   int live_ = 0;                    // steps of rank 0 in this session
@@ -314,33 +349,18 @@ class Life {
   std::vector<int> attempted_;      // steps of its saves
   std::map<int, States> captured_;  // what ranks had at each of them
   States last_;                     // behind the last session
+  std::vector<Evaluation> evaluations_;
   reference::LayoutCache layouts_;
   int sessions_ = 0, folders_ = 0;
 };
-
-sim::Fault draw_fault(const Draw& draw, const FaultMenu& menu) {
-  using sim::FaultKind;
-  std::vector<FaultKind> kinds;
-  if (menu.death) kinds = {FaultKind::kDieBefore, FaultKind::kDieInside, FaultKind::kDieAfter};
-  if (menu.disk) {
-    kinds.insert(kinds.end(), {FaultKind::kDiskFull, FaultKind::kQuota, FaultKind::kReadOnly,
-                               FaultKind::kNoPermission, FaultKind::kStaleHandle});
-  }
-  if (menu.drop) kinds.push_back(FaultKind::kDrop);
-  if (menu.slow) kinds.push_back(FaultKind::kSlow);
-  // Any operation is as likely, or the early ones are: a load, a first step, a save of a few.
-  const int64_t most = draw(0, 1) == 0 ? int64_t{4} << draw(0, 8) : 800;
-  return {.kind = kinds[static_cast<size_t>(draw(0, static_cast<int64_t>(kinds.size()) - 1))],
-          .rank = static_cast<int>(draw(0, 7)),
-          .operation = draw(0, most)};
-}
 
 std::string text(const LifeCommand& command) {
   switch (command.kind) {
     case Kind::kStep:
       return "step " + std::to_string(command.count);
     case Kind::kEvaluate:
-      return "evaluate " + std::to_string(command.count);
+      return "evaluate " + std::to_string(command.count) + " of " + std::to_string(command.length) +
+             " tokens" + (command.uneven ? ", unevenly" : "");
     case Kind::kSave:
       return "save";
     case Kind::kLoad:
@@ -350,16 +370,38 @@ std::string text(const LifeCommand& command) {
     case Kind::kFault:
       break;
   }
-  return std::string(sim::name(command.fault.kind)) + " at operation " +
-         std::to_string(command.fault.operation) + " of rank " +
-         std::to_string(command.fault.rank) + ", modulo the ranks";
+  return text_of(command.fault);
 }
 
 }  // namespace
 
 const char* name(LifeMutant mutant) {
-  constexpr const char* kNames[] = {"None", "StaleSurvivor", "ColdMoments", "LostPointer"};
+  constexpr const char* kNames[] = {"None",        "StaleSurvivor", "ColdMoments",
+                                    "LostPointer", "EqualLots",     "ForeignLot"};
   return kNames[static_cast<size_t>(mutant)];
+}
+
+std::string difference_alone(TrainConfig config, const std::vector<Evaluation>& evaluations) {
+  if (evaluations.empty()) return "";
+  config.stage = 0;
+  const int64_t last = std::ranges::max_element(evaluations, {}, &Evaluation::step)->step;
+  std::string reason;
+  sim::Cluster({}).run([&](sim::Rank& rank) {
+    Trainer trainer(config, parallel_state(rank));
+    trainer.initialise();
+    for (int64_t step = 0; step <= last; ++step) {
+      if (step > 0) trainer.step();
+      for (const Evaluation& e : evaluations) {
+        if (e.step != step) continue;
+        const float loss = trainer.evaluate(kEvaluated, e.count, e.length).loss;
+        if (std::bit_cast<uint32_t>(loss) == std::bit_cast<uint32_t>(e.loss)) continue;
+        reason = "evaluation of " + std::to_string(e.count) + " of " + std::to_string(e.length) +
+                 " tokens behind step " + std::to_string(step) + ": loss " + hex_float(e.loss) +
+                 ", on one rank " + hex_float(loss);
+      }
+    }
+  });
+  return reason;
 }
 
 int LifeCase::steps() const {
@@ -368,25 +410,6 @@ int LifeCase::steps() const {
     if (command.kind == Kind::kStep) total += command.count;
   }
   return std::max(total, 1);
-}
-
-FaultMenu parse_faults(const std::string& text) {
-  FaultMenu menu;
-  std::istringstream words(text);
-  for (std::string word; std::getline(words, word, ',');) {
-    const bool all = word == "all";
-    menu.death |= all || word == "death";
-    menu.disk |= all || word == "disk";
-    menu.drop |= all || word == "drop";
-    menu.slow |= all || word == "slow";
-    if (all || word == "death" || word == "disk" || word == "drop" || word == "slow") continue;
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = "There is no such fault.",
-                          .entry = quote(word),
-                          .expected = "all, or some of death,disk,drop,slow",
-                          .next = "correct --faults"});
-  }
-  return menu;
 }
 
 LifeCase draw_life(const Draw& draw, const CaseLimits& limits, const FaultMenu& menu) {
@@ -415,6 +438,8 @@ LifeCase draw_life(const Draw& draw, const CaseLimits& limits, const FaultMenu& 
     } else if (kind == 7) {
       command.kind = Kind::kEvaluate;
       command.count = static_cast<int>(draw(1, 3));
+      command.length = draw(2, 9);
+      command.uneven = draw(0, 2) == 1;
     } else {
       command.kind = Kind::kFault;
       command.fault = draw_fault(draw, menu);
@@ -433,8 +458,12 @@ LifeCase seeded_life(uint64_t seed, uint64_t number, const CaseLimits& limits,
 
 std::string text_of(const LifeCase& value) {
   std::string out = text_of(value.config) + "\nlife    on " + to_string(value.first);
-  for (const LifeCommand& command : value.commands) out += "; " + text(command);
-  return out;
+  std::vector<Leg> legs = {value.first};
+  for (const LifeCommand& command : value.commands) {
+    out += "; " + text(command);
+    if (command.kind == Kind::kReshard) legs.push_back(command.leg);
+  }
+  return out + text_of_memory(value.config, legs);
 }
 
 LifeResult run_life(const LifeCase& value, LifeMutant mutant, const OnTrace& on_trace) {

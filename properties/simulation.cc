@@ -89,7 +89,8 @@ void Simulation::run(const Leg& leg) {
   record_.events += static_cast<int64_t>(cluster.trace().events().size());
 }
 
-Record single_rank(const TrainConfig& config, int steps) {
+Record single_rank(const TrainConfig& config, int steps,
+                   std::vector<reference::WholeState>* behind) {
   Record record;
   TrainConfig alone = config;
   alone.stage = 0;
@@ -97,9 +98,14 @@ Record single_rank(const TrainConfig& config, int steps) {
   cluster.run([&](sim::Rank& rank) {
     Trainer trainer(alone, parallel_state(rank));
     trainer.initialise();
+    const auto keep = [&] {
+      if (behind != nullptr) behind->push_back(reference::whole_state({&trainer.state()}));
+    };
+    keep();
     for (int step = 0; step < steps; ++step) {
       checkpoint::throw_if_cancelled();
       record.steps.push_back(trainer.step());
+      keep();
     }
     record.state = reference::whole_state({&trainer.state()});
   });

@@ -59,8 +59,10 @@ class Simulation {
   int legs_ = 0;
 };
 
-// The same number of steps on one rank, without a break.
-Record single_rank(const reference::TrainConfig& config, int steps);
+// The same number of steps on one rank, without a break. `behind`, if given, gets the state behind
+// each step, that behind none first.
+Record single_rank(const reference::TrainConfig& config, int steps,
+                   std::vector<reference::WholeState>* behind = nullptr);
 
 // "" if loss, norm and their like of a step are the same, bit for bit.
 std::string step_difference(const reference::StepReport& expected,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <new>
+#include <set>
 
 #include "checkpoint/cancel.h"
 #include "core/error.h"
@@ -158,12 +159,26 @@ std::string text_of(const TrainConfig& config) {
   return out;
 }
 
+std::string text_of_memory(const TrainConfig& config, const std::vector<Leg>& legs) {
+  std::string out;
+  std::set<std::string> told;
+  for (size_t i = 0; i < legs.size(); ++i) {
+    std::string what = to_string(legs[i]), why = FileBridge::unsupported(config, legs[i]);
+    if (why.empty() && i > 0 && FileBridge::unsupported(config, legs[i - 1]).empty()) {
+      what = to_string(legs[i - 1]) + " to " + what;
+      why = FileBridge::no_way(config, legs[i - 1], legs[i]);
+    }
+    if (!why.empty() && told.insert(what).second) out += "\nin memory alone: " + what + ": " + why;
+  }
+  return out;
+}
+
 std::string text_of(const SimulationCase& value) {
   std::string out = text_of(value.config) + "\nlegs   ";
   for (const Leg& leg : value.legs) {
     out += " " + to_string(leg) + " ×" + std::to_string(leg.steps) + ";";
   }
-  return out;
+  return out + text_of_memory(value.config, value.legs);
 }
 
 CaseResult run_case(const SimulationCase& value, const OnTrace& on_trace) {

@@ -47,6 +47,8 @@ SimulationCase seeded_case(uint64_t seed, uint64_t number, const CaseLimits& lim
 
 // The model, the data and how it is trained, in a line each.
 std::string text_of(const reference::TrainConfig& config);
+// Which of these legs have no files, and to which no way leads by files, and why; a line each.
+std::string text_of_memory(const reference::TrainConfig& config, const std::vector<Leg>& legs);
 // The same, and the legs.
 std::string text_of(const SimulationCase& value);
 

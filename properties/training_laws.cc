@@ -7,6 +7,7 @@
 #include "core/check.h"
 #include "core/exact_sum.h"
 #include "core/hex_float.h"
+#include "properties/lifecycle.h"
 #include "sim/topologies/catalog.h"
 
 namespace isoshard::properties {
@@ -88,8 +89,9 @@ std::string name(TrainingMutant mutant) {
       "None",           "RankOrderSum",    "AbsentIsZero",  "NeighbourHeads", "LostToken",
       "UnsummedGroup",  "ShiftedPosition", "SampleTwice",   "ForgottenRank",  "MeanOfMeans",
       "FirstShardNorm", "StaleMoments",    "StaleCounter",  "DroppedTail",    "EvalMovesData",
-      "OtherSeed",      "QuietedNan",      "ReversedPeers", "SmallGroup",     "SummedMicros",
-      "FrozenShard",    "DegreeInFiles",   "EarlyPointer",  "EqualLots",      "SkewedPlan"};
+      "EvalGathers",    "OtherSeed",       "QuietedNan",    "ReversedPeers",  "SmallGroup",
+      "SummedMicros",   "FrozenShard",     "DegreeInFiles", "EarlyPointer",   "EqualLots",
+      "NoLot",          "SkewedPlan"};
   return kNames[static_cast<size_t>(mutant)];
 }
 
@@ -206,8 +208,8 @@ std::string the_seed_is_the_run(const Draw& draw, TrainingMutant mutant) {
 }
 
 // Evaluations between steps change no later step. With disable_in_eval each rank evaluates what it
-// likes, and nothing goes over the sequence-parallel group; without it all ranks together get the
-// loss of one rank.
+// likes, as many samples and as long, nothing goes over any group, and each loss is one rank's of
+// the same samples; without it all ranks together get the loss of one rank.
 std::string evaluation_changes_nothing(const Draw& draw, TrainingMutant mutant) {
   SimulationCase value = draw_short(draw, 8, 1, 2);
   Topology t = value.legs[0].topology;
@@ -215,33 +217,40 @@ std::string evaluation_changes_nothing(const Draw& draw, TrainingMutant mutant) 
   value.config.model.experts = 0;
   value.config.disable_in_eval = draw(0, 1) == 1;
   value.config.stage = value.legs[0].stage < 3 ? value.legs[0].stage : 1;
+  const bool bypass = value.config.disable_in_eval;
+  const int64_t length = draw(2, 9);
   const Record expected = single_rank(value.config, 2);
-  float one = 0;
-  sim::Cluster alone({});
-  alone.run([&](sim::Rank& rank) {
-    Trainer trainer(value.config, parallel_state(rank));
-    trainer.initialise();
-    one = trainer.evaluate(1000, 3).loss;
-  });
+  std::vector<Evaluation> evaluations;
   std::string reason;
   sim::Cluster cluster(t, {.seed = value.seed});
   cluster.run([&](sim::Rank& rank) {
+    const int own = bypass ? rank.number() : 0;
     Trainer trainer(value.config, parallel_state(rank));
     trainer.initialise();
-    for (size_t step = 0; step < 2; ++step) {
-      const int64_t own = value.config.disable_in_eval ? rank.number() % 3 : 0;
+    Communicator& world = rank.group(GroupKind::kWorld);
+    for (int step = 0; step < 2; ++step) {
+      Evaluation e{step, 3 + own % 3, length + own % 4};
       const size_t before = cluster.trace().events().size();
-      const float loss = trainer.evaluate(1000, 3 + own).loss;
-      if (value.config.disable_in_eval && before != cluster.trace().events().size()) {
+      e.loss = trainer.evaluate(kEvaluated, e.count, e.length).loss;
+      if (bypass && mutant == TrainingMutant::kEvalGathers) {
+        std::vector<float> all(static_cast<size_t>(t.world()));
+        std::vector<Buffer> targets;
+        for (float& target : all) targets.push_back(buffer(std::span(&target, 1)));
+        world.all_gather(const_buffer(std::span<const float>(&e.loss, 1)), targets);
+      }
+      if (bypass && before != cluster.trace().events().size()) {
         reason = "an evaluation in bypass has communicated";
       }
-      if (step == 0 && own == 0 && !same(loss, one)) reason = "another loss in evaluation";
+      evaluations.push_back(e);
       if (mutant == TrainingMutant::kEvalMovesData) ++trainer.state().counters.samples;
-      rank.group(GroupKind::kWorld).barrier();
+      world.barrier();
       const StepReport report = trainer.step();
-      if (!same(report.loss, expected.steps[step].loss)) reason = "another loss behind evaluation";
+      if (!same(report.loss, expected.steps[static_cast<size_t>(step)].loss)) {
+        reason = "another loss behind evaluation";
+      }
     }
   });
+  if (reason.empty()) reason = difference_alone(value.config, evaluations);
   return reason.empty() ? "" : isoshard::to_string(t) + ": " + reason;
 }
 

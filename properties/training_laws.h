@@ -25,6 +25,7 @@ enum class TrainingMutant {
   kStaleCounter,     // a resume begins the data again
   kDroppedTail,      // the last element of a rank's buffer is not stepped
   kEvalMovesData,    // an evaluation takes samples from the training data's order
+  kEvalGathers,      // an evaluation in bypass gathers everybody's loss
   kOtherSeed,        // the second run has another order of events
   kQuietedNan,       // a value on its way goes through arithmetic
   kReversedPeers,    // what comes back is taken from the ranks in reverse
@@ -34,6 +35,7 @@ enum class TrainingMutant {
   kDegreeInFiles,    // the files say how many sequence-parallel ranks there were
   kEarlyPointer,     // `latest` is moved before the files are written
   kEqualLots,        // every rank evaluates as many samples, though told otherwise
+  kNoLot,            // one rank does not evaluate at all, so that the others wait
   kSkewedPlan,       // a plan reads one element early
 };
 

@@ -68,9 +68,48 @@ TEST_P(LifeMutants, IsKilled) {
   });
 }
 
+// The sweep strikes with each kind of fault, and every life holds.
+TEST(Lifecycle, EveryFaultStrikes) {
+  const CaseLimits limits{
+      .topologies = {{.data = 2}, {.pipeline = 2}, {.data = 2, .pipeline = 2}, {.sequence = 2}},
+      .steps = 8};
+  const std::pair<const char*, int64_t LifeResult::*> kinds[] = {
+      {"death", &LifeResult::deaths},    {"disk", &LifeResult::disk_faults},
+      {"drop", &LifeResult::drops},      {"slow", &LifeResult::slow_ranks},
+      {"late", &LifeResult::late_calls}, {"duplicate", &LifeResult::duplicates},
+      {"read", &LifeResult::read_errors}};
+  for (const auto& [word, counter] : kinds) {
+    int64_t struck = 0;
+    uint64_t number = 0;
+    for (; struck < 2 && number < 300; ++number) {
+      const LifeCase value = seeded_life(5, number, limits, parse_faults(word));
+      const LifeResult result = run_life(value);
+      ASSERT_EQ(result.reason, "") << word << " " << number << "\n" << text_of(value);
+      struck += result.*counter;
+    }
+    EXPECT_GE(struck, 2) << word;
+    std::cout << word << ": struck in " << number << " lives\n";
+  }
+}
+
+// A bit that is turned over on the way: no rank can know, the comparison with one rank must.
+TEST(Lifecycle, ACorruptMessageIsNoticed) {
+  const CaseLimits limits{.topologies = sim::topologies_up_to(8), .steps = 8};
+  expect_killed(0, 100, [&](uint64_t number, bool mutated) {
+    LifeCase value = seeded_life(11, number, limits, parse_faults("corrupt"));
+    if (!mutated) {
+      std::erase_if(value.commands, [](const LifeCommand& command) {
+        return command.kind == LifeCommand::Kind::kFault;
+      });
+    }
+    return run_life(value).reason;
+  });
+}
+
 INSTANTIATE_TEST_SUITE_P(All, LifeMutants,
                          testing::Values(LifeMutant::kStaleSurvivor, LifeMutant::kColdMoments,
-                                         LifeMutant::kLostPointer),
+                                         LifeMutant::kLostPointer, LifeMutant::kEqualLots,
+                                         LifeMutant::kForeignLot),
                          [](const auto& info) { return name(info.param); });
 
 struct Duel {
@@ -96,12 +135,14 @@ const Duel kDuels[] = {
     {TrainingMutant::kStaleCounter, a_resumed_run_is_one_run},
     {TrainingMutant::kOtherSeed, the_seed_is_the_run},
     {TrainingMutant::kEvalMovesData, evaluation_changes_nothing},
+    {TrainingMutant::kEvalGathers, evaluation_changes_nothing},
     {TrainingMutant::kQuietedNan, an_exchange_has_an_inverse},
     {TrainingMutant::kReversedPeers, an_exchange_has_an_inverse},
     {TrainingMutant::kSmallGroup, gradients_are_of_all_their_ranks},
     {TrainingMutant::kSummedMicros, micro_batches_are_nothing},
     {TrainingMutant::kFrozenShard, splits_are_the_unsplit},
     {TrainingMutant::kEqualLots, uneven_evaluation_is_told},
+    {TrainingMutant::kNoLot, uneven_evaluation_is_told},
     {TrainingMutant::kDegreeInFiles, files_do_not_know_sequences},
     {TrainingMutant::kEarlyPointer, a_death_leaves_old_or_new},
     {TrainingMutant::kSkewedPlan, every_topology_is_planned},

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "core/check.h"
 #include "core/exact_math.h"
 
 namespace isoshard::reference {
@@ -12,11 +13,13 @@ namespace {
 
 // Number of the document that each token belongs to.
 std::vector<int> documents(const HeadInputs& in) {
-  std::vector<int> result(static_cast<size_t>(in.length));
+  std::vector<int> result(static_cast<size_t>(in.length), 0);
+  if (in.positions.empty()) return result;
+  CHECK(in.positions.size() == result.size(), "a position for each token");
   int document = 0;
-  for (int64_t i = 0; i < in.length; ++i) {
+  for (size_t i = 0; i < result.size(); ++i) {
     if (i > 0 && in.positions[i] == 0) ++document;
-    result[static_cast<size_t>(i)] = document;
+    result[i] = document;
   }
   return result;
 }

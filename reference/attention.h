@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "reference/contraction.h"
@@ -21,8 +22,9 @@ struct HeadInputs {
   const float* value = nullptr;
   int64_t length = 0;  // S
   int64_t size = 0;    // D
-  // Position of each token in its document; 0 begins a new one. length of them.
-  const int64_t* positions = nullptr;
+  // Position of each token in its document; 0 begins a new one. length of them, or none: then the
+  // sample is one document.
+  std::span<const int64_t> positions = {};
   bool causal = true;
 };
 

@@ -11,6 +11,8 @@
 namespace isoshard::reference {
 namespace {
 
+constexpr int64_t kMostTokens = int64_t{1} << 32;  // that one rank can have sent
+
 // x [n, in] · w [out, in]ᵀ.
 Values linear(const Values& x, int64_t n, const float* w, int64_t out, int64_t in) {
   return contract({transposed({x.data(), n, in}).data(), in, n},
@@ -107,6 +109,7 @@ void Experts::dispatch(const Values& x, const std::vector<LeafIndex>& leaves) {
     std::vector<int64_t> label_counts, row_counts;
     for (size_t p = 0; p < members; ++p) {
       received_[p] = theirs[p][0];
+      CHECK(received_[p] >= 0 && received_[p] < kMostTokens, "a count of tokens from another rank");
       label_counts.push_back(2 * received_[p]);
       row_counts.push_back(h * received_[p]);
     }
@@ -117,6 +120,7 @@ void Experts::dispatch(const Values& x, const std::vector<LeafIndex>& leaves) {
   for (size_t p = 0; p < members; ++p) {
     for (int64_t i = 0; i < received_[p]; ++i) {
       const size_t at = static_cast<size_t>(2 * i);
+      CHECK(labels[p][at] >= 0 && labels[p][at] < each, "a token for an expert of another rank");
       work_[static_cast<size_t>(labels[p][at])].items.push_back(
           {static_cast<int>(p), i, static_cast<LeafIndex>(labels[p][at + 1])});
     }

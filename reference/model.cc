@@ -154,19 +154,29 @@ void check_model(const ModelConfig& c, const Topology& topology) {
   const auto text = [](int64_t value) { return std::to_string(value); };
   if (c.heads < 1 || c.kv_heads < 1 || c.heads % c.kv_heads != 0) {
     refuse("The key-value heads do not divide the heads (DeepSpeed: ValueError).",
-           "kv_heads that divides heads", text(c.heads) + " mod " + text(c.kv_heads) + " is not 0");
+           "kv_heads that divides heads",
+           text(c.heads) + " heads, " + text(c.kv_heads) + " key-value heads" +
+               (c.kv_heads < 1 ? ""
+                               : ", " + text(c.heads) + " mod " + text(c.kv_heads) + " = " +
+                                     text(c.heads % c.kv_heads)));
   }
   if (c.head_size % 2 != 0 || c.head_size < 2) {
-    refuse("The size of a head is odd, so that positions cannot rotate it.", "an even head_size",
-           text(c.head_size));
+    refuse(
+        "The size of a head is odd, so that positions cannot rotate it (rotary embeddings take "
+        "halves; torch: RuntimeError).",
+        "an even head_size of 2 or more",
+        text(c.head_size) + ", " + text(c.head_size) + " mod 2 = " + text(c.head_size % 2));
   }
   if (topology.pipeline > 1 && c.layers < topology.pipeline) {
     refuse("There are fewer layers than pipeline stages (DeepSpeed: AssertionError).",
            "pp ≤ " + text(c.layers) + " layers", "pp = " + text(topology.pipeline));
   }
   if (topology.expert > 1 && c.experts == 0) {
-    refuse("The model has no experts that expert-parallel ranks could share.", "ep = 1",
-           "ep = " + text(topology.expert));
+    refuse(
+        "The model has no experts that expert-parallel ranks could share (DeepSpeed: "
+        "ValueError, AutoEP finds no layer of experts).",
+        "ep = 1, or a model with experts that ep divides",
+        "ep = " + text(topology.expert) + ", 0 experts");
   }
   if (c.experts > 0 && c.experts % topology.expert != 0) {
     refuse(
@@ -177,9 +187,25 @@ void check_model(const ModelConfig& c, const Topology& topology) {
             text(c.experts % topology.expert));
   }
   if (c.experts > 0 && (c.top_k < 1 || c.top_k > c.experts)) {
-    refuse("A token cannot go to so many experts.", "1 ≤ top_k ≤ " + text(c.experts),
-           text(c.top_k));
+    refuse("A token cannot go to so many experts (torch.topk: RuntimeError).",
+           "1 ≤ top_k ≤ " + text(c.experts) + " experts", "top_k = " + text(c.top_k));
   }
+}
+
+std::string sequence_unsupported(const ModelConfig& c, const Topology& topology) {
+  const int64_t ranks = topology.sequence, heads = c.heads, pairs = c.kv_heads;
+  const bool hugging_face = heads % ranks == 0 && (pairs % ranks == 0 || ranks % pairs == 0);
+  if (hugging_face || pairs >= ranks) return "";
+  const auto mod = [](int64_t a, int64_t b) {
+    return std::to_string(a) + " mod " + std::to_string(b) + " = " + std::to_string(a % b);
+  };
+  return "DeepSpeed's Ulysses does not share these heads among sp = " + std::to_string(ranks) +
+         ": UlyssesSPAttentionHF (ValueError: " +
+         (heads % ranks != 0
+              ? mod(heads, ranks) + " of the heads"
+              : mod(pairs, ranks) + " and " + mod(ranks, pairs) + " of the key-value heads") +
+         "), DistributedAttention (AssertionError: " + std::to_string(pairs) +
+         " key-value heads are fewer)";
 }
 
 }  // namespace isoshard::reference

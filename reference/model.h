@@ -107,4 +107,10 @@ class InitialValues {
 // Throws Error(kUsage) where the model cannot be trained so: what divides what, in numbers.
 void check_model(const ModelConfig& config, const Topology& topology);
 
+// Why neither form of DeepSpeed's Ulysses shares the heads among the sequence-parallel ranks; "":
+// one does. UlyssesSPAttentionHF wants sp that divides the heads, and key-value heads of which one
+// number divides the other; DistributedAttention at least sp key-value heads
+// (deepspeed/sequence/layer.py, deepspeed/runtime/sequence_parallel/ulysses_sp.py, 0.19.8).
+std::string sequence_unsupported(const ModelConfig& config, const Topology& topology);
+
 }  // namespace isoshard::reference

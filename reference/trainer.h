@@ -6,6 +6,7 @@
 #include <initializer_list>
 #include <map>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -62,11 +63,11 @@ class Trainer {
   // Values of step 0: masters are the parameters as their dtype has them.
   void initialise();
   StepReport step();
-  // Mean loss of samples [first, first + count), which are no part of the training data's order.
-  // With disable_in_eval every rank evaluates whole sequences on its own, as many as it was given
-  // (the same ones within a tensor-parallel group and a pipeline); otherwise all ranks share one
-  // lot.
-  StepReport evaluate(int64_t first, int64_t count);
+  // Mean loss of samples [first, first + count), which are no part of the training data's order,
+  // each of `length` tokens (none: the training data's). With disable_in_eval every rank evaluates
+  // whole sequences on its own, as many and as long as it was given (the same ones within a
+  // tensor-parallel group and a pipeline); otherwise all ranks share one lot.
+  StepReport evaluate(int64_t first, int64_t count, std::optional<int64_t> length = {});
 
   TrainingState& state() { return state_; }
   const TrainingState& state() const { return state_; }

@@ -263,10 +263,13 @@ StepReport Trainer::step() {
   return report;
 }
 
-StepReport Trainer::evaluate(int64_t first, int64_t count) {
+StepReport Trainer::evaluate(int64_t first, int64_t count, std::optional<int64_t> length) {
   StepReport report;
-  const bool bypass = config_.disable_in_eval;
-  Transformer model(config_.model, config_.data, parallel_, parameters_.get(), bypass);
+  DataConfig data = config_.data;
+  data.sequence_length = length.value_or(data.sequence_length);
+  const UlyssesMode mode{.training = false, .disable_in_eval = config_.disable_in_eval};
+  const bool bypass = mode.bypass();
+  Transformer model(config_.model, data, parallel_, parameters_.get(), mode);
   MicroBatch micro;
   for (int64_t i = 0; i < count; ++i) {
     // Without the bypass the samples are shared out over dp, the first ranks having one more.

@@ -45,8 +45,7 @@ void add(Values* x, const Values& y) {
   for (size_t i = 0; i < y.size(); ++i) (*x)[i] += y[i];
 }
 
-std::vector<Span> own_positions(const DataConfig& data, const Topology& t, bool bypass) {
-  if (bypass || t.sequence == 1) return {{0, data.sequence_length}};
+std::vector<Span> slices(const DataConfig& data, const Topology& t) {
   std::vector<Span> spans;
   for (int rank = 0; rank < t.sequence; ++rank) {
     spans.push_back(positions_of(data, t.sequence, rank));
@@ -57,18 +56,20 @@ std::vector<Span> own_positions(const DataConfig& data, const Topology& t, bool 
 }  // namespace
 
 Transformer::Transformer(const ModelConfig& model, const DataConfig& data,
-                         const ParallelState& parallel, Parameters* parameters, bool bypass)
+                         const ParallelState& parallel, Parameters* parameters,
+                         const UlyssesMode& mode)
     : model_(model),
       data_(data),
       parallel_(parallel),
       parameters_(parameters),
-      bypass_(bypass),
+      mode_(mode),
       layers_(layers_of_stage(model, parallel.topology.pipeline, parallel.at.pipeline)),
       rotation_(model.head_size, data.sequence_length, model.rope_theta) {
   UlyssesShape shape{.head_size = model.head_size, .causal = model.causal};
-  shape.positions = own_positions(data, parallel.topology, bypass);
+  shape.positions = slices(data, parallel.topology);
   const bool alone = shape.positions.size() == 1;
-  positions_ = shape.positions[alone ? 0 : static_cast<size_t>(parallel.at.sequence)];
+  positions_ = shape.positions[static_cast<size_t>(parallel.at.sequence)];
+  if (mode.bypass()) positions_ = {0, data.sequence_length};
   if (layers_.size() == 0) return;
   const LocalParameter& query =
       parameters->local(number(at(static_cast<int>(layers_.begin)) + "self_attn.q_proj.weight"));
@@ -186,6 +187,7 @@ Values Transformer::attend(int layer, const Values& x, Activations* a) {
     }
   }
   l.attention.samples = a->samples;
+  l.attention.mode = mode_;
   l.attention.document_positions = a->all_positions;
   l.context = ulysses_->forward(q, k, v, &l.attention);
   return project(number(name + "o_proj.weight"), l.context, a->tokens);
@@ -431,7 +433,7 @@ void Transformer::forward(const MicroBatch& micro, int64_t step) {
     }
   }
   a->tokens = static_cast<int64_t>(a->leaves.size());
-  if (ulysses_) a->all_positions = ulysses_->gather_positions(a->positions, a->samples);
+  if (ulysses_) a->all_positions = ulysses_->gather_positions(a->positions, a->samples, mode_);
   Values x;
   if (parallel_.first_stage()) {
     x = embed(*a);

@@ -40,10 +40,10 @@ struct GradientSet {
 
 class Transformer {
  public:
-  // `bypass`: evaluation with disable_in_eval: every rank has whole sequences, and nothing goes
-  // over the sequence-parallel group.
+  // In the bypass of `mode` every rank is given whole sequences, as an evaluation's loader does,
+  // and its attention (ulysses.h) sends nothing.
   Transformer(const ModelConfig& model, const DataConfig& data, const ParallelState& parallel,
-              Parameters* parameters, bool bypass = false);
+              Parameters* parameters, const UlyssesMode& mode = {});
   ~Transformer();
 
   // `step` keys dropout; evaluation passes −1, which drops nothing.
@@ -87,7 +87,7 @@ class Transformer {
   const DataConfig& data_;
   const ParallelState& parallel_;
   Parameters* parameters_;
-  bool bypass_;
+  UlyssesMode mode_;
   Span layers_, positions_;
   Rotation rotation_;
   std::unique_ptr<Ulysses> ulysses_;

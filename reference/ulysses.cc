@@ -4,10 +4,120 @@
 #include <algorithm>
 
 #include "core/check.h"
+#include "core/error.h"
 
 namespace isoshard::reference {
+namespace {
+
+[[noreturn]] void refuse(const std::string& what, const std::string& entry,
+                         const std::string& expected, const std::string& found) {
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = what,
+                        .entry = entry,
+                        .expected = expected,
+                        .found = found,
+                        .next = "give each rank its slice of the sequence"});
+}
+
+// As DeepSpeed prints it.
+std::string text(const HeadSizes& sizes) {
+  std::string list;
+  for (const int64_t n : {sizes.tokens, sizes.samples, sizes.heads, sizes.size}) {
+    list += (list.empty() ? "" : ", ") + std::to_string(n);
+  }
+  return "[tokens, batch, heads, size] = [" + list + "]";
+}
+
+HeadTensor view(const Values& values, const HeadSizes& sizes) {
+  CHECK(static_cast<int64_t>(values.size()) == sizes.numel(), "a view of all the values");
+  return {.data = values.data(),
+          .sizes = sizes,
+          .sample_stride = sizes.heads * sizes.tokens * sizes.size};
+}
+
+// [tokens, D] of one sample and head; `copy` holds them if they do not lie together.
+const float* rows_of(const HeadTensor& tensor, int64_t sample, int64_t head, Values* copy) {
+  const int64_t d = tensor.sizes.size;
+  if (tensor.token_stride == d) return tensor.at(sample, head, 0);
+  copy->clear();
+  for (int64_t t = 0; t < tensor.sizes.tokens; ++t) {
+    const float* row = tensor.at(sample, head, t);
+    copy->insert(copy->end(), row, row + d);
+  }
+  return copy->data();
+}
+
+void check_positions(std::span<const int64_t> positions, const HeadSizes& sizes) {
+  const int64_t found = std::ssize(positions), whole = sizes.samples * sizes.tokens;
+  if (found == 0 || found == sizes.tokens || found == whole) return;
+  refuse("The positions are not those of the tokens.", "position_ids",
+         "none, " + std::to_string(sizes.tokens) + " or " + std::to_string(sizes.samples) + " · " +
+             std::to_string(sizes.tokens) + " = " + std::to_string(whole),
+         std::to_string(found));
+}
+
+// Those of one sample, of positions that check_positions takes.
+std::span<const int64_t> sample_positions(std::span<const int64_t> positions, int64_t sample,
+                                          int64_t tokens) {
+  if (std::ssize(positions) <= tokens) return positions;
+  return positions.subspan(static_cast<size_t>(sample * tokens), static_cast<size_t>(tokens));
+}
+
+}  // namespace
+
+HeadTensor heads_first(const Values& values, const HeadSizes& sizes) {
+  HeadTensor tensor = view(values, sizes);
+  tensor.head_stride = sizes.tokens * sizes.size;
+  tensor.token_stride = sizes.size;
+  return tensor;
+}
+
+HeadTensor tokens_first(const Values& values, const HeadSizes& sizes) {
+  HeadTensor tensor = view(values, sizes);
+  tensor.head_stride = sizes.size;
+  tensor.token_stride = sizes.heads * sizes.size;
+  return tensor;
+}
+
+Values core_attention(const AttentionCall& call, std::vector<HeadOutputs>* saved) {
+  const auto& [query, key, value] = call.in;
+  const HeadSizes &s = query.sizes, &kv_sizes = key.sizes;
+  const HeadSizes like_query{s.samples, kv_sizes.heads, s.tokens, s.size};
+  if (kv_sizes != like_query || value.sizes != like_query) {
+    refuse("Query, key and value do not belong together.", "key and value", text(like_query),
+           text(kv_sizes) + " and " + text(value.sizes));
+  }
+  check_positions(call.positions, s);
+  Values context(static_cast<size_t>(s.numel())), q, k, v;
+  for (int64_t b = 0; b < s.samples; ++b) {
+    for (int64_t head = 0; head < s.heads; ++head) {
+      const int64_t kv =
+          (call.share.query.begin + head) / call.heads_each - call.share.key_value.begin;
+      if (kv < 0 || kv >= kv_sizes.heads) {
+        refuse("A query head has no key-value head.", "query head " + std::to_string(head),
+               std::to_string(call.heads_each) + " query heads each", text(kv_sizes));
+      }
+      HeadOutputs out =
+          attention_forward({.query = rows_of(query, b, head, &q),
+                             .key = rows_of(key, b, kv, &k),
+                             .value = rows_of(value, b, kv, &v),
+                             .length = s.tokens,
+                             .size = s.size,
+                             .positions = sample_positions(call.positions, b, s.tokens),
+                             .causal = call.causal});
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        std::copy_n(out.context.begin() + t * s.size, s.size,
+                    context.begin() + ((b * s.tokens + t) * s.heads + head) * s.size);
+      }
+      if (saved != nullptr) saved->push_back(std::move(out));
+    }
+  }
+  return context;
+}
+
 std::vector<HeadShare> share_heads(int64_t heads, int64_t kv_heads, int ranks) {
   std::vector<HeadShare> shares;
+  CHECK(kv_heads == 0 ? heads == 0 : heads % kv_heads == 0, "whole groups of query heads");
   if (kv_heads == 0) return std::vector<HeadShare>(static_cast<size_t>(ranks));
   const int64_t each = heads / kv_heads;  // query heads of a key-value head
   for (int rank = 0; rank < ranks; ++rank) {
@@ -26,12 +136,11 @@ std::vector<HeadShare> share_heads(int64_t heads, int64_t kv_heads, int ranks) {
   return shares;
 }
 
-Ulysses::Ulysses(Communicator* group, UlyssesShape shape)
+Ulysses::Ulysses(Communicator* group, UlyssesShape shape, CoreAttention core)
     : group_(group),
       shape_(std::move(shape)),
-      shares_(share_heads(shape_.heads, shape_.kv_heads, ranks())) {
-  CHECK(group_ == nullptr ? ranks() == 1 : group_->size() == ranks(), "positions for each rank");
-}
+      core_(std::move(core)),
+      shares_(share_heads(shape_.heads, shape_.kv_heads, ranks())) {}
 
 std::vector<std::vector<float>> Ulysses::exchange_values(std::vector<std::vector<float>> source,
                                                          const std::vector<int64_t>& counts) {
@@ -39,7 +148,18 @@ std::vector<std::vector<float>> Ulysses::exchange_values(std::vector<std::vector
   return exchange(*group_, source, counts);
 }
 
-std::vector<int64_t> Ulysses::gather_positions(const std::vector<int64_t>& own, int64_t samples) {
+std::vector<int64_t> Ulysses::gather_positions(const std::vector<int64_t>& own, int64_t samples,
+                                               const UlyssesMode& mode) {
+  if (mode.bypass()) return own;
+  check_group();
+  if (const int64_t tokens = own_tokens(); std::ssize(own) != samples * tokens) {
+    refuse(own.empty() ? "There are no positions (DeepSpeed: AssertionError)."
+                       : "There is not one position for each token.",
+           "position_ids",
+           std::to_string(samples) + " · " + std::to_string(tokens) + " = " +
+               std::to_string(samples * tokens),
+           std::to_string(own.size()));
+  }
   const int64_t length = shape_.length();
   std::vector<std::vector<int64_t>> parts(static_cast<size_t>(ranks()));
   if (ranks() == 1) {
@@ -63,9 +183,10 @@ std::vector<int64_t> Ulysses::gather_positions(const std::vector<int64_t>& own, 
   return all;
 }
 
-// tokens [samples, own tokens, heads·D] → [samples, own heads, length, D].
-Values Ulysses::to_heads(const Values& tokens, int64_t heads, bool key_value, int64_t samples) {
+// [samples, heads, own tokens, D] → [samples, own heads, length, D].
+Values Ulysses::to_heads(const HeadTensor& tokens, bool key_value) {
   const int64_t d = shape_.head_size, own = own_tokens(), length = shape_.length();
+  const int64_t samples = tokens.sizes.samples;
   const auto share = [&](int p) {
     const HeadShare& s = shares_[static_cast<size_t>(p)];
     return key_value ? s.key_value : s.query;
@@ -77,8 +198,10 @@ Values Ulysses::to_heads(const Values& tokens, int64_t heads, bool key_value, in
     std::vector<float>& block = source[static_cast<size_t>(p)];
     for (int64_t t = 0; t < own; ++t) {
       for (int64_t b = 0; b < samples; ++b) {
-        const float* at = tokens.data() + (b * own + t) * heads * d;
-        block.insert(block.end(), at + share(p).begin * d, at + share(p).end * d);
+        for (int64_t head = share(p).begin; head < share(p).end; ++head) {
+          const float* at = tokens.at(b, head, t);
+          block.insert(block.end(), at, at + d);
+        }
       }
     }
     counts.push_back(shape_.positions[static_cast<size_t>(p)].size() * samples * mine.size() * d);
@@ -100,8 +223,8 @@ Values Ulysses::to_heads(const Values& tokens, int64_t heads, bool key_value, in
 }
 
 // [samples, own query heads, length, D] → [samples, own tokens, H·D].
-Values Ulysses::to_tokens(const Values& heads, int64_t samples) {
-  const int64_t d = shape_.head_size, own = own_tokens(), length = shape_.length();
+Values Ulysses::to_tokens(const HeadTensor& heads) {
+  const int64_t d = shape_.head_size, own = own_tokens(), samples = heads.sizes.samples;
   const Span mine = shares_[static_cast<size_t>(rank())].query;
   std::vector<std::vector<float>> source(static_cast<size_t>(ranks()));
   std::vector<int64_t> counts;
@@ -111,7 +234,7 @@ Values Ulysses::to_tokens(const Values& heads, int64_t samples) {
     for (int64_t g = span.begin; g < span.end; ++g) {
       for (int64_t b = 0; b < samples; ++b) {
         for (int64_t head = 0; head < mine.size(); ++head) {
-          const float* at = heads.data() + ((b * mine.size() + head) * length + g) * d;
+          const float* at = heads.at(b, head, g);
           block.insert(block.end(), at, at + d);
         }
       }
@@ -213,31 +336,91 @@ HeadInputs Ulysses::head_inputs(const UlyssesState& state, int64_t sample, int64
           .value = state.value.data() + kv_at,
           .length = length,
           .size = shape_.head_size,
-          .positions = state.document_positions.data() + sample * length,
+          .positions = sample_positions(state.document_positions, sample, length),
           .causal = shape_.causal};
+}
+
+void Ulysses::check_group() const {
+  CHECK(group_ == nullptr ? ranks() == 1 : group_->size() == ranks(), "positions for each rank");
+}
+
+void Ulysses::check_sizes(const HeadTensors& in, int64_t samples) const {
+  check_group();
+  const HeadSizes query{samples, shape_.heads, own_tokens(), shape_.head_size};
+  const HeadSizes key_value{samples, shape_.kv_heads, own_tokens(), shape_.head_size};
+  const auto compare = [](const std::string& name, const HeadSizes& expected,
+                          const HeadSizes& found) {
+    if (found != expected)
+      refuse("A tensor has another shape (DeepSpeed: AssertionError).", name, text(expected),
+             text(found));
+  };
+  compare("query", query, in.query.sizes);
+  compare("key", key_value, in.key.sizes);
+  compare("value", key_value, in.value.sizes);
+}
+
+Values Ulysses::forward(const HeadTensors& in, UlyssesState* state) {
+  if (state->mode.bypass()) {
+    const int64_t heads = in.query.sizes.heads, groups = in.key.sizes.heads;
+    return core_({.in = in,
+                  .positions = state->document_positions,
+                  .causal = shape_.causal,
+                  .share = {{0, heads}, {0, groups}},
+                  .heads_each = std::max<int64_t>(1, groups == 0 ? 1 : heads / groups)},
+                 nullptr);
+  }
+  const int64_t samples = state->samples, length = shape_.length(), d = shape_.head_size;
+  check_sizes(in, samples);
+  const HeadShare& mine = shares_[static_cast<size_t>(rank())];
+  const HeadSizes own{samples, mine.query.size(), length, d};
+  const HeadSizes own_groups{samples, mine.key_value.size(), length, d};
+  state->query = to_heads(in.query, false);
+  state->key = to_heads(in.key, true);
+  state->value = to_heads(in.value, true);
+  state->outputs.clear();
+  const Values context = core_({.in = {.query = heads_first(state->query, own),
+                                       .key = heads_first(state->key, own_groups),
+                                       .value = heads_first(state->value, own_groups)},
+                                .positions = state->document_positions,
+                                .causal = shape_.causal,
+                                .share = mine,
+                                .heads_each = heads_of_a_group()},
+                               &state->outputs);
+  if (static_cast<int64_t>(context.size()) != own.numel()) {
+    refuse("The core attention's context has another size (DeepSpeed: AssertionError).", "context",
+           text(own), std::to_string(context.size()) + " elements");
+  }
+  return to_tokens(tokens_first(context, own));
 }
 
 Values Ulysses::forward(const Values& query, const Values& key, const Values& value,
                         UlyssesState* state) {
   const int64_t samples = state->samples;
-  state->query = to_heads(query, shape_.heads, false, samples);
-  state->key = to_heads(key, shape_.kv_heads, true, samples);
-  state->value = to_heads(value, shape_.kv_heads, true, samples);
-  state->outputs.clear();
-  Values context;
-  for (int64_t b = 0; b < samples; ++b) {
-    for (int64_t head = 0; head < shares_[static_cast<size_t>(rank())].query.size(); ++head) {
-      state->outputs.push_back(attention_forward(head_inputs(*state, b, head)));
-      const Values& own = state->outputs.back().context;
-      context.insert(context.end(), own.begin(), own.end());
-    }
-  }
-  return to_tokens(context, samples);
+  const int64_t given = static_cast<int64_t>(state->document_positions.size());
+  // In the bypass the rank's tokens are all there are; without heads only the positions count them.
+  const int64_t row = samples * shape_.heads * shape_.head_size;
+  const int64_t all = row > 0 ? std::ssize(query) / row : given / std::max<int64_t>(1, samples);
+  const int64_t tokens = state->mode.bypass() ? all : own_tokens();
+  const HeadSizes heads{samples, shape_.heads, tokens, shape_.head_size};
+  const HeadSizes groups{samples, shape_.kv_heads, tokens, shape_.head_size};
+  return forward({.query = tokens_first(query, heads),
+                  .key = tokens_first(key, groups),
+                  .value = tokens_first(value, groups)},
+                 state);
+}
+
+Values Ulysses::attend(const HeadTensors& in, const std::vector<int64_t>& own_positions,
+                       UlyssesState* state) {
+  if (!state->mode.bypass()) check_sizes(in, state->samples);
+  state->document_positions = gather_positions(own_positions, state->samples, state->mode);
+  return forward(in, state);
 }
 
 UlyssesGradients Ulysses::backward(const Values& context_gradient, const UlyssesState& state) {
   const int64_t samples = state.samples, heads = shares_[static_cast<size_t>(rank())].query.size();
-  const Values upstream = to_heads(context_gradient, shape_.heads, false, samples);
+  check_positions(state.document_positions, {samples, heads, shape_.length(), shape_.head_size});
+  const HeadSizes own{samples, shape_.heads, own_tokens(), shape_.head_size};
+  const Values upstream = to_heads(tokens_first(context_gradient, own), false);
   Values dq, dk, dv;
   for (int64_t b = 0; b < samples; ++b) {
     for (int64_t head = 0; head < heads; ++head) {
@@ -254,7 +437,7 @@ UlyssesGradients Ulysses::backward(const Values& context_gradient, const Ulysses
   // In autograd's order, the last to have been made first.
   result.value = sum_to_tokens(dv, samples);
   result.key = sum_to_tokens(dk, samples);
-  result.query = to_tokens(dq, samples);
+  result.query = to_tokens(heads_first(dq, {samples, heads, shape_.length(), shape_.head_size}));
   return result;
 }
 

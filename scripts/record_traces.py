@@ -1,7 +1,13 @@
 #!/usr/bin/env python3
-"""Regenerates a recorded checkpoint of traces/deepspeed/ with the real DeepSpeed, on the CPU.
+"""Records what other programs do, into traces/, on the CPU. The one way in:
 
-    record_traces.py --python PYTHON --case CASE --out DIR
+    record_traces.py --python PYTHON --case CASE --out DIR    a checkpoint of traces/deepspeed/
+    record_traces.py exchanges DIR    Ulysses' exchanges and the collectives of training steps
+    record_traces.py training DIR     gradients, steps, states and schedules of small models
+
+The last two are scripts/record_exchanges.py and record_training.py, which say what they write; they
+run under the Python that runs this and need torch, DeepSpeed, transformers and ninja. DIR of these
+is replaced file by file (exchanges: as a whole). The rest of this page is about checkpoints.
 
 PYTHON has torch, DeepSpeed and ninja. CASE is a JSON file or a folder with a case.json. DIR must
 not exist. traces/README.md lists the settings of a case (an unknown one is refused) and the parts
@@ -14,6 +20,7 @@ bits of the values depend on the processor; names, shapes and structure do not.
 """
 import argparse
 import glob
+import importlib
 import json
 import os
 import re
@@ -256,6 +263,8 @@ def record(case, out, python):
 def main(arguments):
     if arguments[:1] == ["--rank"]:
         return train_and_save(json.loads(arguments[1]), arguments[2])
+    if len(arguments) == 2 and arguments[0] in ("exchanges", "training"):
+        return importlib.import_module("record_" + arguments[0]).record(arguments[1])
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option in ("--python", "--case", "--out"):

@@ -1,11 +1,19 @@
 #!/usr/bin/env python3
-"""scripts/record_training.py OUT_DIR: what other programs make of the model that isoshard trains.
+"""record_traces.py training OUT_DIR: what other programs make of the model that isoshard trains.
 
 Needs torch 2.13.0, transformers 5.6.2 and deepspeed 0.19.8 (README, "Against the real program").
 Writes OUT_DIR/model_NAME.json: losses and the first step's gradients of transformers' own
 LlamaForCausalLM and MixtralForCausalLM in float64, by autograd, from the initial values and tokens
-of reference/model.h and reference/data.h (computed here a second time); optimizer.json: steps of
-torch.optim in float32, bit for bit; schedules.json: DeepSpeed's learning rates and loss scales.
+of reference/model.h and reference/data.h (computed here a second time); state_NAME.json: what these
+models and torch.optim.AdamW hold in float32 after three steps; state_zero1_fp32.json,
+state_zero1_bf16.json: the same of DeepSpeed's ZeRO 1, on two ranks in float32, and on one with bf16
+parameters and gradients, fp32 masters and a forward pass in float32, as isoshard's (DeepSpeed's
+default gradient_clipping, 1.0; on two ranks bf16 gradients would be rounded again and again);
+optimizer.json: steps of torch.optim in float32, bit for bit; lion.json: steps of DeepSpeed's own
+Lion, DeepSpeedCPULion, which is compiled at the first use; schedules.json: DeepSpeed's learning
+rates and loss scales.
+
+State is hexadecimal float32, eight digits a value, of all parameters by name and state.
 """
 
 import json
@@ -182,6 +190,104 @@ def run_model(case):
     return result
 
 
+def state_text(tensor):
+    return "".join(hexes(tensor.float()))
+
+
+def run_states(case):
+    """Three steps in float32, as torch does them."""
+    model, parts = build(case)
+    model = model.float()
+    data, losses = Data(case), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01, foreach=False)
+    for step in range(STEPS):
+        ids, labels, positions, mask = data.batch(step)
+        optimizer.zero_grad()
+        loss = loss_of(model, (ids, labels, positions, mask.float()))
+        loss.backward()
+        losses.append(loss.item())
+        optimizer.step()
+    state = {}
+    for name, (parameter, part) in parts.items():
+        assert parameter.dtype == torch.float32
+        kept = {"fp32": parameter, **optimizer.state[parameter]}
+        state[name] = {
+            key: state_text(kept[key] if part is None else kept[key][:, part])
+            for key in ("fp32", "exp_avg", "exp_avg_sq")
+        }
+    return {"case": case, "losses": losses, "state": state}
+
+
+class InFloat32(torch.nn.Module):
+    """A model whose parameters have the optimizer's dtype, and whose arithmetic is float32."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.names = [name for name, _ in model.named_parameters()]
+        self.weights = torch.nn.ParameterList(p.detach().clone() for p in model.parameters())
+        object.__setattr__(self, "model", model)  # not a submodule: its buffers stay as they are
+
+    def forward(self, batch):
+        """The sum of the losses."""
+        weights = {name: weight.float() for name, weight in zip(self.names, self.weights)}
+        ids, labels, positions, mask = batch
+        logits = torch.func.functional_call(
+            self.model, weights, args=(),
+            kwargs=dict(input_ids=ids, position_ids=positions, attention_mask=mask.float()),
+        ).logits
+        return torch.nn.functional.cross_entropy(
+            logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), ignore_index=IGNORED,
+            reduction="sum",
+        )
+
+
+def zero1_rank(dtype, out):
+    """A rank of three steps of ZeRO 1. DeepSpeed takes the mean over ranks; with the factor it is
+    that over the batch's tokens, of which ranks may have different numbers."""
+    import deepspeed
+
+    import record_traces
+
+    case = {**BASE, **ZERO1}
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(dist_backend="gloo")
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    module = InFloat32(build(case)[0].float())
+    engine = deepspeed.initialize(
+        model=module, model_parameters=module.parameters(),
+        config=record_traces.deepspeed_config({"stage": 1, "dtype": dtype}, False))[0]
+    each, losses = case["batch"] // ranks, []
+    for step in range(STEPS):
+        batch = Data(case).batch(step)
+        factor = ranks / (batch[1] != IGNORED).sum().item()
+        loss = engine([t[rank * each:(rank + 1) * each] for t in batch]) * factor
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        torch.distributed.all_reduce(mean)
+        losses.append(mean.item() / ranks)
+    truth = record_traces.truth_of(engine, True)
+    state = {module.names[int(key.split(".")[-1])]: {
+        part: state_text(found[part]) for part in ("fp32", "exp_avg", "exp_avg_sq")}
+        for key, found in truth.items()}
+    if rank == 0:
+        with open(os.path.join(out, dtype + ".json"), "w") as file:
+            json.dump({"case": {**case, "ranks": ranks}, "losses": losses, "state": state}, file)
+
+
+def run_zero1(dtype, ranks, out):
+    import record_exchanges
+
+    record_exchanges.run_ranks("zero1", dtype, ranks, out, os.path.abspath(__file__))
+    path = os.path.join(out, dtype + ".json")
+    with open(path) as file:
+        result = json.load(file)
+    os.remove(path)
+    return result
+
+
+STEPS = 3
+ZERO1 = dict(seed=8, data_seed=8)
 BASE = dict(
     seed=1, data_seed=1, vocabulary=13, hidden=8, heads=4, kv_heads=2, head_size=2,
     intermediate=12, layers=2, tied=False, experts=0, top_k=2, expert_intermediate=6,
@@ -195,6 +301,7 @@ MODELS = {
     "mixtral": dict(experts=4, seed=5, packed=True, data_seed=7),
     "mixtral_top1": dict(experts=3, top_k=1, seed=6),
 }
+STATES = ["llama", "llama_packed", "mixtral"]
 
 
 def hexes(tensor):
@@ -234,6 +341,33 @@ def run_optimizers(ieee_root):
     return result
 
 
+def run_lion():
+    """DeepSpeed's own Lion. `zeros`: elements that never had a gradient."""
+    from deepspeed.ops.lion import DeepSpeedCPULion
+
+    torch.manual_seed(0)
+    result = {"runs": [], "zeros": []}
+    for kind, options in [
+        ("runs", dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.0)),
+        ("runs", dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1)),
+        ("runs", dict(lr=3e-4, betas=(0.95, 0.98), weight_decay=1.0)),
+        ("zeros", dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.0)),
+    ]:
+        count = 35 if kind == "runs" else 3
+        parameter = torch.nn.Parameter(torch.randn(count))
+        optimizer = DeepSpeedCPULion([parameter], **options)
+        entry = {"kind": "Lion", "options": options, "start": hexes(parameter.data), "steps": []}
+        for _ in range(4 if kind == "runs" else 2):
+            grad = torch.randn(count) * 10.0 ** torch.randint(-6, 3, (count,)).float()
+            parameter.grad = grad if kind == "runs" else torch.zeros(count)
+            optimizer.step()
+            entry["steps"].append({
+                "gradient": hexes(parameter.grad), "parameter": hexes(parameter.data),
+                "state": {"exp_avg": hexes(optimizer.state[parameter]["exp_avg"])}})
+        result[kind].append(entry)
+    return result
+
+
 def run_schedules():
     from deepspeed.runtime import lr_schedules
     from deepspeed.runtime.fp16 import loss_scaler
@@ -269,16 +403,13 @@ def run_schedules():
     return {"rates": rates, "overflows": overflows, "scales": scales}
 
 
-def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print(__doc__)
-        return 0 if sys.argv[1:] in (["-h"], ["--help"]) else 2
-    out = sys.argv[1]
+def record(out):
     os.makedirs(out, exist_ok=True)
     import deepspeed
 
     versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                "deepspeed": deepspeed.__version__, "command": "scripts/record_training.py OUT"}
+                "deepspeed": deepspeed.__version__,
+                "command": "scripts/record_traces.py training OUT"}
 
     def write(name, value):
         with open(os.path.join(out, name + ".json"), "w") as file:
@@ -288,10 +419,17 @@ def main():
 
     for name, changes in MODELS.items():
         write("model_" + name, run_model({**BASE, **changes}))
+    for name in STATES:
+        write("state_" + name, run_states({**BASE, **MODELS[name]}))
+    for dtype, ranks in (("fp32", 2), ("bf16", 1)):
+        write("state_zero1_" + dtype, run_zero1(dtype, ranks, out))
     write("optimizer", {"runs": run_optimizers(True), "mkl_root": run_optimizers(False)})
+    write("lion", run_lion())
     write("schedules", run_schedules())
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:3] == ["--rank", "zero1"]:
+        zero1_rank(*sys.argv[3:5])
+    else:
+        sys.exit("record_training: run scripts/record_traces.py training OUT")

@@ -18,19 +18,6 @@ struct Cluster::State {
   std::map<std::pair<std::string, std::vector<int>>, std::shared_ptr<GroupBoard>> boards;
 };
 
-namespace {
-
-std::string listed(const std::vector<int>& ranks, size_t most) {
-  std::string text;
-  for (size_t i = 0; i < ranks.size() && i < most; ++i) {
-    text += (i == 0 ? "" : ",") + std::to_string(ranks[i]);
-  }
-  if (ranks.size() > most) text += ",… (" + std::to_string(ranks.size()) + " ranks)";
-  return text;
-}
-
-}  // namespace
-
 const Topology& Rank::topology() const { return cluster_->topology(); }
 
 Communicator& Rank::group(GroupKind kind) {
@@ -51,6 +38,10 @@ Storage& Rank::storage(Storage& disk) {
 
 int64_t Rank::operations() const {
   return cluster_->state_->network.operations[static_cast<size_t>(number_)];
+}
+
+int64_t Rank::reads() const {
+  return cluster_->state_->network.reads[static_cast<size_t>(number_)];
 }
 
 Cluster::Cluster(const Topology& topology, ClusterOptions options)
@@ -77,10 +68,8 @@ void Cluster::report_stuck() {
     if (wait.board == nullptr) continue;
     ++waiting;
     if (++shown > 8) continue;
-    const std::vector<int> missing = wait.board->missing(*wait.call, wait.sequence);
-    who += (who.empty() ? "" : "; ") + ("rank " + std::to_string(rank)) + " waits for rank" +
-           (missing.size() > 1 ? "s " : " ") + listed(missing, 8) + " in " +
-           wait.board->describe(*wait.call, wait.sequence);
+    who += (who.empty() ? "" : "; ") +
+           wait.board->waiting(static_cast<int>(rank), *wait.call, wait.sequence);
   }
   if (waiting > shown) who += "; and " + std::to_string(waiting - shown) + " more";
   std::string others;

@@ -38,6 +38,8 @@ class Rank {
   Storage& storage(Storage& disk);
   // Communicator and storage operations of this rank so far: where a fault can be placed.
   int64_t operations() const;
+  // Reads of open files of this rank so far: where a fault with Fault::of_reads can be placed.
+  int64_t reads() const;
 
  private:
   friend class Cluster;
@@ -55,8 +57,8 @@ class Cluster {
   ~Cluster();
 
   // Runs the body once on every rank, until all have ended. Throws what the first rank to fail
-  // threw, with its number in front of an Error's text; Error(kMismatch) for a deadlock; and
-  // Error(kInterrupted) where a rank died and others waited for it.
+  // threw, with its number in front of an Error's text; Error(kMismatch) for a deadlock, a lost
+  // message among its causes; and Error(kInterrupted) where a rank died and others waited for it.
   void run(const std::function<void(Rank&)>& body);
 
   const Topology& topology() const { return topology_; }

@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/error.h"
+#include "sim/caught.h"
 
 namespace isoshard::sim {
 namespace {
@@ -68,15 +69,6 @@ TEST(Cluster, TheSeedIsTheRun) {
   EXPECT_NE(hash(7), hash(8));
 }
 
-Error caught(Cluster& cluster, const std::function<void(Rank&)>& body) {
-  try {
-    cluster.run(body);
-  } catch (const Error& error) {
-    return error;
-  }
-  return Error(ErrorCode::kUsage, "nothing was thrown");
-}
-
 TEST(Cluster, ASaveBehindRankZeroIsADeadlockWithNames) {
   Cluster cluster({.data = 3});
   const Error error = caught(cluster, [](Rank& rank) {
@@ -108,7 +100,8 @@ TEST(Cluster, CountsAreComparedOnBothSides) {
     const std::vector<std::vector<float>> source(2, std::vector<float>(3));
     exchange(rank.group(GroupKind::kWorld), source, {3, rank.number() == 0 ? 2 : 3});
   });
-  EXPECT_NE(error.info().expected.find("rank 0 expects 2 elements from rank 1"), std::string::npos);
+  EXPECT_NE(error.info().expected.find("rank 0 expects 2 elements of float32 from rank 1"),
+            std::string::npos);
 }
 
 TEST(Cluster, ADeadRankIsNamedAndNobodyWaits) {

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <boost/context/fiber.hpp>
 #include <boost/context/protected_fixedsize_stack.hpp>
+#include <limits>
 
 #include "core/check.h"
 
@@ -149,7 +150,7 @@ void Scheduler::resume(int number) {
 }
 
 bool Scheduler::run() {
-  while (!ready_.empty()) {
+  for (end_due_pauses(); !ready_.empty(); end_due_pauses()) {
     const size_t pick = static_cast<size_t>(random_.below(static_cast<int64_t>(ready_.size())));
     const int number = ready_[pick];
     Task& task = *tasks_[static_cast<size_t>(number)];
@@ -172,6 +173,7 @@ void Scheduler::stop() {
     for (int tries = 0; !tasks_[i]->ended && tries < 1000; ++tries) resume(static_cast<int>(i));
   }
   ready_.clear();
+  pauses_.clear();
 }
 
 void Scheduler::give_up() {
@@ -186,6 +188,29 @@ void Scheduler::block() {
   CHECK(current_ >= 0, "only a task can wait");
   if (stopping_) throw TaskStopped{};
   give_up();
+}
+
+void Scheduler::pause(int64_t turns) {
+  CHECK(current_ >= 0 && turns >= 0, "only a task can wait, and not backwards");
+  if (stopping_) throw TaskStopped{};
+  constexpr int64_t kLast = std::numeric_limits<int64_t>::max();
+  pauses_.push_back({turns > kLast - tick_ ? kLast : tick_ + turns, current_});
+  give_up();
+}
+
+void Scheduler::end_pause(int task) {
+  if (std::erase_if(pauses_, [&](const Pause& p) { return p.task == task; }) > 0) wake(task);
+}
+
+void Scheduler::end_due_pauses() {
+  for (size_t i = 0; i < pauses_.size();) {
+    if (pauses_[i].due > tick_)
+      ++i;
+    else
+      end_pause(pauses_[i].task);
+  }
+  if (!ready_.empty() || pauses_.empty()) return;
+  end_pause(std::ranges::min_element(pauses_, {}, &Pause::due)->task);
 }
 
 bool Scheduler::ended(int task) const { return tasks_[static_cast<size_t>(task)]->ended; }

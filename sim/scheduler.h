@@ -1,6 +1,6 @@
 // Tasks that take turns on one thread, each with a stack of its own. Which of those that can go on
 // goes next is drawn from a seed, so a run can be had again to the letter. A task gives up its turn
-// only in block(); there are no clocks.
+// only in block() and pause(); there are no clocks, and time is counted in turns.
 #pragma once
 
 #include <cstdint>
@@ -35,6 +35,10 @@ class Scheduler {
   // Of the running task: waits until some other task wakes it.
   void block();
   void wake(int task);
+  // Of the running task: waits until `turns` more were given, or end_pause() is called, or no task
+  // can go on that does not pause; of several the one whose time is nearest goes first.
+  void pause(int64_t turns);
+  void end_pause(int task);
 
   // stop() is at work: whoever runs now is to unwind.
   bool stopping() const { return stopping_; }
@@ -52,11 +56,17 @@ class Scheduler {
   struct Task;
   void resume(int task);
   void give_up();
+  void end_due_pauses();
 
+  struct Pause {
+    int64_t due = 0;  // tick_
+    int task = 0;
+  };
   Random random_;
   size_t stack_bytes_;
   std::vector<std::unique_ptr<Task>> tasks_;
   std::vector<int> ready_;
+  std::vector<Pause> pauses_;  // in the order in which they began
   std::vector<int> failed_;
   int current_ = -1;
   int64_t tick_ = 0;

@@ -5,13 +5,15 @@
 #include <type_traits>
 
 #include "core/error.h"
-#include "sim/simulated_communicator.h"
+#include "sim/interconnect.h"
 
 namespace isoshard::sim {
 namespace {
 
-[[noreturn]] void fail(FaultKind kind, const std::string& path) {
-  ErrorInfo info{.code = ErrorCode::kUnreadable, .what = "The disk failed.", .file = path};
+// `entry`: the bytes of the file that were asked for, or nothing.
+[[noreturn]] void fail(FaultKind kind, const std::string& path, const std::string& entry = "") {
+  ErrorInfo info{
+      .code = ErrorCode::kUnreadable, .what = "The disk failed.", .file = path, .entry = entry};
   switch (kind) {
     case FaultKind::kDiskFull:
       info.code = ErrorCode::kNoSpace;
@@ -32,6 +34,13 @@ namespace {
       info.code = ErrorCode::kPermission;
       info.what = "Permission is denied.";
       info.next = "give this user the right to write there";
+      break;
+    case FaultKind::kIoError:
+      info.what = entry.empty() ? "The disk failed: input/output error."
+                                : "Reading from the file failed: input/output error.";
+      info.found = "errno 5, EIO";
+      info.next =
+          "look for disk or network failures in the kernel log (dmesg) before trusting this disk";
       break;
     default:
       info.what = "The file handle is stale (NFS).";
@@ -74,7 +83,46 @@ auto SimulatedStorage::perform(const std::string& path, Operation operation, Hal
   }
 }
 
+void SimulatedStorage::read(const ReadableFile& file, int64_t offset, std::span<std::byte> target) {
+  if (network_.is_dead(rank_)) {
+    if (std::uncaught_exceptions() == 0) throw RankDied{rank_};
+    return;
+  }
+  const Fault* fault = network_.next_read(rank_);
+  if (fault == nullptr) return file.read_at(offset, target);
+  if (fault->kind == FaultKind::kDieBefore) network_.die(rank_);
+  if (fault->kind == FaultKind::kDieInside) {
+    file.read_at(offset, target.first(target.size() / 2));
+    network_.die(rank_);
+  }
+  if (is_of_reads(fault->kind)) {
+    network_.struck.push_back(fault->kind);
+    fail(fault->kind, file.path(),
+         std::to_string(target.size()) + " bytes at offset " + std::to_string(offset));
+  }
+  file.read_at(offset, target);
+  if (fault->kind == FaultKind::kDieAfter) network_.die(rank_);
+}
+
 namespace {
+
+class ReadFile : public ReadableFile {
+ public:
+  ReadFile(SimulatedStorage& storage, std::unique_ptr<ReadableFile> file)
+      : storage_(storage), file_(std::move(file)) {}
+
+  const std::string& path() const override { return file_->path(); }
+  int64_t size_bytes() const override { return file_->size_bytes(); }
+  void read_at(int64_t offset, std::span<std::byte> target) const override {
+    storage_.read(*file_, offset, target);
+  }
+  int64_t next_data(int64_t offset) const override { return file_->next_data(offset); }
+  int64_t next_hole(int64_t offset) const override { return file_->next_hole(offset); }
+
+ private:
+  SimulatedStorage& storage_;
+  std::unique_ptr<ReadableFile> file_;
+};
 
 class CountedFile : public WritableFile {
  public:
@@ -108,8 +156,9 @@ class CountedFile : public WritableFile {
 }  // namespace
 
 std::unique_ptr<ReadableFile> SimulatedStorage::open_read(const std::string& path) {
-  return perform(
+  std::unique_ptr<ReadableFile> file = perform(
       path, [&] { return disk_.open_read(path); }, [] {});
+  return std::make_unique<ReadFile>(*this, std::move(file));
 }
 std::unique_ptr<WritableFile> SimulatedStorage::create(const std::string& path) {
   std::unique_ptr<WritableFile> file = perform(

@@ -1,9 +1,13 @@
 // A rank's way to a disk that all ranks share. Every operation counts among the rank's own (see
-// sim/faults.h), and may fail or be its last. A rank that is dead changes nothing any more, also
-// where its stack unwinds.
+// sim/faults.h), and may fail or be its last; so does every read of an open file, among the rank's
+// reads. A rank that is dead changes nothing any more, also where its stack unwinds. What a file
+// says of its size and holes is no read.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -15,7 +19,7 @@ struct Interconnect;
 
 class SimulatedStorage : public Storage {
  public:
-  // Both outlive the object.
+  // Both outlive the object, and the object the files that it has opened.
   SimulatedStorage(Storage& disk, Interconnect& network, int rank)
       : disk_(disk), network_(network), rank_(rank) {}
 
@@ -42,6 +46,10 @@ class SimulatedStorage : public Storage {
   // that a death in the midst of it leaves behind.
   template <typename Operation, typename Half>
   auto perform(const std::string& path, Operation operation, Half half);
+
+  // Fills `target` from an open file unless the rank is dead, and what is to go wrong at it. A
+  // death in the midst of it leaves the first half filled.
+  void read(const ReadableFile& file, int64_t offset, std::span<std::byte> target);
 
  private:
   Storage& disk_;

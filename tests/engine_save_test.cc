@@ -187,6 +187,7 @@ struct Told {
 // Three steps with a guarded save behind each; `at`, `kind`: a fault on rank 1.
 Told guarded(const sim::Faults& faults, bool after_fails, std::vector<int64_t>* operations) {
   World world;
+  world.disk.tell_free_space(100);
   world.disk.make_directories("/tokenizer");
   world.disk.create("/tokenizer/vocab.json")->close();
   Told told;
@@ -241,7 +242,16 @@ TEST(GuardedSave, ADiskThatFailsDoesNotTouchTheRun) {
     EXPECT_NE(told.log[1][0].find("Safe: /run/global_step1."), std::string::npos) << told.log[1][0];
     EXPECT_NE(told.log[1][0].find("/run/"), std::string::npos);
     const bool space = kind == FaultKind::kDiskFull || kind == FaultKind::kQuota;
-    EXPECT_EQ(told.log[1][0].find("bytes to write") != std::string::npos, space) << told.log[1][0];
+    const std::string& line = told.log[1][0];
+    const std::string words = " bytes to write, 100 are free: ";
+    const size_t at = line.find(words);
+    ASSERT_EQ(at != std::string::npos, space) << line;
+    if (space) {
+      const int64_t missing = std::stoll(line.substr(at + words.size()));
+      const int64_t needed = std::stoll(line.substr(line.rfind(' ', at - 1) + 1));
+      EXPECT_EQ(needed, missing + 100) << line;
+      EXPECT_NE(line.find(" are missing"), std::string::npos) << line;
+    }
     ASSERT_EQ(told.log[0].size(), 1u) << text;
     EXPECT_NE(told.log[0][0].find("failed on rank 1"), std::string::npos) << told.log[0][0];
     EXPECT_EQ(told.durable[1], "/run/global_step3") << text;

@@ -75,6 +75,17 @@ TEST(Engine, ClientStateGoesThereAndBack) {
                           {.client_state = {{"checkpoint_parallel_dimensions", 1}}});
   });
   EXPECT_EQ(reserved.info().entry, "checkpoint_parallel_dimensions");
+  for (const char* key :
+       {"ds_autoep_layers", "autoep_layers", "universal_checkpoint_info", "folding"}) {
+    for (const int64_t experts : {0, 4}) {  // of models with experts alone
+      World other;
+      other.config.model.experts = experts;
+      const Error error = other.run([&](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
+        files.save_checkpoint(trainer.state(), "/run", {.client_state = {{key, 1}}});
+      });
+      EXPECT_EQ(error.info().entry, experts > 0 ? key : "") << error.what();
+    }
+  }
 }
 
 TEST(Engine, AnotherNumberOfRanksIsRefused) {

@@ -5,7 +5,8 @@ Every autoep_folded_* (more, as many and fewer expert- than tensor-parallel rank
 is read, verified, written again at its own topology (the very files), and brought to tp=1 at every
 ep and stage, and to the universal form under --beyond-deepspeed, with one digest. What each expert
 and each tensor-parallel shard is, the test works out by itself, from the expert files and the
-ranks' modules.
+ranks' modules. What simulated ranks of these topologies write has the recordings' files, and says
+in them of every rank's place what DeepSpeed's say.
 """
 
 import json
@@ -27,6 +28,19 @@ SOURCES = {
 }
 OPTIM = "bf16_zero_pp_rank_{}_mp_rank_0{}_optim_states.pt"
 STAGE2 = [r"\['zero_stage'\]", r"\['stage'\]", r"\['frozen_param_(shapes|fragments)'\]"]
+
+
+def folding(file, layers):
+    """What a file says of its place, as far as it does not hang on a race of ranks, on layers that
+    the recorded model has not, or on its number of heads."""
+    place = dict(file["folding"])
+    if place["family"] == "routed_expert":
+        del place["zero_partition_rank"]  # that of the rank which came last with this name
+    families = place.pop("param_families", {})
+    dropped = tuple(f"model.layers.{number}." for number in range(layers, 9))
+    place["families"] = [(name, family) for name, family in families.items()
+                         if not name.startswith(dropped) and ".self_attn." not in name]
+    return place
 
 
 class Folded(ProgramCase):
@@ -145,6 +159,29 @@ class Folded(ProgramCase):
                 wrong = compare_torch.compare_paths(str(self.recorded(case)), str(target),
                                                     ignored, []).differences
                 self.assertEqual([each for each in wrong if "json" not in str(each)], [])
+
+    def test_simulated_ranks_say_the_same_of_their_place(self):
+        for case in SOURCES:
+            with self.subTest(case):
+                made = self.place / ("golden_" + case)
+                self.run_program(0, "golden", "--topology", self.own(case), "--model",
+                                 "mixtral", "--out", made, "--quiet")
+                [ours] = (made / "ckpt").glob("global_step*")
+                [theirs] = self.recorded(case).glob("global_step*")
+                layers = SOURCES[case][1]
+                compared = 0
+                for path in sorted(theirs.glob("*.pt")):
+                    real = compare_torch.load(str(path))
+                    found = compare_torch.load(str(ours / path.name))
+                    self.assertEqual(*(folding(each, layers) for each in (real, found)), path.name)
+                    compared += 1
+                self.assertGreater(compared, 10)
+                self.assertEqual(*({path.name for path in folder.glob("*.pt")
+                                    if not path.name.startswith("layer_")}
+                                   for folder in (theirs, ours)))
+                for path in ours.glob("layer_*"):
+                    number = int(path.name.split("_")[1])
+                    self.assertTrue(number >= layers or (theirs / path.name).exists(), path.name)
 
     def own(self, case):
         text = self.run_program(0, "inspect", self.recorded(case), "--json").stdout

@@ -24,6 +24,8 @@ TEST(Lifecycle, DenseThroughFiles) {
     config.model.dtype = dtype;
     config.clip = 1.0;
     config.schedule.kind = reference::ScheduleKind::kWarmup;
+    config.model.heads = 6;  // which Ulysses shares among 2 ranks and among 3
+    config.model.kv_heads = 3;
     expect_one_rank(config,
                     {{{.data = 2}, 1},
                      {{.data = 3}, 2},

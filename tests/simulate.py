@@ -6,7 +6,9 @@ read and an HDF5 file that h5py reads, with the same values in both; `golden --c
 changed.
 """
 
+import html
 import json
+import shlex
 import signal
 import struct
 import subprocess
@@ -73,6 +75,66 @@ class Simulate(ProgramCase):
         self.assertIn("no such fault", self.run_program(2, *arguments[:-1], "fire").stderr)
         self.assertIn("no fault is named", self.run_program(2, *arguments[:-1], "").stderr)
         self.run_program(2, *arguments, "--report", self.place / "nowhere" / "page.html")
+
+    def test_a_failure_is_told_shown_and_had_again(self):
+        page = self.place / "page.html"
+        arguments = ["--seed", 3, "--steps", 8, "--topologies", "dense.dp2", "--faults", "death",
+                     "--mutant", "ColdMoments"]
+        result = self.run_program(1, "simulate", "--cases", 12, *arguments, "--json", "--report",
+                                  page)
+        told = json.loads(result.stdout.splitlines()[-1])
+        self.assertGreater(told["failed"], 0)
+        [replay] = [line for line in result.stderr.splitlines()
+                    if line.startswith("isoshard replay ")]
+        self.assertEqual(replay, told["replay"])
+        self.assertIn(told["reason"].splitlines()[0], result.stderr)
+        again = self.run_program(1, *shlex.split(replay)[1:])
+        self.assertIn(told["reason"].splitlines()[0], again.stdout)
+        self.assertNotIn("equal to the run on one rank", again.stdout)
+        self.run_program(0, *[word for word in shlex.split(replay)[1:]
+                              if word not in ("--mutant", "ColdMoments")])
+        text = page.read_text(encoding="utf-8")
+        for part in (f"12 cases, {told['failed']} failed", 'class="bad"', "<svg",
+                     html.escape(replay, quote=False),
+                     html.escape(told["reason"].splitlines()[0], quote=False)):
+            self.assertIn(part, text)
+        self.assertIn("--faults makes lives", self.run_program(
+            2, "simulate", "--mutant", "ColdMoments").stderr)
+        self.assertIn("no such mutant", self.run_program(
+            2, "simulate", "--mutant", "Odd", "--faults", "death").stderr)
+
+    def test_what_has_no_files_says_why(self):
+        words = self.run_program(0, "replay", "--seed", 1, "--case", 0, "--topologies",
+                                 "dp=2,sp=2,tp=2", "--steps", 3).stdout
+        self.assertIn("in memory alone: dp2.sp2.tp2 stage", words)
+        self.assertIn("mutually exclusive", words)
+        for topology, part in (("sp=3", "UlyssesSPAttentionHF (ValueError: 4 mod 3 = 1"),
+                               ("dp=2,sp=2,tp=2", "mutually exclusive"),
+                               ("tp=2,ep=2,stage=3", "does not read")):
+            model = "mixtral" if "ep" in topology else "llama"
+            text = self.run_program(2, "golden", "--topology", topology, "--model", model, "--out",
+                                    self.place / "none").stderr
+            self.assertIn(part, text)
+            self.assertIn("in memory", text)
+            self.assertFalse((self.place / "none").exists())
+
+    def test_a_cosine_follows_the_optimizers_rate(self):
+        def made(name, lr, ratio):
+            path = self.place / "cosine.json"
+            path.write_text(json.dumps({
+                "train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 1},
+                "optimizer": {"type": "adamw", "params": {"lr": lr}},
+                "scheduler": {"type": "WarmupCosineLR", "params": {
+                    "total_num_steps": 10, "warmup_num_steps": 4, "warmup_type": "linear",
+                    "warmup_min_ratio": ratio}},
+                "checkpoint": {"load_universal": True, "tag_validation": "Ignore"}}))
+            result = self.run_program(0, "golden", "--topology", "dp=2", "--model", "tiny",
+                                      "--config", path, "--out", self.place / name)
+            for key in ("checkpoint.load_universal", "checkpoint.tag_validation"):
+                self.assertIn(key, result.stdout + result.stderr)
+            return self.run_program(0, "digest", self.place / name / "ckpt").stdout.split()[0]
+        self.assertEqual(
+            len({made("a", 0.02, 0.25), made("b", 0.04, 0.25), made("c", 0.02, 0.0)}), 3)
 
     def test_a_deepspeed_config_steers_a_run(self):
         path = self.place / "ds.json"

@@ -1,9 +1,18 @@
-// Ulysses without ranks: both layouts of its exchanges, and what its arguments mean.
+// Ulysses by its rules: both layouts of its exchanges, what its arguments mean, and when the object
+// that they make exchanges anything at all.
 #include <gtest/gtest.h>
 
+#include <algorithm>
+#include <bit>
+#include <set>
+#include <span>
+
+#include "core/check.h"
 #include "core/error.h"
+#include "core/random.h"
 #include "reference/ulysses_config.h"
 #include "reference/ulysses_layout.h"
+#include "sim/cluster.h"
 
 namespace isoshard::reference {
 namespace {
@@ -127,6 +136,28 @@ TEST(UlyssesArguments, HeadCases) {
   expect_refused(make(8, 0, 2), "ZeroDivisionError");
 }
 
+// P divides both, and still no rank has whole groups: their heads would be nobody's.
+TEST(UlyssesArguments, KeyValueHeadsThatDoNotDivideTheHeadsAreRefused) {
+  const auto make = [](int64_t heads, int64_t kv_heads, int ranks) {
+    return refused([&] {
+      make_ulysses({.attn_head_count = heads,
+                    .kv_head_count = kv_heads,
+                    .sequence_parallel_size = ranks,
+                    .seq_length_is_variable = true});
+    });
+  };
+  EXPECT_NE(make(6, 4, 2).find("6 mod 4 = 2"), std::string::npos);
+  EXPECT_NE(make(6, 4, 2).find("3 heads and 2 key-value heads"), std::string::npos);
+  EXPECT_NE(make(2, 4, 2).find("2 mod 4 = 2"), std::string::npos);
+  EXPECT_NE(make(2, 4, 2).find("1 heads and 2 key-value heads"), std::string::npos);
+  EXPECT_NE(make(3, 2, 1).find("3 mod 2 = 1"), std::string::npos);
+  EXPECT_EQ(make(6, 2, 2), "");
+  EXPECT_EQ(make(6, 3, 3), "");
+  EXPECT_THROW(share_heads(6, 4, 2), CheckFailure);
+  EXPECT_THROW(share_heads(2, 4, 2), CheckFailure);
+  EXPECT_THROW(share_heads(2, 0, 2), CheckFailure);
+}
+
 TEST(UlyssesArguments, LengthsAreFixedOnlyIfTheyAreGiven) {
   UlyssesArguments a{.attn_head_count = 4, .kv_head_count = 2, .sequence_parallel_size = 2};
   EXPECT_FALSE(a.seq_length_is_variable);  // the constructor's default
@@ -141,10 +172,13 @@ TEST(UlyssesArguments, LengthsAreFixedOnlyIfTheyAreGiven) {
 struct Registered {
   int groups = 0;
   std::vector<std::string> warnings;
-  UlyssesRegistry registry{{"sdpa", "flash_attention_2", "flex_attention", "eager"},
-                           4,
-                           [this](int) { ++groups; },
-                           [this](const std::string& text) { warnings.push_back(text); }};
+  UlyssesRegistry registry{{.names = {"sdpa", "flash_attention_2", "flex_attention", "eager"},
+                            .world = 4,
+                            .make_groups = [this](int) -> Communicator* {
+                              ++groups;
+                              return nullptr;
+                            },
+                            .warn = [this](const std::string& text) { warnings.push_back(text); }}};
   RegisterArguments good{.config = {.attn_implementation = "sdpa",
                                     .hidden_size = 32,
                                     .num_attention_heads = 4,
@@ -176,7 +210,33 @@ TEST(UlyssesRegistry, ChecksBeforeItMakesGroups) {
                    a->core_attn_implementation = "flash";
                  }),
                  "no such attention");
+  expect_refused(with([](auto* a) {
+                   a->model_is_object = false;
+                   a->core_attn_implementation = "kernels-community/flash-attn@v1:forward";
+                 }),
+                 "ImportError");
+  expect_refused(with([](auto* a) { a->config.num_attention_heads = {}; }), "AttributeError");
+  expect_refused(with([](auto* a) { a->config.num_key_value_heads = {}; }), "AttributeError");
+  expect_refused(with([](auto* a) { a->config.num_hidden_layers = {}; }), "AttributeError");
+  expect_refused(with([](auto* a) { a->config.hidden_size = {}; }), "AttributeError");
+  // The default of head_dim is evaluated whether it is used or not.
+  expect_refused(with([](auto* a) {
+                   a->config.hidden_size = {};
+                   a->config.head_dim = 8;
+                 }),
+                 "hidden_size");
+  expect_refused(with([](auto* a) {
+                   a->config.num_attention_heads = 6;
+                   a->config.num_key_value_heads = 4;
+                 }),
+                 "6 mod 4 = 2");
   expect_refused(with([](auto* a) { a->config.num_attention_heads = 3; }), "3 mod 2 = 1");
+  expect_refused(with([](auto* a) { a->config.num_key_value_heads = 3; }), "ValueError");
+  expect_refused(with([](auto* a) {
+                   a->seq_length_is_variable = false;
+                   a->seq_length = 7;
+                 }),
+                 "3 and 7");
   EXPECT_EQ(r.groups, 0);
   EXPECT_FALSE(r.registry.registered());
   // And after all of that it still registers, which DeepSpeed's groups would not allow.
@@ -219,6 +279,473 @@ TEST(UlyssesRegistry, DefaultsAndLengths) {
   EXPECT_EQ(made->global_length, 12);
   EXPECT_EQ(made->arguments.attn_head_size, 8);  // hidden / heads
   EXPECT_EQ(r.warnings.size(), 1u);
+}
+
+TEST(UlyssesRegistry, SeqLengthStandsBeforeTheDeprecatedOne) {
+  Registered r;
+  r.good.seq_length_is_variable = false;
+  r.good.seq_length = 8;
+  r.good.max_length = 12;
+  const auto made = r.registry.register_with_transformers(r.good);
+  ASSERT_TRUE(made);
+  EXPECT_EQ(made->global_length, 8);
+  EXPECT_EQ(r.warnings.size(), 1u);
+  r.good.max_length = {};  // equal in effect
+  EXPECT_TRUE(r.registry.register_with_transformers(r.good));
+  EXPECT_EQ(r.groups, 1);
+}
+
+TEST(UlyssesRegistry, AVariableLengthIgnoresTheOneThatIsGiven) {
+  Registered r;
+  r.good.seq_length = 7;  // P does not divide it
+  const auto made = r.registry.register_with_transformers(r.good);
+  ASSERT_TRUE(made);
+  EXPECT_EQ(made->local_length, 1);
+  EXPECT_EQ(made->global_length, 1);
+}
+
+TEST(UlyssesRegistry, AKernelIsLoadedOnce) {
+  std::vector<std::string> loaded;
+  UlyssesRegistry registry(
+      {.names = {"sdpa"},
+       .world = 2,
+       .make_groups = [](int) -> Communicator* { return nullptr; },
+       .warn = [](const std::string&) {},
+       .load_kernel = [&](const std::string& name) { loaded.push_back(name); }});
+  RegisterArguments arguments = Registered().good;
+  arguments.model_is_object = false;  // then its attn_implementation is not compared
+  arguments.core_attn_implementation = "kernels-community/flash-attn";
+  EXPECT_TRUE(registry.register_with_transformers(arguments));
+  EXPECT_TRUE(registry.register_with_transformers(arguments));
+  EXPECT_EQ(loaded, std::vector<std::string>{"kernels-community/flash-attn"});
+  EXPECT_EQ(*registry.registered(), "kernels-community/flash-attn");
+}
+
+// owner/name[@revision][:function], and no part is empty or has a '/' or ':' of its own.
+TEST(UlyssesRegistry, WhatIsNoKernelsNameIsNotLoaded) {
+  std::vector<std::string> loaded;
+  const auto load = [&](const std::string& name) {
+    UlyssesRegistry registry(
+        {.names = {"sdpa"},
+         .world = 2,
+         .make_groups = [](int) -> Communicator* { return nullptr; },
+         .load_kernel = [&](const std::string& kernel) { loaded.push_back(kernel); }});
+    RegisterArguments arguments = Registered().good;
+    arguments.model_is_object = false;
+    arguments.core_attn_implementation = name;
+    registry.register_with_transformers(arguments);
+  };
+  for (const std::string name :
+       {"owner/name:", "owner/name:a/b", "owner/name:a:b", "owner/name:a:", "owner/name::a",
+        "owner/", "/name", "owner/:a", "owner/name/more", "owner:a/name", "name:a", "name", ""}) {
+    const std::string text = refused([&] { load(name); });
+    EXPECT_NE(text.find("no such attention"), std::string::npos) << name << ": " << text;
+    EXPECT_NE(text.find("ValueError"), std::string::npos) << name << ": " << text;
+  }
+  EXPECT_TRUE(loaded.empty());
+  const std::vector<std::string> kernels = {"owner/name", "owner/name@v1", "owner/name:function",
+                                            "owner/name@v1:function"};
+  for (const std::string& name : kernels) load(name);
+  EXPECT_EQ(loaded, kernels);
+}
+
+TEST(UlyssesRegistry, WarnsNobodyWhereNobodyListens) {
+  UlyssesRegistry registry(
+      {.names = {"sdpa"}, .world = 4, .make_groups = [](int) -> Communicator* { return nullptr; }});
+  RegisterArguments arguments = Registered().good;
+  arguments.max_length = 12;
+  EXPECT_TRUE(registry.register_with_transformers(arguments));
+}
+
+// Four ranks in groups that should have two, whichever way the object is made.
+TEST(UlyssesRegistry, AGroupOfOtherRanksIsRefused) {
+  sim::Cluster cluster({.data = 2, .sequence = 2});
+  cluster.run([&](sim::Rank& rank) {
+    Communicator* group = &rank.group(GroupKind::kWorld);
+    UlyssesRegistry registry(
+        {.names = {"sdpa"}, .world = 4, .make_groups = [&](int) { return group; }});
+    const RegisterArguments arguments = Registered().good;
+    const auto again = [&] { registry.register_with_transformers(arguments); };
+    expect_refused(again, "2 ranks");
+    EXPECT_FALSE(registry.registered());
+    expect_refused(again, "process_group");
+    const auto make = [&] {
+      make_ulysses({.attn_head_count = 4,
+                    .kv_head_count = 2,
+                    .sequence_parallel_size = 2,
+                    .seq_length_is_variable = true},
+                   group);
+    };
+    expect_refused(make, "2 ranks");
+    group = &rank.group(GroupKind::kSequence);
+    again();
+    EXPECT_EQ(*registry.registered(), "sdpa");
+    EXPECT_NO_THROW(make());
+  });
+}
+
+// ---- The object at work, on two ranks: 2 samples of 6 tokens, 4 query and 2 key-value heads of 2.
+
+constexpr int64_t kLength = 6, kOwn = 3;
+
+struct Tensors {
+  HeadSizes query_sizes, key_sizes;
+  Values query, key, value;
+  HeadTensors heads() const {
+    return {.query = heads_first(query, query_sizes),
+            .key = heads_first(key, key_sizes),
+            .value = heads_first(value, key_sizes)};
+  }
+  // Those of the tokens from `first` on.
+  Tensors slice(int64_t first, int64_t tokens) const {
+    Tensors part = *this;
+    part.query_sizes.tokens = part.key_sizes.tokens = tokens;
+    const auto cut = [&](const Values& whole, const HeadSizes& sizes) {
+      Values values;
+      const HeadTensor all = heads_first(whole, sizes);
+      for (int64_t b = 0; b < sizes.samples; ++b) {
+        for (int64_t head = 0; head < sizes.heads; ++head) {
+          const float* at = all.at(b, head, first);
+          values.insert(values.end(), at, at + tokens * sizes.size);
+        }
+      }
+      return values;
+    };
+    part.query = cut(query, query_sizes);
+    part.key = cut(key, key_sizes);
+    part.value = cut(value, key_sizes);
+    return part;
+  }
+};
+
+Tensors tensors(uint64_t seed, const HeadSizes& sizes, int64_t kv_heads) {
+  Tensors t{.query_sizes = sizes, .key_sizes = sizes, .query = {}, .key = {}, .value = {}};
+  t.key_sizes.heads = kv_heads;
+  const auto fill = [&](Values* values, int64_t count, uint64_t stream) {
+    for (int64_t i = 0; i < count; ++i) {
+      const uint64_t word = keyed_random(seed, {stream, static_cast<uint64_t>(i)});
+      values->push_back(static_cast<float>(static_cast<int64_t>(word >> 40) - (1 << 23)) *
+                        0x1p-22f);
+    }
+  };
+  fill(&t.query, t.query_sizes.numel(), 1);
+  fill(&t.key, t.key_sizes.numel(), 2);
+  fill(&t.value, t.key_sizes.numel(), 3);
+  return t;
+}
+
+Tensors right_tensors() { return tensors(5, {2, 4, kLength, 2}, 2); }
+// Of no shape that the object is made for, and another on each rank.
+Tensors wrong_tensors(int rank) { return tensors(7, {1 + 2 * rank, 6, 4 + 3 * rank, 4}, 3); }
+
+std::vector<int64_t> positions_of_slice(int64_t samples, int64_t first, int64_t tokens) {
+  std::vector<int64_t> list;
+  for (int64_t b = 0; b < samples; ++b) {
+    for (int64_t t = 0; t < tokens; ++t) list.push_back(first + t);
+  }
+  return list;
+}
+
+std::vector<uint32_t> bits(const Values& values) {
+  std::vector<uint32_t> list;
+  for (const float value : values) list.push_back(std::bit_cast<uint32_t>(value));
+  return list;
+}
+
+// Core attention of whole tensors, [B, tokens, H, D].
+Values core_of(const Tensors& t, std::span<const int64_t> positions = {}) {
+  const int64_t heads = t.query_sizes.heads, groups = t.key_sizes.heads;
+  return core_attention({.in = t.heads(),
+                         .positions = positions,
+                         .share = {{0, heads}, {0, groups}},
+                         .heads_each = heads / groups},
+                        nullptr);
+}
+
+enum class Way { kConstructor, kRegistration };
+
+UlyssesAttention made(Way way, sim::Rank& rank, bool disable_in_eval, bool variable = false) {
+  Communicator* group = &rank.group(GroupKind::kSequence);
+  if (way == Way::kConstructor) {
+    UlyssesArguments arguments{.batch_size = 2,
+                               .attn_head_count = 4,
+                               .attn_head_size = 2,
+                               .kv_head_count = 2,
+                               .sequence_parallel_size = 2,
+                               .seq_length_is_variable = variable,
+                               .disable_in_eval = disable_in_eval};
+    if (!variable) {
+      arguments.local_seq_length = kOwn;
+      arguments.global_seq_length = kLength;
+    }
+    return make_ulysses(arguments, group);
+  }
+  UlyssesRegistry registry({.names = {"sdpa"},
+                            .world = 2,
+                            .make_groups = [=](int) { return group; },
+                            .warn = [](const std::string&) {}});
+  RegisterArguments arguments;
+  arguments.config.hidden_size = 8;
+  arguments.config.num_attention_heads = 4;
+  arguments.config.num_key_value_heads = 2;
+  arguments.config.num_hidden_layers = 1;
+  arguments.sequence_parallel_size = 2;
+  arguments.micro_batch_size = 2;
+  arguments.seq_length = kLength;
+  arguments.seq_length_is_variable = variable;
+  arguments.disable_in_eval = disable_in_eval;
+  return *registry.register_with_transformers(arguments);
+}
+
+class UlyssesObject : public testing::TestWithParam<Way> {};
+
+// disable_in_eval: wrong shapes, other ones and other numbers of calls on each rank, no positions;
+// the core attention's own bits, and no rank has said a word.
+TEST_P(UlyssesObject, TheBypassOfEvaluationIsTheCoreAttention) {
+  sim::Cluster cluster({.sequence = 2});
+  std::vector<std::vector<uint32_t>> found(2), expected(2);
+  std::vector<int64_t> operations(2, -1), lengths(2, -1);
+  cluster.run([&](sim::Rank& rank) {
+    const size_t r = static_cast<size_t>(rank.number());
+    UlyssesAttention attention = made(GetParam(), rank, true);
+    const Tensors given = wrong_tensors(rank.number());
+    Values out;
+    for (int call = 0; call <= rank.number(); ++call) {
+      out = attention.forward(given.heads(), {}, false);
+    }
+    found[r] = bits(out);
+    expected[r] = bits(core_of(given));
+    operations[r] = rank.operations();
+    lengths[r] = attention.global_length;
+  });
+  EXPECT_EQ(found, expected);
+  EXPECT_TRUE(cluster.trace().events().empty());
+  EXPECT_EQ(operations, (std::vector<int64_t>{0, 0}));
+  EXPECT_EQ(lengths, (std::vector<int64_t>{kLength, kLength}));
+}
+
+// Without the flag in evaluation, and with it in training, wrong shapes are refused before anything
+// is sent.
+TEST_P(UlyssesObject, WrongShapesAreRefusedBeforeAnyCollective) {
+  for (const bool training : {false, true}) {
+    sim::Cluster cluster({.sequence = 2});
+    std::vector<int64_t> operations(2, -1);
+    std::vector<std::string> texts(2);
+    cluster.run([&](sim::Rank& rank) {
+      const size_t r = static_cast<size_t>(rank.number());
+      UlyssesAttention attention = made(GetParam(), rank, training);
+      const Tensors given = wrong_tensors(rank.number());
+      texts[r] = refused([&] { attention.forward(given.heads(), {}, training); });
+      // Key and value alone, and then the positions.
+      Tensors own = right_tensors().slice(kOwn * rank.number(), kOwn);
+      expect_refused([&] { attention.forward(own.heads(), {}, training); }, "position_ids");
+      const Tensors other = tensors(5, {2, 4, kOwn, 2}, 1);
+      own.key_sizes = other.key_sizes, own.key = other.key, own.value = other.value;
+      expect_refused([&] { attention.forward(own.heads(), {}, training); }, "key");
+      operations[r] = rank.operations();
+    });
+    for (const std::string& text : texts) {
+      EXPECT_NE(text.find("AssertionError"), std::string::npos) << text;
+      EXPECT_NE(text.find("[3, 2, 4, 2]"), std::string::npos) << text;  // what is required
+    }
+    EXPECT_EQ(operations, (std::vector<int64_t>{0, 0}));
+    EXPECT_TRUE(cluster.trace().events().empty());
+  }
+}
+
+// In training the flag has no effect, and without it evaluation is as training: positions, q, k, v
+// and the context go over the group, and each rank has its tokens of the whole attention.
+TEST_P(UlyssesObject, OnlyEvaluationIsBypassed) {
+  struct Case {
+    bool disable_in_eval, training;
+  };
+  const Tensors whole = right_tensors();
+  const Values context = core_of(whole);
+  std::set<uint64_t> hashes;
+  for (const Case& c : {Case{false, true}, Case{true, true}, Case{false, false}}) {
+    sim::Cluster cluster({.sequence = 2});
+    std::vector<Values> found(2);
+    cluster.run([&](sim::Rank& rank) {
+      UlyssesAttention attention = made(GetParam(), rank, c.disable_in_eval);
+      const int64_t first = kOwn * rank.number();
+      const Tensors own = whole.slice(first, kOwn);
+      found[static_cast<size_t>(rank.number())] =
+          attention.forward(own.heads(), positions_of_slice(2, first, kOwn), c.training);
+    });
+    for (size_t rank = 0; rank < 2; ++rank) {
+      Values expected;
+      for (int64_t b = 0; b < 2; ++b) {
+        const auto at = context.begin() + (b * kLength + static_cast<int64_t>(rank) * kOwn) * 4 * 2;
+        expected.insert(expected.end(), at, at + kOwn * 4 * 2);
+      }
+      EXPECT_EQ(bits(found[rank]), bits(expected));
+    }
+    EXPECT_EQ(cluster.trace().events().size(), 2u * 5u);
+    hashes.insert(cluster.trace().hash());
+  }
+  EXPECT_EQ(hashes.size(), 1u);
+}
+
+// A variable length is each query's in training; the bypass leaves the last one where it is.
+TEST_P(UlyssesObject, AVariableLengthIsTheQuerysInTraining) {
+  sim::Cluster cluster({.sequence = 2});
+  const Tensors whole = right_tensors();
+  cluster.run([&](sim::Rank& rank) {
+    UlyssesAttention attention = made(GetParam(), rank, true, true);
+    const Tensors given = wrong_tensors(rank.number());
+    attention.forward(given.heads(), {}, false);
+    EXPECT_EQ(attention.global_length, 1);
+    const int64_t first = kOwn * rank.number();
+    const Tensors own = whole.slice(first, kOwn);
+    attention.forward(own.heads(), positions_of_slice(2, first, kOwn), true);
+    EXPECT_EQ(attention.local_length, kOwn);
+    EXPECT_EQ(attention.global_length, kLength);
+    attention.forward(given.heads(), {}, false);
+    EXPECT_EQ(attention.global_length, kLength);
+  });
+  EXPECT_EQ(cluster.trace().events().size(), 2u * 5u);
+}
+
+std::vector<int64_t> joined(const std::vector<int64_t>& a, const std::vector<int64_t>& b) {
+  std::vector<int64_t> both = a;
+  both.insert(both.end(), b.begin(), b.end());
+  return both;
+}
+
+// In the bypass position_ids are [batch, tokens], or [1, tokens] for the whole batch, or none; of
+// any other number nothing is read.
+TEST_P(UlyssesObject, PositionsOfTheBypassAreForEachTokenOrOneRowOrNone) {
+  sim::Cluster cluster({.sequence = 2});
+  std::vector<int64_t> operations(2, -1);
+  cluster.run([&](sim::Rank& rank) {
+    UlyssesAttention attention = made(GetParam(), rank, true);
+    const Tensors given = tensors(9, {2, 4, 5, 2}, 2);
+    const std::vector<int64_t> row = {0, 1, 0, 1, 2}, other = {0, 1, 2, 0, 1};
+    const auto found = [&](const std::vector<int64_t>& positions) {
+      return bits(attention.forward(given.heads(), positions, false));
+    };
+    const auto none = found({}), one = found(row), second = found(other);
+    const auto both = found(joined(row, other));
+    EXPECT_EQ(none, found(joined({0, 1, 2, 3, 4}, {0, 1, 2, 3, 4})));
+    EXPECT_EQ(one, found(joined(row, row)));
+    EXPECT_EQ(one, bits(core_of(given, joined(row, row))));
+    EXPECT_NE(one, none);
+    const auto half = static_cast<std::ptrdiff_t>(both.size() / 2);
+    EXPECT_TRUE(std::equal(both.begin(), both.begin() + half, one.begin()));
+    EXPECT_TRUE(std::equal(both.begin() + half, both.end(), second.begin() + half));
+    for (const size_t count : {1, 4, 6, 9, 11, 15}) {
+      const std::vector<int64_t> positions(count, 0);
+      expect_refused([&] { found(positions); }, "position_ids");
+      expect_refused([&] { found(positions); }, "none, 5 or 2 · 5 = 10");
+    }
+    operations[static_cast<size_t>(rank.number())] = rank.operations();
+  });
+  EXPECT_EQ(operations, (std::vector<int64_t>{0, 0}));
+}
+
+// Outside the bypass there is one for each token, or nothing is sent.
+TEST_P(UlyssesObject, PositionsOfTrainingAreForEachToken) {
+  sim::Cluster cluster({.sequence = 2});
+  cluster.run([&](sim::Rank& rank) {
+    UlyssesAttention attention = made(GetParam(), rank, true);
+    const Tensors own = right_tensors().slice(kOwn * rank.number(), kOwn);
+    for (const size_t count : {1, 3, 5, 7, 12}) {
+      const std::vector<int64_t> positions(count, 0);
+      expect_refused([&] { attention.forward(own.heads(), positions, true); }, "2 · 3 = 6");
+    }
+    EXPECT_EQ(rank.operations(), 0);
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(Made, UlyssesObject,
+                         testing::Values(Way::kConstructor, Way::kRegistration),
+                         [](const auto& way) {
+                           return way.param == Way::kConstructor ? "ByConstructor"
+                                                                 : "ByRegistration";
+                         });
+
+// The bypass hands over the caller's own tensors and positions, and needs no group.
+TEST(UlyssesBypass, CallsTheCoreWithTheCallersTensors) {
+  const Tensors given = wrong_tensors(0);
+  const std::vector<int64_t> positions = {0, 1, 0, 1};  // two documents
+  int calls = 0;
+  const auto core = [&](const AttentionCall& call, std::vector<HeadOutputs>* saved) {
+    ++calls;
+    EXPECT_EQ(call.in.query.data, given.query.data());
+    EXPECT_EQ(call.in.key.data, given.key.data());
+    EXPECT_EQ(call.in.value.data, given.value.data());
+    EXPECT_EQ(call.in.query.sizes, given.query_sizes);
+    EXPECT_EQ(call.heads_each, 2);
+    EXPECT_EQ(std::vector<int64_t>(call.positions.begin(), call.positions.end()), positions);
+    EXPECT_EQ(saved, nullptr);
+    return Values{1, 2, 3};
+  };
+  UlyssesAttention attention = make_ulysses({.attn_head_count = 4,
+                                             .kv_head_count = 2,
+                                             .sequence_parallel_size = 2,
+                                             .seq_length_is_variable = true,
+                                             .disable_in_eval = true},
+                                            nullptr, core);
+  EXPECT_EQ(attention.forward(given.heads(), positions, false), (Values{1, 2, 3}));
+  EXPECT_EQ(calls, 1);
+  expect_refused([&] { attention.forward(given.heads(), positions, true); }, "process_group");
+  EXPECT_EQ(calls, 1);
+}
+
+// The flat way into the bypass: the query says how many tokens there are, whatever the positions.
+TEST(UlyssesBypass, TheQueryCountsTheTokens) {
+  Ulysses ulysses(nullptr,
+                  {.heads = 4, .kv_heads = 2, .head_size = 2, .positions = {{0, kOwn}, {kOwn, 6}}});
+  const Tensors given = tensors(11, {2, 4, 5, 2}, 2);
+  const HeadTensors heads{.query = tokens_first(given.query, {2, 4, 5, 2}),
+                          .key = tokens_first(given.key, {2, 2, 5, 2}),
+                          .value = tokens_first(given.value, {2, 2, 5, 2})};
+  const std::vector<int64_t> row = {0, 1, 0, 1, 2};
+  for (const std::vector<int64_t>& positions : {std::vector<int64_t>{}, row, joined(row, row)}) {
+    UlyssesState state{
+        .samples = 2, .mode = {false, true}, .document_positions = positions, .outputs = {}};
+    const Values found = ulysses.forward(given.query, given.key, given.value, &state);
+    EXPECT_EQ(bits(found),
+              bits(core_attention(
+                  {.in = heads, .positions = positions, .share = {{0, 4}, {0, 2}}, .heads_each = 2},
+                  nullptr)));
+  }
+}
+
+// The way back reads the positions as the way there does.
+TEST(UlyssesCore, BackwardTakesThePositionsThatForwardTakes) {
+  Ulysses ulysses(nullptr,
+                  {.heads = 4, .kv_heads = 2, .head_size = 2, .positions = {{0, kLength}}});
+  const Tensors given = right_tensors();
+  const std::vector<int64_t> row = {0, 1, 0, 1, 2, 3}, whole = {0, 1, 2, 3, 4, 5};
+  const auto gradients = [&](const std::vector<int64_t>& positions) {
+    UlyssesState state{.samples = 2, .document_positions = positions, .outputs = {}};
+    const Values context = ulysses.forward(given.query, given.key, given.value, &state);
+    const UlyssesGradients back = ulysses.backward(context, state);
+    return std::vector{bits(back.query), bits(back.key), bits(back.value)};
+  };
+  EXPECT_EQ(gradients(row), gradients(joined(row, row)));
+  EXPECT_EQ(gradients({}), gradients(joined(whole, whole)));
+  EXPECT_NE(gradients(row), gradients({}));
+  expect_refused([&] { gradients({0, 1}); }, "position_ids");
+  UlyssesState state{.samples = 2, .document_positions = row, .outputs = {}};
+  const Values context = ulysses.forward(given.query, given.key, given.value, &state);
+  state.document_positions.pop_back();
+  expect_refused([&] { ulysses.backward(context, state); }, "none, 6 or 2 · 6 = 12");
+}
+
+// A core attention of another size than DeepSpeed's required_context_shape.
+TEST(UlyssesCore, AContextOfAnotherSizeIsRefused) {
+  UlyssesAttention attention = make_ulysses(
+      {.batch_size = 1,
+       .attn_head_count = 6,
+       .attn_head_size = 4,
+       .kv_head_count = 3,
+       .local_seq_length = 4,
+       .global_seq_length = 4},
+      nullptr, [](const AttentionCall&, std::vector<HeadOutputs>*) { return Values{1}; });
+  const Tensors given = wrong_tensors(0);
+  expect_refused([&] { attention.forward(given.heads(), {0, 1, 2, 3}, true); }, "context");
 }
 
 }  // namespace

@@ -41,6 +41,17 @@ class Usage(ProgramCase):
         config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
         self.run_program(0, "reshard", self.source, "out", "--to-config", config, "--world", 4)
 
+    def test_what_the_training_script_gave(self):
+        given = {"note": "made by the oracle", "epoch": 2, "nested": {"a": [1, 2.5, None, True]}}
+        source = self.recorded()
+        text = self.run_program(0, "inspect", source, "--clean-client-state").stdout
+        self.assertEqual(text.splitlines()[-1], "client state " + json.dumps(given).replace(
+            ": ", ":").replace(", ", ","))
+        line = self.run_program(0, "inspect", source, "--clean-client-state",
+                                "--json").stdout.splitlines()[-1]
+        self.assertEqual(json.loads(line), {"kind": "client_state", "value": given})
+        self.assertNotIn("client state", self.run_program(0, "inspect", source).stdout)
+
     def test_options_that_cannot_be_meant(self):
         for arguments in (
             ["reshard", self.source, "out", "--to", "dp=2,dp=3"],

@@ -7,6 +7,7 @@
 //                                                  `split_begin` of axis `split_axis` (−1: whole)
 //                     losses, norms, trace         of the run
 //   OUT/golden.json   what was asked for, the digest of the trace, losses as hexadecimal floats
+#include <algorithm>
 #include <cstdio>
 #include <iostream>
 
@@ -38,6 +39,25 @@ struct GoldenOptions {
   bool overwrite = false;
 };
 
+// Texts by number, in the order in which they came.
+class Legend {
+ public:
+  int64_t number(const std::string& text) {
+    const auto found = std::ranges::find(texts_, text);
+    if (found != texts_.end()) return found - texts_.begin();
+    texts_.push_back(text);
+    return static_cast<int64_t>(texts_.size()) - 1;
+  }
+  std::string text() const {
+    std::string joined;
+    for (const std::string& text : texts_) joined += (joined.empty() ? "" : ",") + text;
+    return joined;
+  }
+
+ private:
+  std::vector<std::string> texts_;
+};
+
 class Golden {
  public:
   Golden(const GoldenOptions& options, Storage& storage) : options_(options), storage_(storage) {
@@ -45,13 +65,24 @@ class Golden {
     config_ = run.config;
     without_effect_ = std::move(run.without_effect);
     leg_ = {run.topology, config_.stage, options.steps};
-    if (leg_.topology.world() <= 1024) return;
-    throw Error(ErrorInfo{.code = ErrorCode::kLimit,
-                          .what = "A golden folder of so many ranks is not made.",
-                          .entry = options.topology,
-                          .expected = "up to 1024 ranks",
-                          .found = std::to_string(leg_.topology.world()) + " ranks",
-                          .next = "choose fewer ranks"});
+    if (leg_.topology.world() > 1024) {
+      throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                            .what = "A golden folder of so many ranks is not made.",
+                            .entry = options.topology,
+                            .expected = "up to 1024 ranks",
+                            .found = std::to_string(leg_.topology.world()) + " ranks",
+                            .next = "choose fewer ranks"});
+    }
+    check_topology(leg_.topology);
+    reference::check_model(config_.model, leg_.topology);
+    const std::string why = properties::FileBridge::unsupported(config_, leg_);
+    if (why.empty()) return;
+    throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                          .what = "This run has no files of DeepSpeed's: " + why + ".",
+                          .entry = to_string(leg_),
+                          .safe = "nothing was written",
+                          .next = "choose another topology, stage or model; isoshard simulate "
+                                  "--topologies … runs others like it in memory"});
   }
 
   // Everything under `folder`, which exists.
@@ -74,10 +105,8 @@ class Golden {
     cluster.run([&](sim::Rank& rank) {
       const ParallelState parallel = properties::parallel_state(rank);
       const auto& trainer = trainers[static_cast<size_t>(rank.number())];
-      engine::CheckpointEngine(storage_, parallel,
-                               properties::deepspeed_config(config_, leg_.topology, leg_.stage),
-                               [](const std::string&) {})
-          .save_checkpoint(trainer->state(), folder + "/ckpt", {});
+      engine::CheckpointEngine(storage_, parallel, saved_config(), [](const std::string&) {
+      }).save_checkpoint(trainer->state(), folder + "/ckpt", {});
     });
     std::vector<const TrainingState*> states;
     for (const auto& trainer : trainers) states.push_back(&trainer->state());
@@ -88,6 +117,19 @@ class Golden {
   const std::vector<std::string>& without_effect() const { return without_effect_; }
 
  private:
+  // What the checkpoint says it was trained by: the config that was given, and the degrees that it
+  // leaves to --topology.
+  Json saved_config() const {
+    const Json made = properties::deepspeed_config(config_, leg_.topology, leg_.stage);
+    if (options_.config.empty()) return made;
+    Json config = Json::parse(options_.config);
+    for (const char* key :
+         {"zero_optimization", "tensor_parallel", "sequence_parallel_size", "expert_parallel"}) {
+      if (made.contains(key) && !config.contains(key)) config[key] = made[key];
+    }
+    return config;
+  }
+
   void put(const std::string& path, const std::string& bytes) {
     const std::unique_ptr<WritableFile> file = storage_.create(path);
     file->write_at(0, std::as_bytes(std::span(bytes)));
@@ -134,16 +176,27 @@ class Golden {
     }
     file.floats("losses", {static_cast<int64_t>(losses.size())}, losses);
     file.doubles("norms", {static_cast<int64_t>(norms.size())}, norms);
+    add_trace(trace, &file);
+    return file.finish();
+  }
+
+  // Numbers, and as attributes what they stand for; the groups' names are in golden.json.
+  static void add_trace(const CollectiveTrace& trace, checkpoint::Hdf5File* file) {
+    Legend verbs, dtypes, sites;
     std::vector<int64_t> events;
     for (const TraceEvent& e : trace.events()) {
-      for (const int64_t value : {int64_t{e.rank}, static_cast<int64_t>(e.verb), int64_t{e.group},
-                                  e.sequence, e.count, int64_t{e.peer}, e.begin, e.end}) {
+      for (const int64_t value :
+           {int64_t{e.rank}, verbs.number(isoshard::name(e.verb)), int64_t{e.group}, e.sequence,
+            dtypes.number(isoshard::name(e.dtype)), e.count, int64_t{e.peer}, e.begin, e.end,
+            sites.number(CollectiveTrace::site_text(e.site))}) {
         events.push_back(value);
       }
     }
-    file.integers("trace", {static_cast<int64_t>(trace.events().size()), 8}, events);
-    file.attribute("trace", "columns", "rank,verb,group,sequence,count,peer,begin,end");
-    return file.finish();
+    file->integers("trace", {static_cast<int64_t>(trace.events().size()), 10}, events);
+    file->attribute("trace", "columns", "rank,verb,group,sequence,dtype,count,peer,begin,end,site");
+    file->attribute("trace", "verbs", verbs.text());
+    file->attribute("trace", "dtypes", dtypes.text());
+    file->attribute("trace", "sites", sites.text());
   }
 
   Json description(const std::vector<reference::StepReport>& reports,

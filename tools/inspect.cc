@@ -6,6 +6,7 @@
 #include "checkpoint/deepspeed/name_filter.h"
 #include "checkpoint/deepspeed/pipeline.h"
 #include "core/error.h"
+#include "engine/rank_fields.h"
 #include "tools/regular_load.h"
 #include "tools/session.h"
 #include "tools/target_config.h"
@@ -183,6 +184,7 @@ void print_text(Session* session, const ShardedState& state, const Totals& total
 }
 
 struct Run {
+  bool client_state = false;
   std::string config;
   int world = 0;
   RunConfig read;
@@ -225,6 +227,25 @@ void print_answer(Session* session, const Run& run, nlohmann::json answer) {
   }
 }
 
+// Of the first rank: client_state of save_checkpoint, as JSON; what JSON has no word for is its
+// kind's name in angle brackets.
+void print_client_state(Session* session, const ShardedState& state) {
+  if (state.model_files.empty()) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "There are no model files, which hold the client state.",
+                          .file = state.folder,
+                          .found = name(state.flavour),
+                          .next = "name the checkpoint that was saved"});
+  }
+  const checkpoint::Fields fields(state.document(state.model_files[0]));
+  const engine::Json client = engine::client_state(fields, {.clean_client_state = true});
+  if (session->json) {
+    return session->print_json(
+        {{"kind", "client_state"}, {"value", nlohmann::json::parse(client.dump())}});
+  }
+  session->say("client state " + client.dump());
+}
+
 void run_inspect(Session* session, const std::string& source, bool list, Run run) {
   if (run.config.empty() && run.world != 0) {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
@@ -250,6 +271,7 @@ void run_inspect(Session* session, const std::string& source, bool list, Run run
   else
     print_text(session, state, totals, list || !session->only.empty());
   if (!run.config.empty()) print_answer(session, run, answer);
+  if (run.client_state) print_client_state(session, state);
 }
 
 }  // namespace
@@ -266,6 +288,9 @@ void add_inspect(CLI::App* app, Session* session) {
       "--to-config", run->config,
       "A DeepSpeed config: would a regular load in its run find what it looks for? (status 1: no)");
   verb->add_option("--world", run->world, "Number of ranks for --to-config");
+  verb->add_flag(
+      "--clean-client-state", run->client_state,
+      "Print what the training script gave to save_checkpoint, without DeepSpeed's keys");
   add_source_flags(verb, session);
   add_only_flag(verb, session);
   verb->callback([session, source, list, run] { run_inspect(session, *source, *list, *run); });

@@ -74,7 +74,7 @@ void take_optimizer(const engine::RunConfig& from, reference::TrainConfig* confi
     o.weight_decay = s.weight_decay;
   }
   const engine::SchedulerSettings& s = from.scheduler;
-  config->schedule.max_lr = s.type.empty() ? o.lr : s.max_lr;
+  config->schedule.max_lr = s.max_lr.value_or(o.lr);
   if (s.type.empty()) return;
   config->schedule.kind = s.type == "WarmupLR"        ? ScheduleKind::kWarmup
                           : s.type == "WarmupDecayLR" ? ScheduleKind::kWarmupDecay
@@ -82,8 +82,19 @@ void take_optimizer(const engine::RunConfig& from, reference::TrainConfig* confi
   config->schedule.min_lr = s.min_lr;
   config->schedule.warmup_steps = s.warmup_steps;
   if (s.total_steps > 0) config->schedule.total_steps = s.total_steps;
+  config->schedule.warmup_min_ratio = s.warmup_min_ratio;
   config->schedule.cosine_min_ratio = s.cosine_min_ratio;
   config->schedule.log_warmup = s.log_warmup;
+}
+
+// A sample run loads nothing, and its ranks all give the same tag: what these would change has no
+// effect here.
+void tell_checkpoint(const engine::Json& json, std::vector<std::string>* without_effect) {
+  const auto section = json.find("checkpoint");
+  if (section == json.end()) return;
+  for (const char* key : {"load_universal", "tag_validation"}) {
+    if (section->contains(key)) without_effect->push_back(std::string("checkpoint.") + key);
+  }
 }
 
 }  // namespace
@@ -137,6 +148,7 @@ SampleRun sample_run(const std::string& model, uint64_t seed, const std::string&
     run.config.data.micro_batch = sizes.micro_batch;
   }
   run.without_effect = from.without_effect;
+  tell_checkpoint(json, &run.without_effect);
   return run;
 }
 

@@ -25,6 +25,7 @@ namespace {
 
 using properties::CaseLimits;
 using properties::CaseResult;
+using properties::LifeMutant;
 
 struct SimulateOptions {
   std::string topologies = "world<=8";
@@ -33,9 +34,26 @@ struct SimulateOptions {
   int steps = 20;
   int every = 3;
   std::string faults;
+  std::string mutant;
   std::string report;
   std::string demo;
 };
+
+// By its name; "": none.
+LifeMutant life_mutant(const std::string& text) {
+  if (text.empty()) return LifeMutant::kNone;
+  for (const LifeMutant mutant :
+       {LifeMutant::kStaleSurvivor, LifeMutant::kColdMoments, LifeMutant::kLostPointer,
+        LifeMutant::kEqualLots, LifeMutant::kForeignLot}) {
+    if (text == properties::name(mutant)) return mutant;
+  }
+  throw Error(
+      ErrorInfo{.code = ErrorCode::kUsage,
+                .what = "There is no such mutant.",
+                .entry = quote(text),
+                .expected = "StaleSurvivor, ColdMoments, LostPointer, EqualLots or ForeignLot",
+                .next = "correct --mutant"});
+}
 
 // A case by its number, in words and run: legs, or with --faults a life.
 std::string case_text(const SimulateOptions& options, const CaseLimits& limits, int64_t number) {
@@ -51,7 +69,7 @@ properties::LifeResult case_result(const SimulateOptions& options, const CaseLim
   if (options.faults.empty()) return {run_case(seeded_case(options.seed, which, limits), on_trace)};
   return run_life(properties::seeded_life(options.seed, which, limits,
                                           properties::parse_faults(options.faults)),
-                  properties::LifeMutant::kNone, on_trace);
+                  life_mutant(options.mutant), on_trace);
 }
 
 CaseLimits limits_of(const SimulateOptions& options) {
@@ -62,6 +80,12 @@ CaseLimits limits_of(const SimulateOptions& options) {
                           .next = "give a larger number"});
   }
   if (!options.faults.empty()) properties::parse_faults(options.faults);
+  if (life_mutant(options.mutant) != LifeMutant::kNone && options.faults.empty()) {
+    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                          .what = "Only lives have mutants, and --faults makes lives.",
+                          .entry = "--mutant " + options.mutant,
+                          .next = "add --faults death"});
+  }
   return {sim::select_topologies(options.topologies), options.steps, options.every};
 }
 
@@ -74,6 +98,7 @@ std::string case_flags(const SimulateOptions& options) {
   if (options.steps != plain.steps) text += " --steps " + std::to_string(options.steps);
   if (options.every != plain.every) text += " --reshard-every " + std::to_string(options.every);
   if (!options.faults.empty()) text += " --faults " + options.faults;
+  if (!options.mutant.empty()) text += " --mutant " + options.mutant;
   return text;
 }
 
@@ -151,6 +176,10 @@ class Tally {
     disk_faults_ += result.disk_faults;
     drops_ += result.drops;
     slow_ranks_ += result.slow_ranks;
+    late_ += result.late_calls;
+    duplicates_ += result.duplicates;
+    corruptions_ += result.corruptions;
+    struck_ += result.struck();
     if (!result.reason.empty()) {
       ++failed_;
       if (first_ < 0 || number < first_) {
@@ -177,7 +206,7 @@ class Tally {
                 << replay_command(options_, first_) << "\n";
     }
     const std::string hash = checkpoint::hex16(mix(hashes_));
-    if (!options_.faults.empty() && deaths_ + disk_faults_ + drops_ + slow_ranks_ == 0) {
+    if (!options_.faults.empty() && struck_ == 0) {
       session_.notice(
           "no fault has struck: take more cases or steps, or other topologies "
           "(messages get lost between pipeline stages alone)");
@@ -198,8 +227,10 @@ class Tally {
         line["failed_saves"] = failed_saves_;
         line["crashes"] = crashes_;
         line["steps_done_again"] = redone_;
-        line["struck"] = {
-            {"death", deaths_}, {"disk", disk_faults_}, {"drop", drops_}, {"slow", slow_ranks_}};
+        line["struck"] = {{"death", deaths_},       {"disk", disk_faults_},
+                          {"drop", drops_},         {"slow", slow_ranks_},
+                          {"late", late_},          {"duplicate", duplicates_},
+                          {"corrupt", corruptions_}};
       }
       if (failed_ > 0) {
         line["first_failed"] = first_;
@@ -225,7 +256,9 @@ class Tally {
   std::string fault_counters() const {
     return "faults that struck: " + std::to_string(deaths_) + " deaths, " +
            std::to_string(disk_faults_) + " of disks, " + std::to_string(drops_) +
-           " lost messages, " + std::to_string(slow_ranks_) + " slow ranks\n" +
+           " lost messages, " + std::to_string(slow_ranks_) + " slow ranks, " +
+           std::to_string(late_) + " late calls, " + std::to_string(duplicates_) +
+           " messages twice, " + std::to_string(corruptions_) + " corrupt ones\n" +
            std::to_string(crashes_) + " sessions ended by a fault, " + std::to_string(redone_) +
            " steps done again, " + std::to_string(saves_) + " saves, " +
            std::to_string(failed_saves_) + " failed by a disk";
@@ -269,6 +302,7 @@ class Tally {
   int64_t done_ = 0, failed_ = 0, first_ = -1, events_ = 0, changes_ = 0, files_ = 0;
   int64_t saves_ = 0, failed_saves_ = 0, crashes_ = 0, redone_ = 0;
   int64_t deaths_ = 0, disk_faults_ = 0, drops_ = 0, slow_ranks_ = 0;
+  int64_t late_ = 0, duplicates_ = 0, corruptions_ = 0, struck_ = 0;
   std::map<std::string, std::array<std::pair<int64_t, int64_t>, 4>> matrix_;
   uint64_t hashes_ = 0;
   double told_ = 0;
@@ -328,12 +362,18 @@ void add_case_flags(CLI::App* verb, SimulateOptions* options) {
   verb->add_option("--reshard-every", options->every,
                    "Steps between two changes of topology and stage (3)")
       ->check(not_whole);
-  verb->add_option("--faults", options->faults,
-                   "Lives instead: steps, evaluations, saves, loads and reshards in any order, and "
-                   "faults at any operation: all, or some of death,disk,drop,slow")
+  verb->add_option(
+          "--faults", options->faults,
+          std::string("Lives instead: steps, evaluations, saves, loads and reshards in any "
+                      "order, and faults at any operation: all, or some of ") +
+              properties::kFaultWords +
+              "; or corrupt, a flipped bit that no rank notices, so that most such lives fail")
       ->check([](const std::string& text) {
         return text.empty() ? std::string("no fault is named") : std::string();
       });
+  verb->add_option("--mutant", options->mutant,
+                   "A mistake that every life makes, to see what a failure looks like: "
+                   "StaleSurvivor, ColdMoments, LostPointer, EqualLots or ForeignLot");
 }
 
 void add_replay(CLI::App* app, Session* session) {
