@@ -56,6 +56,60 @@ TEST(DataLoaderAdapter, ShiftsLabelsBeforeItCuts) {
   EXPECT_EQ(found[1][1], second);
 }
 
+// What the trainer takes (reference/data.h) is what the adapter makes of a loader a rank: the
+// sample of each micro step, the rank's slice of it, its positions and its labels.
+TEST(DataLoaderAdapter, IsTheOrderThatIsTrainedOn) {
+  constexpr int64_t kWords = 50;
+  for (const int ranks : {1, 2, 3, 4}) {
+    for (const bool packed : {false, true}) {
+      const Topology topology{.data = 2, .sequence = ranks};
+      const DataConfig data{.seed = 7,
+                            .sequence_length = 4 * ranks,
+                            .batch = topology.world(),
+                            .packed = packed,
+                            .masked = 0};
+      const auto loader = [&](int rank) {
+        return BatchLoader{.batch =
+                               [&, rank](int64_t) {
+                                 LoadedBatch batch = {{"input_ids", 1, data.sequence_length, {}},
+                                                      {"position_ids", 1, data.sequence_length, {}},
+                                                      {"labels", 1, data.sequence_length, {}}};
+                                 for (int64_t i = 0; i < data.sequence_length; ++i) {
+                                   const int64_t token = token_of(data, kWords, rank, i);
+                                   const int64_t position = position_of(data, rank, i);
+                                   batch[0].values.push_back(token);
+                                   batch[1].values.push_back(position);
+                                   // The shift takes it for the token before: none across
+                                   // documents.
+                                   batch[2].values.push_back(position == 0 ? kIgnored : token);
+                                 }
+                                 return batch;
+                               },
+                           .size = 1};
+      };
+      const auto found = run(topology, loader);
+      const BatchPlan plan = plan_batch(data, topology.data);
+      for (int rank = 0; rank < topology.world(); ++rank) {
+        const Coordinate at = coordinate_of(topology, rank);
+        const Span own = positions_of(data, ranks, at.sequence);
+        const auto& mine = found[static_cast<size_t>(rank)];
+        ASSERT_EQ(mine.size(), plan[static_cast<size_t>(at.data)].size());
+        for (size_t call = 0; call < mine.size(); ++call) {
+          ASSERT_EQ(plan[static_cast<size_t>(at.data)][call].size(), 1u);
+          const int64_t sample = plan[static_cast<size_t>(at.data)][call][0];
+          for (int64_t i = own.begin; i < own.end; ++i) {
+            const size_t k = static_cast<size_t>(i - own.begin);
+            EXPECT_EQ(mine[call][0].values.at(k), token_of(data, kWords, sample, i));
+            EXPECT_EQ(mine[call][1].values.at(k), position_of(data, sample, i));
+            EXPECT_EQ(mine[call][2].values.at(k), label_of(data, kWords, sample, i));
+          }
+          EXPECT_EQ(mine[call][0].length, own.size());
+        }
+      }
+    }
+  }
+}
+
 // Call i of group n has the sample n·P + i, of whatever length, and each epoch again.
 TEST(DataLoaderAdapter, EverySampleComesOnceAnEpoch) {
   for (const int ranks : {1, 2, 3, 4}) {

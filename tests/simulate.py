@@ -34,8 +34,9 @@ print(json.dumps({
     "pieces": [[int(file["ranks"][rank][name]["fp32"].attrs["begin"]),
                 file["ranks"][rank][name]["fp32"][:].tobytes().hex()]
                for rank in sorted(file["ranks"]) if name in file["ranks"][rank]],
-    "events": file["trace"].shape[0], "columns": file["trace"].attrs["columns"].decode()
-    if isinstance(file["trace"].attrs["columns"], bytes) else file["trace"].attrs["columns"]}))
+    "events": file["trace"].shape[0], "rows": file["trace"][:].tolist(),
+    **{key: value.decode() if isinstance(value, bytes) else value
+       for key, value in file["trace"].attrs.items()}}))
 """
 
 
@@ -308,7 +309,13 @@ class Simulate(ProgramCase):
         shown = self.run_program(0, "show", folder / "ckpt", "model.embed_tokens.weight", "--json")
         first = struct.unpack("<f", whole[:4])[0]
         self.assertIn(f"{first:.6g}"[:7], shown.stdout)
-        self.assertEqual(found["columns"], "rank,verb,group,sequence,count,peer,begin,end")
+        self.assertEqual(found["columns"],
+                         "rank,verb,group,sequence,dtype,count,peer,begin,end,site")
+        names = {key: found[key].split(",") for key in ("columns", "verbs", "dtypes", "sites")}
+        at = {key: names["columns"].index(key[:-1]) for key in ("verbs", "dtypes", "sites")}
+        told = {(names["verbs"][row[at["verbs"]]], names["dtypes"][row[at["dtypes"]]],
+                 names["sites"][row[at["sites"]]].split(":")[0]) for row in found["rows"]}
+        self.assertIn(("all_reduce", "int64", "trainer_step.cc"), told)
         self.assertGreater(found["events"], 10)
 
 

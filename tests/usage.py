@@ -49,7 +49,8 @@ class Usage(ProgramCase):
             ": ", ":").replace(", ", ","))
         line = self.run_program(0, "inspect", source, "--clean-client-state",
                                 "--json").stdout.splitlines()[-1]
-        self.assertEqual(json.loads(line), {"kind": "client_state", "value": given})
+        self.assertEqual(json.loads(line),
+                         {"kind": "client_state", "schema": 1, "value": given})
         self.assertNotIn("client state", self.run_program(0, "inspect", source).stdout)
 
     def test_options_that_cannot_be_meant(self):

@@ -239,11 +239,12 @@ void print_client_state(Session* session, const ShardedState& state) {
   }
   const checkpoint::Fields fields(state.document(state.model_files[0]));
   const engine::Json client = engine::client_state(fields, {.clean_client_state = true});
+  // In ASCII: a terminal is shown no text of a file as it stands.
+  const std::string text = client.dump(-1, ' ', true, nlohmann::detail::error_handler_t::replace);
   if (session->json) {
-    return session->print_json(
-        {{"kind", "client_state"}, {"value", nlohmann::json::parse(client.dump())}});
+    return session->print_json({{"kind", "client_state"}, {"value", nlohmann::json::parse(text)}});
   }
-  session->say("client state " + client.dump());
+  session->say("client state " + text);
 }
 
 void run_inspect(Session* session, const std::string& source, bool list, Run run) {
