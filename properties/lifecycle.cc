@@ -111,8 +111,7 @@ class Life {
       checkpoint::throw_if_cancelled();
       if (!explained(failure, cluster)) throw;
       ended = false;
-      told = uneven_ && failure.info().code == ErrorCode::kMismatch &&
-             failure.info().what.starts_with("On rank ");
+      told = is_told(failure);
     }
     if (!ended && mutant_ == LifeMutant::kLostPointer) put_back(pointer);
     find_durable(before);
@@ -125,14 +124,20 @@ class Life {
     last_ = std::move(states);
   }
 
+  // Whether it is the report of an uneven evaluation, at a rank's call and not where none could go
+  // on.
+  bool is_told(const Error& failure) const {
+    return uneven_ && failure.info().code == ErrorCode::kMismatch &&
+           failure.info().what.starts_with("On rank ");
+  }
+
   // Whether a session may end like that, given the faults that were placed in it.
   bool explained(const Error& failure, const sim::Cluster& cluster) const {
     const ErrorCode code = failure.info().code;
     const auto struck = [&](auto kind) { return std::ranges::any_of(cluster.struck(), kind); };
     if (code == ErrorCode::kInterrupted) return !cluster.dead().empty();
     if (code == ErrorCode::kMismatch) {
-      const bool at_call = failure.info().what.starts_with("On rank ");
-      return (uneven_ && at_call) ||
+      return is_told(failure) ||
              struck([](sim::FaultKind kind) { return kind == sim::FaultKind::kDrop; });
     }
     return struck(sim::is_of_disk) && resumed_ < leg_.topology.world();  // a load met the disk

@@ -1,4 +1,5 @@
-// See ulysses.h. On the wire every block is [token, sample, head, D], as DeepSpeed's.
+// See ulysses.h. On the wire every block is [token, sample, head, D], as DeepSpeed's, but for the
+// gradients of keys and values on their way back: [head, token, sample, D].
 #include "reference/ulysses.h"
 
 #include <algorithm>
