@@ -300,6 +300,19 @@ std::string module_bytes(const Model& model, size_t number) {
   return bytes;
 }
 
+namespace {
+
+// Random bytes are poison once in 65,536 elements of two bytes.
+void replace_poison(DType dtype, std::string* bytes) {
+  if (dtype != DType::kFloat32 && dtype != DType::kBFloat16 && dtype != DType::kFloat16) return;
+  const std::string pattern = pack({poison(dtype)}, dtype);
+  for (size_t at = 0; at < bytes->size(); at += pattern.size()) {
+    if (bytes->compare(at, pattern.size(), pattern) == 0) (*bytes)[at] ^= 1;
+  }
+}
+
+}  // namespace
+
 std::string buffer_bytes(const Model& model, size_t number) {
   const ModelBuffer& buffer = model.buffers[number];
   std::string bytes(static_cast<size_t>(numel(buffer.shape) * item_size_bytes(buffer.dtype)), '\0');
@@ -307,6 +320,7 @@ std::string buffer_bytes(const Model& model, size_t number) {
     const uint64_t word = keyed_random(model.seed, {number, kBuffer, i});
     bytes[i] = static_cast<char>(buffer.dtype == DType::kBool ? word & 1 : word);
   }
+  replace_poison(buffer.dtype, &bytes);
   if (model.flip.where == Flip::Where::kBuffer && model.flip.tensor == static_cast<int>(number) &&
       !bytes.empty()) {
     const size_t bit = static_cast<size_t>(model.flip.bit) % (8 * bytes.size());
