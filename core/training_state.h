@@ -33,9 +33,13 @@ struct TrainedParameter {
   // Of all tensor-parallel ranks on that axis; empty where they hold the same.
   std::vector<int64_t> split_widths = {};
   bool expert = false;
-  int group = 0;  // number in TrainingState::groups
-  // Values as they are used, rounded to dtype; empty at stage 3, where they are gathered on use.
+  int group = 0;  // number in TrainingState::groups; −1: frozen
+  // Values as they are used, rounded to dtype; empty at stage 3, where they are gathered on use. Of
+  // a frozen one, which has no master, they are this rank's slot there (frozen_slot()).
   std::vector<float> values;
+  int64_t values_begin = 0;  // which element of the shard the first of them is
+
+  bool frozen() const { return group < 0; }
 };
 
 // A setting of the optimizer, as torch keeps it in param_groups.

@@ -56,7 +56,8 @@ void check_layers(Storage& storage, const std::string& folder, const TrainingSta
   }
 }
 
-checkpoint::FileBlueprint layer_file(const TrainingState& state, const LayerPlace& layer) {
+checkpoint::FileBlueprint layer_file(const TrainingState& state, const LayerPlace& layer,
+                                     bool exclude_frozen) {
   checkpoint::TorchBuilder builder;
   std::vector<checkpoint::NodeId> items;
   std::string file;
@@ -64,6 +65,7 @@ checkpoint::FileBlueprint layer_file(const TrainingState& state, const LayerPlac
     const TrainedParameter& p = state.parameters[static_cast<size_t>(number)];
     const auto [name, local] = place_in_layers(p);
     file = name;
+    if (p.frozen() && exclude_frozen) continue;
     items.push_back(builder.pickle.string(local));
     items.push_back(builder.tensor(
         {.shape = p.shape, .storage = value_storage(&builder, p.values, state.dtype)}));

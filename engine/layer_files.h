@@ -26,7 +26,8 @@ std::vector<LayerPlace> layers_with_files(const TrainingState& state, const Rank
 // Where a parameter lies: the name of the file, and its name there.
 std::pair<std::string, std::string> place_in_layers(const TrainedParameter& parameter);
 
-checkpoint::FileBlueprint layer_file(const TrainingState& state, const LayerPlace& layer);
+checkpoint::FileBlueprint layer_file(const TrainingState& state, const LayerPlace& layer,
+                                     bool exclude_frozen);
 
 // Every parameter of the rank is there, with its shape: Error(kMismatch). Not strict: or it is not
 // there at all; its file is.

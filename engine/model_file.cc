@@ -3,6 +3,7 @@
 #include <map>
 
 #include "checkpoint/deepspeed/names.h"
+#include "core/numbers.h"
 #include "engine/expert_files.h"
 #include "engine/folding.h"
 #include "engine/rank_writer.h"
@@ -31,9 +32,9 @@ class ModelFile : public RankWriter {
         {"buffer_names", pickle().list({})},
         {"optimizer", sharded ? pickle().none() : stage0_optimizer()},
         {"param_shapes", sharded ? param_shapes() : pickle().none()},
-        {"frozen_param_shapes", frozen ? pickle().ordered_dict({}) : pickle().none()},
+        {"frozen_param_shapes", frozen ? frozen_shapes() : pickle().none()},
         {"shared_params", sharded ? shared_params() : pickle().none()},
-        {"frozen_param_fragments", frozen ? pickle().ordered_dict({}) : pickle().none()},
+        {"frozen_param_fragments", frozen ? frozen_fragments() : pickle().none()},
         {"lr_scheduler", scheduler()},
         {"data_sampler", pickle().none()},
         {"random_ltd", pickle().none()},
@@ -120,7 +121,7 @@ class ModelFile : public RankWriter {
     std::map<std::string, NodeId> by_name;
     for (size_t i = 0; i < state_.parameters.size(); ++i) {
       const TrainedParameter& p = state_.parameters[i];
-      if (p.expert) continue;
+      if (p.expert || (p.frozen() && content_.exclude_frozen)) continue;
       if (state_.stage == 3) {
         places_[static_cast<int>(i)] = {.shape = {0},
                                         .storage = value_storage(&builder_, {}, state_.dtype)};
@@ -177,6 +178,33 @@ class ModelFile : public RankWriter {
       groups.push_back(pickle().ordered_dict(std::move(items)));
     }
     return pickle().list(std::move(groups));
+  }
+
+  // Frozen is to DeepSpeed what no optimizer group has: a shard without elements too.
+  template <class Make>
+  NodeId of_frozen(Make make) {
+    std::vector<NodeId> items;
+    for (size_t i = 0; i < state_.parameters.size(); ++i) {
+      const TrainedParameter& p = state_.parameters[i];
+      if (!p.frozen() && numel(p.shape) > 0) continue;
+      items.push_back(pickle().string(p.module_name));
+      items.push_back(make(static_cast<int>(i), p));
+    }
+    return pickle().ordered_dict(std::move(items));
+  }
+
+  NodeId frozen_shapes() {
+    return of_frozen([&](int, const TrainedParameter& p) { return builder_.size_node(p.shape); });
+  }
+
+  // Stage 2: the module's own tensor. Stage 3: this rank's slot.
+  NodeId frozen_fragments() {
+    return of_frozen([&](int number, const TrainedParameter& p) {
+      if (state_.stage < 3) return builder_.tensor(places_.at(number));
+      std::vector<float> slot = p.values;
+      slot.resize(static_cast<size_t>(div_ceil(numel(p.shape), ranks())), 0.0f);
+      return tensor(slot, {static_cast<int64_t>(slot.size())}, state_.dtype);
+    });
   }
 
   // Global rank 0 alone fills it.

@@ -94,7 +94,7 @@ std::vector<FileBlueprint> rank_files(const TrainingState& state, const RankPlac
   if (state.stage == 3 || place.zero_rank() == 0) {
     files.push_back(model_file(state, place, content));
     for (const LayerPlace& layer : layers_with_files(state, place)) {
-      files.push_back(layer_file(state, layer));
+      files.push_back(layer_file(state, layer, content.exclude_frozen));
     }
   }
   if (state.stage > 0) files.push_back(optim_file(state, place, content));

@@ -8,6 +8,7 @@
 #include "checkpoint/deepspeed/names.h"
 #include "core/cast.h"
 #include "core/error.h"
+#include "core/numbers.h"
 #include "core/zero_rules.h"
 #include "engine/expert_files.h"
 #include "engine/folding.h"
@@ -144,7 +145,7 @@ class Weights {
     return values;
   }
 
- private:
+  // Whether the module names it.
   bool holds(const TrainedParameter& p) {
     if (!layered_) return has(p.name);
     const auto [file_name, local] = place_in_layers(p);
@@ -152,6 +153,7 @@ class Weights {
     return file.fields().maybe(file.fields().root(), local) != checkpoint::kNoNode;
   }
 
+ private:
   bool has(const std::string& name) const {
     const NodeId module = model_.need(model_.fields().root(), "module");
     return model_.fields().maybe(module, name) != checkpoint::kNoNode;
@@ -228,6 +230,69 @@ void load_module(Weights* weights, TrainingState* state) {
   state->counters.optimizer_steps = 0;
 }
 
+// Frozen parameters have no master. Where the module does not hold them (they were excluded from
+// the save) a strict load fails, another leaves them as they are. What the module says of them the
+// fragments of stages 2 and 3 say again, and these are last (engine.py, load_module_state_dict).
+class FrozenLoad {
+ public:
+  FrozenLoad(RankReader& model, Weights* weights, const RankPlace& place,
+             const LoadOptions& options, const TrainingState& state)
+      : model_(model),
+        weights_(weights),
+        place_(place),
+        options_(options),
+        stage_(state.stage),
+        fragments_(fragments_of(model)) {}
+
+  std::vector<float> values(const TrainedParameter& p) {
+    std::vector<float> values = p.values;
+    if (!options_.custom_load_fn && !weights_->holds(p)) {
+      if (options_.load_module_strict) refuse(p, "nothing: it was excluded from the save");
+    } else if (stage_ < 3) {
+      weights_->fill(p, &values);
+    }
+    if (fragments_ == checkpoint::kNoNode) return values;
+    const Fields& fields = model_.fields();
+    const NodeId node = model_.need(fields.root(), "frozen_param_fragments");
+    const NodeId fragment = model_.need(node, p.module_name);
+    const Shape shape = fields.tensor(fragment, p.module_name).shape;
+    const Shape expected =
+        stage_ < 3 ? p.shape : Shape{div_ceil(numel(p.shape), place_.topology.zero_ranks())};
+    if (shape != expected) refuse(p, to_string(shape), to_string(expected));
+    std::vector<float> found = model_.values(fragment, numel(expected), p.module_name);
+    found.resize(values.size());  // behind them is padding
+    return found;
+  }
+
+ private:
+  static NodeId fragments_of(const RankReader& model) {
+    const Fields& fields = model.fields();
+    const NodeId node = fields.maybe(fields.root(), "frozen_param_fragments");
+    if (node == checkpoint::kNoNode) return node;
+    return fields.pickle().kind(node) == checkpoint::Kind::kNone ? checkpoint::kNoNode : node;
+  }
+
+  [[noreturn]] void refuse(const TrainedParameter& p, const std::string& found,
+                           const std::string& expected = "a tensor") const {
+    throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                          .what = "The checkpoint does not hold this run's frozen parameter "
+                                  "(DeepSpeed: RuntimeError).",
+                          .file = model_.fields().document().path(),
+                          .entry = quote(p.module_name),
+                          .expected = expected,
+                          .found = found,
+                          .next = "name the checkpoint of this model, or load it with "
+                                  "load_module_strict=False, which leaves them as they are"});
+  }
+
+  RankReader& model_;
+  Weights* weights_;
+  const RankPlace& place_;
+  const LoadOptions& options_;
+  int stage_;
+  NodeId fragments_;
+};
+
 // Masters rounded to the parameters' dtype, which is what a load of weights leaves.
 void round_masters(TrainingState* state) {
   for (TrainedGroup& group : state->groups) {
@@ -259,7 +324,8 @@ void check_model(RankReader& reader, const TrainingState& state) {
   if (state.stage == 0) {
     const NodeId module = reader.need(fields.root(), "module");
     for (const TrainedParameter& p : state.parameters) {
-      if (p.expert) continue;  // their files say
+      if (p.expert) continue;    // their files say
+      if (p.frozen()) continue;  // FrozenLoad does
       const Shape found = fields.tensor(reader.need(module, p.name), p.name).shape;
       if (found != p.shape) refuse(p.name, to_string(p.shape), to_string(found));
     }
@@ -344,6 +410,10 @@ LoadResult load_rank(Storage& storage, const std::string& folder, const RankPlac
     check_folding(optimizer, *state, place, FoldedFile::kOptimizer);
     load_partitions(optimizer, place, with_states, state);
     if (!with_states) round_masters(state);
+  }
+  FrozenLoad frozen(model, &weights, place, options, *state);
+  for (TrainedParameter& p : state->parameters) {
+    if (p.frozen()) p.values = frozen.values(p);
   }
   if (state->counters.optimizer_steps < 0) {  // the optimizer counts none
     state->counters.optimizer_steps = state->counters.steps - state->counters.skipped_steps;

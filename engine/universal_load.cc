@@ -73,6 +73,16 @@ class UniversalReader {
     }
   }
 
+  // A frozen parameter, which the form has where it was made of stages 0 to 2 or holds the ranks'
+  // model files; DeepSpeed leaves it as it is (docs/deepspeed_errata.md).
+  void fill_frozen(TrainedParameter* p) {
+    const ParameterState* found = source_.find_parameter(p->module_name);
+    if (found == nullptr || found->weight < 0) return;
+    if (found->shape != p->whole) refuse(*p, "", to_string(found->shape));
+    const int64_t count = static_cast<int64_t>(p->values.size());
+    take(*p, found->weight, {.begin = p->values_begin, .count = count}, &p->values);
+  }
+
   // That the optimizer has taken, of the first parameter; −1 where it counts none.
   int64_t steps() const { return steps_; }
   const std::string& folder() const { return source_.folder; }
@@ -156,6 +166,9 @@ LoadResult load_universal(Storage& storage, const std::string& folder, const Loa
   const bool with_states = options.load_optimizer_states && !options.load_module_only;
   UniversalReader source(storage, folder);
   for (TrainedGroup& group : state->groups) source.fill(&group, *state, with_states);
+  for (TrainedParameter& p : state->parameters) {
+    if (p.frozen()) source.fill_frozen(&p);
+  }
   std::string name = checkpoint::model_file_name(0);
   if (!storage.is_file(source.folder() + "/" + name)) {
     name = checkpoint::model_file_name_of_rank(0, 0);

@@ -65,7 +65,9 @@ Json deepspeed_config(const TrainConfig& config, const Topology& topology, int s
   Json params = {{"lr", o.lr}, {"weight_decay", o.weight_decay}};
   if (o.kind == reference::OptimizerKind::kAdamW) params["torch_adam"] = true;
   if (o.kind == reference::OptimizerKind::kSgd) params["momentum"] = o.momentum;
-  json["optimizer"] = {{"type", reference::name(o.kind)}, {"params", params}};
+  if (o.kind != reference::OptimizerKind::kCustom) {  // the script makes that one
+    json["optimizer"] = {{"type", reference::name(o.kind)}, {"params", params}};
+  }
   if (config.model.dtype == DType::kBFloat16) json["bf16"] = {{"enabled", true}};
   if (config.model.dtype == DType::kFloat16) json["fp16"] = {{"enabled", true}};
   if (topology.tensor > 1) {
@@ -106,8 +108,21 @@ std::string FileBridge::donor_of_splits() {
   return folder;
 }
 
+// Stage 0 numbers the optimizer's parameters; where some are frozen, several assignments may fit.
+std::string FileBridge::order_of_parameters() {
+  if (config_.model.frozen == 0) return "";
+  std::string order[2];
+  for (const reference::ParameterInfo& info : reference::parameters_of(config_.model)) {
+    if (info.trains) order[config_.split_decay && !info.decays ? 1 : 0] += info.name + "\n";
+  }
+  const std::string path = "/order";
+  checkpoint::replace_small_file(storage_, path,
+                                 order[0] + (order[1].empty() ? "" : "\n" + order[1]));
+  return path;
+}
+
 void FileBridge::bring(const std::string& from, const std::string& to, const Leg& leg) {
-  const checkpoint::ReadOptions options{.workers = 1};
+  const checkpoint::ReadOptions options{.param_order = order_of_parameters(), .workers = 1};
   checkpoint::ShardedState source = checkpoint::read_checkpoint(storage_, from, options);
   if (leg.topology.tensor > 1 && source.splits.empty()) {
     checkpoint::adopt_splits(&source,

@@ -63,6 +63,7 @@ class FileBridge {
 
  private:
   std::string donor_of_splits();
+  std::string order_of_parameters();
 
   Storage& storage_;
   reference::TrainConfig config_;

@@ -17,9 +17,6 @@ using engine::CheckpointEngine;
 using reference::TrainConfig;
 using reference::Trainer;
 
-const char* const kStates[] = {"exp_avg",         "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq",
-                               "square_averages", "z",          "exp_avg_sq_row"};
-
 uint64_t key_of(uint64_t seed, const std::string& text) {
   uint64_t word = mix(seed ^ text.size());
   for (const char c : text) word = mix(word ^ static_cast<unsigned char>(c));
@@ -33,9 +30,20 @@ float value_of(uint64_t key, int64_t element) {
   return static_cast<float>(static_cast<int64_t>(word >> 40) - (1 << 23)) * 0x1p-20f;
 }
 
-// Calls `visit(key, element, value)` for every element of the masters and states that a rank holds.
+constexpr const char* kFrozen = " param";  // behind a name: the values of a frozen parameter
+
+// Calls `visit(what, key, element, value)` for every element of the masters, states and frozen
+// parameters that a rank holds.
 template <typename Visit>
 void visit_values(TrainingState* state, uint64_t seed, bool with_states, const Visit& visit) {
+  for (TrainedParameter& p : state->parameters) {
+    if (!p.frozen()) continue;
+    const std::string what = p.name + kFrozen;
+    for (size_t i = 0; i < p.values.size(); ++i) {
+      const int64_t at = p.values_begin + static_cast<int64_t>(i);
+      visit(what, key_of(seed, what), reference::whole_element(p, at), &p.values[i]);
+    }
+  }
   for (TrainedGroup& group : state->groups) {
     const auto all = [&](const std::string& name, std::vector<float>* values) {
       for (const BufferPiece& piece : group.pieces) {
@@ -59,7 +67,7 @@ TrainingCounters counters_of(const LayoutCase& value) {
     return static_cast<int64_t>(1 + keyed_random(value.seed, {which}) % 1000);
   };
   const int64_t good = number(1), bad = number(2);
-  const bool counted = reference::counts_steps(value.config.optimizer.kind);
+  const bool counted = reference::counts_steps(value.config.optimizer);
   const bool scheduled = value.config.schedule.kind != reference::ScheduleKind::kConstant;
   return {.steps = good + bad,
           .skipped_steps = bad,
@@ -130,7 +138,8 @@ std::string element_difference(const LayoutCase& value, int rank, bool weights_a
   visit_values(state, value.seed, !weights_alone,
                [&](const std::string& what, uint64_t key, int64_t element, float* found) {
                  float expected = value_of(key, element);
-                 if (weights_alone) expected = rounded_to(state->dtype, expected);
+                 if (weights_alone || what.ends_with(kFrozen))
+                   expected = rounded_to(state->dtype, expected);
                  if (std::bit_cast<uint32_t>(expected) == std::bit_cast<uint32_t>(*found)) return;
                  if (!reason.empty()) return;
                  reason = where + ", " + what + "[" + std::to_string(element) +
@@ -174,12 +183,7 @@ LayoutCase draw_layout_case(const Draw& draw, const std::vector<Topology>& from,
                             const std::vector<Topology>& to) {
   LayoutCase value{.config = draw_config(draw)};
   value.seed = static_cast<uint64_t>(draw(1, 1'000'000));
-  const int64_t count = draw(1, 4);
-  for (int64_t k = 0; k < count; ++k) {
-    const std::string name = kStates[draw(0, std::size(kStates) - 1)];
-    const auto known = std::find(value.states.begin(), value.states.end(), name);
-    if (known == value.states.end()) value.states.push_back(name);
-  }
+  value.states = draw_state_names(draw);
   const auto one_of = [&](const auto& list) {
     return list[static_cast<size_t>(draw(0, static_cast<int64_t>(list.size()) - 1))];
   };
@@ -237,8 +241,10 @@ std::string layout_difference(const LayoutCase& value, LayoutMutant mutant) {
     const ParallelState parallel = parallel_state(rank);
     const auto trainer = make_trainer(value, value.from, parallel, &layouts);
     visit_values(&trainer->state(), value.seed, true,
-                 [](const std::string&, uint64_t key, int64_t element, float* target) {
+                 [&](const std::string& what, uint64_t key, int64_t element, float* target) {
                    *target = value_of(key, element);
+                   if (what.ends_with(kFrozen))
+                     *target = rounded_to(trainer->state().dtype, *target);
                  });
     trainer->state().counters = counters;
     trainer->refresh_parameters();

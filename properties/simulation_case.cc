@@ -41,7 +41,31 @@ ModelConfig draw_model(const Draw& draw) {
   return m;
 }
 
+const char* const kStates[] = {"exp_avg",         "exp_avg_sq", "momentum_buffer", "max_exp_avg_sq",
+                               "square_averages", "z",          "exp_avg_sq_row"};
+
+// One time in three the optimizer is a script's own, with a state drawn at random.
+void draw_custom_optimizer(const Draw& draw, reference::OptimizerConfig* optimizer) {
+  if (draw(0, 2) != 2) return;
+  optimizer->kind = OptimizerKind::kCustom;
+  optimizer->counts = draw(0, 1) == 1;
+  for (const std::string& name : draw_state_names(draw)) {
+    const float decay = static_cast<float>(draw(0, 15)) / 16.0f;
+    optimizer->states.push_back({name, decay, draw(0, 1) == 1});
+  }
+}
+
 }  // namespace
+
+std::vector<std::string> draw_state_names(const Draw& draw) {
+  std::vector<std::string> names;
+  const int64_t count = draw(1, 4);
+  for (int64_t k = 0; k < count; ++k) {
+    const std::string name = kStates[draw(0, std::size(kStates) - 1)];
+    if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+  }
+  return names;
+}
 
 bool fits(const ModelConfig& model, const Topology& topology) {
   try {
@@ -79,6 +103,10 @@ TrainConfig draw_config(const Draw& draw) {
     c.loss_scale = {.dynamic = true, .scale = draw(0, 1) == 1 ? 8388608.0 : 1024.0, .window = 3};
   }
   c.pipeline_module = draw(0, 3) == 1 && c.model.experts == 0;
+  draw_custom_optimizer(draw, &c.optimizer);
+  if (const int64_t frozen = draw(0, 7); frozen > 4 && c.model.experts == 0) {
+    c.model.frozen = frozen - 3;  // every second to fourth
+  }
   return c;
 }
 
@@ -99,6 +127,7 @@ std::vector<Topology> fitting(const std::vector<Topology>& topologies, TrainConf
   if (possible.empty()) {
     const Topology& first = topologies.at(0);
     if (first.expert > 1) {
+      config->model.frozen = 0;
       config->model.experts = 8 % first.expert == 0 ? 8 : first.expert;
       config->model.top_k = std::min<int64_t>(2, config->model.experts);
       config->pipeline_module = false;
@@ -143,6 +172,7 @@ std::string text_of(const TrainConfig& config) {
                     text(m.kv_heads) + " of " + text(m.head_size) + ", MLP " +
                     text(m.intermediate) + ", layers " + text(m.layers);
   if (m.tied) out += ", tied";
+  if (m.frozen > 0) out += ", every " + text(m.frozen) + ". matrix frozen";
   if (!m.causal) out += ", not causal";
   if (m.experts > 0) {
     out += ", experts " + text(m.experts) + " top " + text(m.top_k) + " of " +
@@ -152,7 +182,9 @@ std::string text_of(const TrainConfig& config) {
   out += "\ndata    length " + text(d.sequence_length) + ", batch " + text(d.batch) + ", micro " +
          text(d.micro_batch) + (d.strided ? ", strided" : "") + (d.packed ? ", packed" : "") +
          (d.masked > 0 ? ", masked 1 in " + text(d.masked) : "");
-  out += "\ntrain   " + std::string(reference::name(config.optimizer.kind)) +
+  std::string kept;  // by a custom optimizer
+  for (const reference::CustomState& state : config.optimizer.states) kept += " " + state.name;
+  out += "\ntrain   " + std::string(reference::name(config.optimizer.kind)) + kept +
          (config.clip > 0 ? ", clipped" : "") + (config.split_decay ? ", norms apart" : "") +
          (config.pipeline_module ? ", a PipelineModule" : "") +
          (config.reduce == reference::ReduceMode::kFixed ? ", sums in fixed point" : "");

@@ -46,6 +46,9 @@ SimulationCase draw_case(const Draw& draw, const CaseLimits& limits);
 SimulationCase seeded_case(uint64_t seed, uint64_t number, const CaseLimits& limits);
 
 // The model, the data and how it is trained, in a line each.
+// One to four names of tensors that optimizers keep.
+std::vector<std::string> draw_state_names(const Draw& draw);
+
 std::string text_of(const reference::TrainConfig& config);
 // Which of these legs have no files, and to which no way leads by files, and why; a line each.
 std::string text_of_memory(const reference::TrainConfig& config, const std::vector<Leg>& legs);

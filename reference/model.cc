@@ -59,6 +59,10 @@ std::vector<ParameterInfo> parameters_of(const ModelConfig& c) {
       list.push_back({at + norm, {c.hidden}, Split::kReplicated, layer, false});
     }
   }
+  int64_t matrices = 0;
+  for (ParameterInfo& info : list) {
+    if (c.frozen > 0 && info.layer >= 0 && info.decays) info.trains = ++matrices % c.frozen != 0;
+  }
   const int last = static_cast<int>(c.layers);
   list.push_back({"model.norm.weight", {c.hidden}, Split::kReplicated, last, false});
   if (!c.tied) list.push_back({"lm_head.weight", {c.vocabulary, c.hidden}, Split::kColumn, last});
@@ -166,6 +170,11 @@ void check_model(const ModelConfig& c, const Topology& topology) {
         "halves; torch: RuntimeError).",
         "an even head_size of 2 or more",
         text(c.head_size) + ", " + text(c.head_size) + " mod 2 = " + text(c.head_size % 2));
+  }
+  if (c.frozen < 0 || c.frozen == 1 || (c.frozen > 0 && c.experts > 0)) {
+    refuse("Such parameters cannot be frozen here.",
+           "every n-th matrix of a dense model's layers, n ≥ 2; 0: none",
+           "every " + text(c.frozen) + ". of a model of " + text(c.experts) + " experts");
   }
   if (topology.pipeline > 1 && c.layers < topology.pipeline) {
     refuse("There are fewer layers than pipeline stages (DeepSpeed: AssertionError).",

@@ -30,6 +30,9 @@ struct ModelConfig {
   int64_t top_k = 2;
   int64_t expert_intermediate = 6;
   bool shared_expert = false;
+  // Every so many of the layers' matrices, one does not train (requires_grad is False); 0: all do.
+  // 2 or more; not with experts.
+  int64_t frozen = 0;
   double dropout = 0.0;  // on the outputs of attention and MLP
   double rope_theta = 10000.0;
   double norm_epsilon = 1e-6;
@@ -62,6 +65,7 @@ struct ParameterInfo {
   // A parameter that AutoEP makes in place of the model's own: it comes behind the others of its
   // optimizer group.
   bool appended = false;
+  bool trains = true;  // false: frozen, no optimizer group has it
 };
 
 // In the module's order. A layer of experts is as AutoEP makes it: router, the stacks w1, w2, w3,

@@ -65,6 +65,23 @@ void lion(const OptimizerConfig& c, const StepArguments& a) {
   }
 }
 
+// s ← d s + (1 − d) g or (1 − d) g g,  θ ← θ (1 − lr λ) − lr Σ s / (1 + |s|)
+void custom(const OptimizerConfig& c, const StepArguments& a) {
+  const float decay = static_cast<float>(1 - a.lr * a.weight_decay);
+  const float rate = static_cast<float>(a.lr);
+  for (size_t i = 0; i < a.master.size(); ++i) {
+    const float g = a.gradient[i];
+    float sum = 0.0f;
+    for (size_t k = 0; k < c.states.size(); ++k) {
+      const CustomState& kept = c.states[k];
+      float& s = a.states[k][i];
+      s = kept.decay * s + (1.0f - kept.decay) * (kept.squared ? g * g : g);
+      sum = sum + s / (1.0f + std::fabs(s));
+    }
+    a.master[i] = a.master[i] * decay - rate * sum;
+  }
+}
+
 }  // namespace
 
 const char* name(OptimizerKind kind) {
@@ -74,28 +91,37 @@ const char* name(OptimizerKind kind) {
     case OptimizerKind::kSgd:
       return "SGD";
     case OptimizerKind::kLion:
+      return "Lion";
+    case OptimizerKind::kCustom:
       break;
   }
-  return "Lion";
+  return "custom";
 }
 
-std::vector<std::string> state_names(OptimizerKind kind) {
-  switch (kind) {
+std::vector<std::string> state_names(const OptimizerConfig& config) {
+  switch (config.kind) {
     case OptimizerKind::kAdamW:
       return {"exp_avg", "exp_avg_sq"};
     case OptimizerKind::kSgd:
       return {"momentum_buffer"};
     case OptimizerKind::kLion:
+      return {"exp_avg"};
+    case OptimizerKind::kCustom:
       break;
   }
-  return {"exp_avg"};
+  std::vector<std::string> names;
+  for (const CustomState& state : config.states) names.push_back(state.name);
+  return names;
 }
 
-bool counts_steps(OptimizerKind kind) { return kind == OptimizerKind::kAdamW; }
+bool counts_steps(const OptimizerConfig& config) {
+  return config.kind == OptimizerKind::kAdamW ||
+         (config.kind == OptimizerKind::kCustom && config.counts);
+}
 
 void take_step(const OptimizerConfig& config, const StepArguments& a) {
   CHECK(a.gradient.size() == a.master.size(), "a gradient for each element");
-  CHECK(a.states.size() == state_names(config.kind).size(), "the optimizer's own states");
+  CHECK(a.states.size() == state_names(config).size(), "the optimizer's own states");
   switch (config.kind) {
     case OptimizerKind::kAdamW:
       return adamw(config, a);
@@ -103,6 +129,8 @@ void take_step(const OptimizerConfig& config, const StepArguments& a) {
       return sgd(config, a);
     case OptimizerKind::kLion:
       return lion(config, a);
+    case OptimizerKind::kCustom:
+      return custom(config, a);
   }
 }
 

@@ -11,7 +11,15 @@
 
 namespace isoshard::reference {
 
-enum class OptimizerKind { kAdamW, kSgd, kLion };
+// kCustom: one of a training script's own, whose state is whatever it likes.
+enum class OptimizerKind { kAdamW, kSgd, kLion, kCustom };
+
+// A tensor that a custom optimizer keeps: the running mean of the gradient or of its square.
+struct CustomState {
+  std::string name;
+  float decay = 0.5f;
+  bool squared = false;
+};
 
 struct OptimizerConfig {
   OptimizerKind kind = OptimizerKind::kAdamW;
@@ -21,14 +29,16 @@ struct OptimizerConfig {
   double epsilon = 1e-8;  // AdamW
   double momentum = 0.9;  // SGD
   double weight_decay = 0.01;
+  std::vector<CustomState> states = {};  // of a custom one; at least one
+  bool counts = false;                   // whether a custom one counts its steps
 };
 
-const char* name(OptimizerKind kind);  // "AdamW", "SGD", "Lion"
+const char* name(OptimizerKind kind);  // "AdamW", "SGD", "Lion", "custom"
 
 // Names of the tensors that the optimizer keeps for an element.
-std::vector<std::string> state_names(OptimizerKind kind);
+std::vector<std::string> state_names(const OptimizerConfig& config);
 // Whether it counts steps (AdamW's "step").
-bool counts_steps(OptimizerKind kind);
+bool counts_steps(const OptimizerConfig& config);
 
 // `count` elements; states[k] as state_names says. `step` is the number of this step, from 1 on;
 // `lr` what the schedule gives for it.

@@ -61,15 +61,19 @@ const Values& Parameters::use(int number) {
   Values& values = gathered_[static_cast<size_t>(number)];
   const int64_t count = numel(local.shape);
   if (!values.empty() || count == 0) return values;
-  const TrainedGroup& group = state_->groups[static_cast<size_t>(parameter.group)];
   Communicator& owners = this->owners(parameter.expert);
   const int64_t slot = div_ceil(count, owners.size());
   Values own(static_cast<size_t>(slot), 0.0f);
-  for (const BufferPiece& piece : group.pieces) {
-    if (piece.parameter != local.state) continue;
-    for (int64_t i = 0; i < piece.count; ++i) {
-      own[static_cast<size_t>(i)] =
-          rounded_to(state_->dtype, group.master[static_cast<size_t>(piece.at + i)]);
+  if (parameter.frozen()) {
+    std::copy(parameter.values.begin(), parameter.values.end(), own.begin());
+  } else {
+    const TrainedGroup& group = state_->groups[static_cast<size_t>(parameter.group)];
+    for (const BufferPiece& piece : group.pieces) {
+      if (piece.parameter != local.state) continue;
+      for (int64_t i = 0; i < piece.count; ++i) {
+        own[static_cast<size_t>(i)] =
+            rounded_to(state_->dtype, group.master[static_cast<size_t>(piece.at + i)]);
+      }
     }
   }
   values = gather(owners, own);

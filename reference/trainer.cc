@@ -6,6 +6,7 @@
 
 #include "core/cast.h"
 #include "core/check.h"
+#include "core/numbers.h"
 
 namespace isoshard::reference {
 namespace {
@@ -52,7 +53,7 @@ void Trainer::make_state() {
   state_.stage = config_.stage;
   state_.pipeline_module = config_.pipeline_module || t.pipeline > 1;
   state_.loss_scale = config_.loss_scale;
-  state_.counts_steps = counts_steps(config_.optimizer.kind);
+  state_.counts_steps = counts_steps(config_.optimizer);
   state_.scheduled = config_.schedule.kind != ScheduleKind::kConstant;
   state_.clip = config_.clip;
   if (model.tied) state_.aliases.emplace_back("lm_head.weight", "model.embed_tokens.weight");
@@ -78,6 +79,12 @@ void Trainer::make_state() {
     for (int rank = 0; rank < t.tensor && p.split_axis >= 0 && !p.expert; ++rank) {
       p.split_widths.push_back(shard_of(model, info, t, rank, parallel_.at.expert).size());
     }
+    if (!info.trains) {
+      p.group = -1;
+      place_frozen(&p);
+      state_.parameters.push_back(std::move(p));
+      continue;
+    }
     p.group = p.expert ? static_cast<int>(state_.groups.size()) - 1
                        : (config_.split_decay && !info.decays ? 1 : 0);
     (info.appended ? appended : state_.groups)[static_cast<size_t>(p.group)].parameters.push_back(
@@ -89,6 +96,27 @@ void Trainer::make_state() {
     list.insert(list.end(), appended[g].parameters.begin(), appended[g].parameters.end());
   }
   for (TrainedGroup& group : state_.groups) group.settings = settings(group);
+}
+
+void Trainer::place_frozen(TrainedParameter* p) const {
+  const int64_t count = numel(p->shape);
+  int64_t size = count;
+  if (state_.stage == 3) {  // as partition_parameters.py cuts every parameter
+    const int64_t slot = div_ceil(count, parallel_.zero->size());
+    p->values_begin = std::min(parallel_.zero->rank() * slot, count);
+    size = std::min(slot, count - p->values_begin);
+  }
+  p->values.assign(static_cast<size_t>(size), 0.0f);
+}
+
+void Trainer::fill_frozen(
+    const std::function<float(const TrainedParameter&, int64_t element)>& value_at) {
+  for (TrainedParameter& p : state_.parameters) {
+    if (!p.frozen()) continue;
+    for (size_t i = 0; i < p.values.size(); ++i) {
+      p.values[i] = value_at(p, whole_element(p, p.values_begin + static_cast<int64_t>(i)));
+    }
+  }
 }
 
 // The entries of param_groups as torch's optimizers have them, the rate of the next step first.
@@ -131,6 +159,8 @@ std::vector<std::pair<std::string, Setting>> Trainer::optimizer_settings(
               {"foreach", std::monostate{}},
               {"differentiable", false},
               {"fused", std::monostate{}}};
+    case OptimizerKind::kCustom:
+      return {{"lr", lr}, {"weight_decay", weight_decay}};
     case OptimizerKind::kLion:
       break;
   }
@@ -204,7 +234,7 @@ void Trainer::make_owners(LayoutCache* cache) {
       group.pieces.push_back(piece);
     }
     group.master.assign(static_cast<size_t>(own.size), 0.0f);
-    for (const std::string& name : state_names(config_.optimizer.kind)) {
+    for (const std::string& name : state_names(config_.optimizer)) {
       group.states.emplace_back(name, std::vector<float>(static_cast<size_t>(own.size), 0.0f));
     }
   }
@@ -212,6 +242,10 @@ void Trainer::make_owners(LayoutCache* cache) {
 
 void Trainer::initialise() {
   const std::vector<ParameterInfo> infos = parameters_of(config_.model);
+  fill_frozen([&](const TrainedParameter& p, int64_t element) {
+    const auto info = std::ranges::find(infos, p.name, &ParameterInfo::name);
+    return rounded_to(state_.dtype, InitialValues(config_.model, *info).at(element));
+  });
   for (TrainedGroup& group : state_.groups) {
     for (const BufferPiece& piece : group.pieces) {
       const TrainedParameter& p = state_.parameters[static_cast<size_t>(piece.parameter)];
@@ -242,6 +276,9 @@ void Trainer::adopt(const WholeState& whole, const TrainingState& counted) {
       for (auto& [name, values] : group.states) take(name, &values);
     }
   }
+  fill_frozen([&](const TrainedParameter& p, int64_t element) {
+    return whole.at({p.name, "param"})[static_cast<size_t>(element)];
+  });
   state_.counters = counted.counters;
   state_.loss_scale = counted.loss_scale;
   state_.fixed_largest = counted.fixed_largest;

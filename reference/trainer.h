@@ -3,6 +3,7 @@
 // batches and the order in which ranks come to their collectives.
 #pragma once
 
+#include <functional>
 #include <initializer_list>
 #include <map>
 #include <memory>
@@ -82,6 +83,9 @@ class Trainer {
     std::shared_ptr<const OwnerLayout> layout;
   };
   void make_state();
+  // Gives a frozen parameter its place and size: all of the shard, or at stage 3 a slot.
+  void place_frozen(TrainedParameter* parameter) const;
+  void fill_frozen(const std::function<float(const TrainedParameter&, int64_t)>& value_at);
   std::vector<std::pair<std::string, Setting>> settings(const TrainedGroup& group) const;
   std::vector<std::pair<std::string, Setting>> optimizer_settings(double weight_decay) const;
   OwnerLayout owner_layout(const TrainedGroup& group, const std::vector<int>& ranks) const;

@@ -28,9 +28,9 @@ GradientSet Trainer::empty_gradients() const {
     const bool by_row = local.info.layer < 0 || local.info.split == Split::kExpert;
     const int64_t rows = by_row ? local.shape[0] : 1;
     const int64_t width = numel(local.shape) / std::max<int64_t>(rows, 1);
-    set.own[static_cast<size_t>(i)].emplace(
-        config_.reduce, own_nodes(state_.parameters[static_cast<size_t>(local.state)].group), rows,
-        width);
+    const int group = state_.parameters[static_cast<size_t>(local.state)].group;
+    set.own[static_cast<size_t>(i)].emplace(  // a frozen one's are not reduced
+        config_.reduce, own_nodes(std::max(group, 0)), rows, width);
   }
   if (config_.model.tied && parallel_.last_stage()) {
     set.head.emplace(config_.reduce, own_nodes(0), 1,

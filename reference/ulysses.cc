@@ -20,13 +20,32 @@ namespace {
                         .next = "give each rank its slice of the sequence"});
 }
 
+std::string list(const std::vector<int64_t>& numbers) {
+  std::string text;
+  for (const int64_t n : numbers) text += (text.empty() ? "" : ", ") + std::to_string(n);
+  return "[" + text + "]";
+}
+
 // As DeepSpeed prints it.
 std::string text(const HeadSizes& sizes) {
-  std::string list;
-  for (const int64_t n : {sizes.tokens, sizes.samples, sizes.heads, sizes.size}) {
-    list += (list.empty() ? "" : ", ") + std::to_string(n);
+  return "[tokens, batch, heads, size] = " +
+         list({sizes.tokens, sizes.samples, sizes.heads, sizes.size});
+}
+
+// The context as DeepSpeed compares it: [tokens, samples, heads · D], whatever axes the last one is
+// made of. The heads are the rank's own.
+void check_context(const AttentionContext& context, const HeadSizes& sizes) {
+  const std::vector<int64_t>& shape = context.shape;
+  std::vector<int64_t> found = shape;
+  if (shape.size() >= 2) {
+    found = {shape[1], shape[0], 1};
+    for (size_t axis = 2; axis < shape.size(); ++axis) found[2] *= shape[axis];
   }
-  return "[tokens, batch, heads, size] = [" + list + "]";
+  const std::vector<int64_t> expected = {sizes.tokens, sizes.samples, sizes.heads * sizes.size};
+  if (found == expected && std::ssize(context.values) == sizes.numel()) return;
+  refuse("The core attention's context has another shape (DeepSpeed: AssertionError).", "context",
+         "[tokens, batch, heads · size] = " + list(expected),
+         list(found) + " of " + std::to_string(context.values.size()) + " elements");
 }
 
 HeadTensor view(const Values& values, const HeadSizes& sizes) {
@@ -80,7 +99,7 @@ HeadTensor tokens_first(const Values& values, const HeadSizes& sizes) {
   return tensor;
 }
 
-Values core_attention(const AttentionCall& call, std::vector<HeadOutputs>* saved) {
+AttentionContext core_attention(const AttentionCall& call, std::vector<HeadOutputs>* saved) {
   const auto& [query, key, value] = call.in;
   const HeadSizes &s = query.sizes, &kv_sizes = key.sizes;
   const HeadSizes like_query{s.samples, kv_sizes.heads, s.tokens, s.size};
@@ -113,7 +132,7 @@ Values core_attention(const AttentionCall& call, std::vector<HeadOutputs>* saved
       if (saved != nullptr) saved->push_back(std::move(out));
     }
   }
-  return context;
+  return {.values = std::move(context), .shape = {s.samples, s.tokens, s.heads, s.size}};
 }
 
 std::vector<HeadShare> share_heads(int64_t heads, int64_t kv_heads, int ranks) {
@@ -153,30 +172,32 @@ std::vector<int64_t> Ulysses::gather_positions(const std::vector<int64_t>& own, 
                                                const UlyssesMode& mode) {
   if (mode.bypass()) return own;
   check_group();
-  if (const int64_t tokens = own_tokens(); std::ssize(own) != samples * tokens) {
+  const int64_t tokens = own_tokens(), length = shape_.length();
+  const bool each = std::ssize(own) == samples * tokens;
+  if (!each && (own.empty() || std::ssize(own) != tokens)) {
     refuse(own.empty() ? "There are no positions (DeepSpeed: AssertionError)."
                        : "There is not one position for each token.",
            "position_ids",
-           std::to_string(samples) + " · " + std::to_string(tokens) + " = " +
-               std::to_string(samples * tokens),
+           std::to_string(tokens) + " or " + std::to_string(samples) + " · " +
+               std::to_string(tokens) + " = " + std::to_string(samples * tokens),
            std::to_string(own.size()));
   }
-  const int64_t length = shape_.length();
+  const int64_t rows = each ? samples : 1;
   std::vector<std::vector<int64_t>> parts(static_cast<size_t>(ranks()));
   if (ranks() == 1) {
     parts[0] = own;
   } else {
     std::vector<Buffer> targets;
     for (size_t p = 0; p < parts.size(); ++p) {
-      parts[p].resize(static_cast<size_t>(samples * shape_.positions[p].size()));
+      parts[p].resize(static_cast<size_t>(rows * shape_.positions[p].size()));
       targets.push_back(buffer(std::span(parts[p])));
     }
     group_->all_gather(const_buffer(std::span<const int64_t>(own)), targets);
   }
-  std::vector<int64_t> all(static_cast<size_t>(samples * length));
+  std::vector<int64_t> all(static_cast<size_t>(rows * length));
   for (size_t p = 0; p < parts.size(); ++p) {
     const Span& span = shape_.positions[p];
-    for (int64_t b = 0; b < samples; ++b) {
+    for (int64_t b = 0; b < rows; ++b) {
       std::copy_n(parts[p].begin() + b * span.size(), span.size(),
                   all.begin() + b * length + span.begin);
     }
@@ -368,7 +389,8 @@ Values Ulysses::forward(const HeadTensors& in, UlyssesState* state) {
                   .causal = shape_.causal,
                   .share = {{0, heads}, {0, groups}},
                   .heads_each = std::max<int64_t>(1, groups == 0 ? 1 : heads / groups)},
-                 nullptr);
+                 nullptr)
+        .values;
   }
   const int64_t samples = state->samples, length = shape_.length(), d = shape_.head_size;
   check_sizes(in, samples);
@@ -379,19 +401,16 @@ Values Ulysses::forward(const HeadTensors& in, UlyssesState* state) {
   state->key = to_heads(in.key, true);
   state->value = to_heads(in.value, true);
   state->outputs.clear();
-  const Values context = core_({.in = {.query = heads_first(state->query, own),
-                                       .key = heads_first(state->key, own_groups),
-                                       .value = heads_first(state->value, own_groups)},
-                                .positions = state->document_positions,
-                                .causal = shape_.causal,
-                                .share = mine,
-                                .heads_each = heads_of_a_group()},
-                               &state->outputs);
-  if (static_cast<int64_t>(context.size()) != own.numel()) {
-    refuse("The core attention's context has another size (DeepSpeed: AssertionError).", "context",
-           text(own), std::to_string(context.size()) + " elements");
-  }
-  return to_tokens(tokens_first(context, own));
+  const AttentionContext context = core_({.in = {.query = heads_first(state->query, own),
+                                                 .key = heads_first(state->key, own_groups),
+                                                 .value = heads_first(state->value, own_groups)},
+                                          .positions = state->document_positions,
+                                          .causal = shape_.causal,
+                                          .share = mine,
+                                          .heads_each = heads_of_a_group()},
+                                         &state->outputs);
+  check_context(context, own);
+  return to_tokens(tokens_first(context.values, own));
 }
 
 Values Ulysses::forward(const Values& query, const Values& key, const Values& value,

@@ -69,12 +69,18 @@ struct AttentionCall {
   HeadShare share;         // which of all heads these are
   int64_t heads_each = 1;  // query heads of a key-value head
 };
-// Returns the context, [samples, tokens, heads, D]. `saved`, unless null, gets what backward needs,
-// by sample and query head.
-using CoreAttention = std::function<Values(const AttentionCall&, std::vector<HeadOutputs>* saved)>;
+// What it returns. Row-major; [samples, tokens, heads, D], or with other axes behind the first two
+// that hold as many elements.
+struct AttentionContext {
+  Values values;
+  std::vector<int64_t> shape;
+};
+// `saved`, unless null, gets what backward needs, by sample and query head.
+using CoreAttention =
+    std::function<AttentionContext(const AttentionCall&, std::vector<HeadOutputs>* saved)>;
 // attention.h, head by head. Throws Error(kUsage) for tensors that do not belong together, and for
 // another number of positions.
-Values core_attention(const AttentionCall& call, std::vector<HeadOutputs>* saved);
+AttentionContext core_attention(const AttentionCall& call, std::vector<HeadOutputs>* saved);
 
 // Whether a call is one of training: the attention module's own word, layer by layer.
 struct UlyssesMode {
@@ -112,16 +118,19 @@ class Ulysses {
   // it may be gone by then.
   Ulysses(Communicator* group, UlyssesShape shape, CoreAttention core = core_attention);
 
-  // Own positions of the samples' tokens, [samples, own tokens], gathered over the group. Throws
-  // Error(kUsage) for another number of them before anything is sent. In the bypass they are
-  // returned as they are.
+  // Own positions of the samples' tokens, gathered over the group: [samples, own tokens] become
+  // [samples, length]; [1, own tokens], the same for all samples, become [1, length]. All ranks of
+  // a group give equally many rows, or the all_gather's counts contradict each other; a rank
+  // without tokens counts as [samples, 0]. Throws Error(kUsage) for another number of positions
+  // before anything is sent. In the bypass they are returned as they are.
   std::vector<int64_t> gather_positions(const std::vector<int64_t>& own, int64_t samples,
                                         const UlyssesMode& mode = {});
 
   // The context of the rank's own tokens, [samples, own tokens, H·D]. `state` has samples, mode and
   // document_positions. The first thing decided is the bypass. Otherwise throws Error(kUsage)
   // before anything is sent for tensors of other sizes than [samples, heads, own tokens, D], and
-  // behind three exchanges for a context of another size (DeepSpeed: AssertionError).
+  // behind three exchanges for a context of another shape (DeepSpeed: AssertionError). The shape of
+  // the context is the core attention's own word; the order of its values is not verified.
   Values forward(const HeadTensors& in, UlyssesState* state);
   // query [samples, own tokens, H·D], key and value [samples, own tokens, K·D], rotated. In the
   // bypass the query says how many tokens there are.

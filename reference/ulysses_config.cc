@@ -82,6 +82,22 @@ void check_heads_of_a_group(const UlyssesArguments& a) {
          text(heads) + " mod " + text(kv_heads) + " = " + text(heads % kv_heads));
 }
 
+// [batch, tokens, heads, D], in a context's place.
+AttentionContext queries_of(const AttentionCall& call) {
+  const HeadTensor& query = call.in.query;
+  const HeadSizes& s = query.sizes;
+  AttentionContext context{.values = {}, .shape = {s.samples, s.tokens, s.heads, s.size}};
+  for (int64_t b = 0; b < s.samples; ++b) {
+    for (int64_t t = 0; t < s.tokens; ++t) {
+      for (int64_t head = 0; head < s.heads; ++head) {
+        const float* at = query.at(b, head, t);
+        context.values.insert(context.values.end(), at, at + s.size);
+      }
+    }
+  }
+  return context;
+}
+
 }  // namespace
 
 UlyssesAttention make_ulysses(const UlyssesArguments& a, Communicator* process_group,
@@ -89,15 +105,15 @@ UlyssesAttention make_ulysses(const UlyssesArguments& a, Communicator* process_g
   const int64_t ranks = a.sequence_parallel_size;
   if (ranks < 1)
     refuse("There are no ranks", "ValueError", "process_group", "1 or more", text(ranks));
+  if (a.kv_head_count < 1) {
+    refuse("There are no key-value heads", "ZeroDivisionError", "kv_head_count", "1 or more",
+           text(a.kv_head_count));
+  }
   if (a.attn_head_count % ranks != 0) {
     refuse(
         "The sequence-parallel ranks do not divide the heads", "ValueError", "attn_head_count",
         "a multiple of " + text(ranks),
         text(a.attn_head_count) + " mod " + text(ranks) + " = " + text(a.attn_head_count % ranks));
-  }
-  if (a.kv_head_count < 1) {
-    refuse("There are no key-value heads", "ZeroDivisionError", "kv_head_count", "1 or more",
-           text(a.kv_head_count));
   }
   if (a.kv_head_count % ranks != 0 && ranks % a.kv_head_count != 0) {
     refuse("Neither the ranks divide the key-value heads nor they the ranks", "ValueError",
@@ -124,6 +140,27 @@ UlyssesAttention make_ulysses(const UlyssesArguments& a, Communicator* process_g
   return result;
 }
 
+std::array<int64_t, 4> UlyssesAttention::required_query_shape() const {
+  return {local_length, arguments.batch_size, arguments.attn_head_count, arguments.attn_head_size};
+}
+
+std::array<int64_t, 4> UlyssesAttention::required_key_value_shape() const {
+  return {local_length, arguments.batch_size, arguments.kv_head_count, arguments.attn_head_size};
+}
+
+std::array<int64_t, 3> UlyssesAttention::required_context_shape() const {
+  return {global_length, arguments.batch_size, arguments.attn_head_size * local_q_head_count};
+}
+
+// The core attention, or in the debug mode what stands for it. Counted behind the exchanges, so
+// that a call that is refused before them is none.
+AttentionContext UlyssesAttention::attend_layer(const AttentionCall& call,
+                                                std::vector<HeadOutputs>* saved) {
+  if (!skip_all_but_last_attention_debug_mode) return attn(call, saved);
+  rotating_layer_counter = (rotating_layer_counter + 1) % arguments.num_hidden_layers;
+  return rotating_layer_counter == 0 ? attn(call, saved) : queries_of(call);
+}
+
 Values UlyssesAttention::forward(const HeadTensors& in, const std::vector<int64_t>& positions,
                                  bool training) {
   const int ranks = arguments.sequence_parallel_size;
@@ -133,6 +170,10 @@ Values UlyssesAttention::forward(const HeadTensors& in, const std::vector<int64_
     if (process_group == nullptr && ranks > 1) {
       refuse("There is no process group", "AssertionError", "process_group", text(ranks) + " ranks",
              "none");
+    }
+    if (skip_all_but_last_attention_debug_mode && arguments.num_hidden_layers < 1) {
+      refuse("There are no layers of which to call the last", "ZeroDivisionError",
+             "num_hidden_layers", "1 or more", text(arguments.num_hidden_layers));
     }
     if (arguments.seq_length_is_variable) {
       local_length = in.query.sizes.tokens;
@@ -145,7 +186,11 @@ Values UlyssesAttention::forward(const HeadTensors& in, const std::vector<int64_
   for (int r = 0; r < ranks; ++r) {
     shape.positions.push_back({r * local_length, (r + 1) * local_length});
   }
-  return Ulysses(process_group, shape, attn).attend(in, positions, &state);
+  const CoreAttention layer = [this](const AttentionCall& call, std::vector<HeadOutputs>* saved) {
+    return attend_layer(call, saved);
+  };
+  return Ulysses(process_group, shape, state.mode.bypass() ? attn : layer)
+      .attend(in, positions, &state);
 }
 
 // Steps 6 to 9: is there such an attention, and can it do without a mask of every pair.
@@ -158,7 +203,8 @@ void UlyssesRegistry::check_name(const RegisterArguments& a) {
   }
   if (name == "eager" || name == "paged|eager") {
     refuse("This attention needs a mask of every pair of tokens", "ValueError",
-           "core_attn_implementation", "one without, such as sdpa", quote(name));
+           "core_attn_implementation",
+           "sdpa, flex_attention, a flash attention or a kernel on a hub", quote(name));
   }
   if (names_a_kernel(name) && !names.contains(name)) {
     if (!surroundings_.load_kernel) {
@@ -206,6 +252,7 @@ std::optional<UlyssesAttention> UlyssesRegistry::register_with_transformers(
            "AssertionError, \"already initialized\"", quote(*registered_), "the same arguments",
            quote(name));
   }
+  made.core_attn_implementation = name;
   made.process_group = surroundings_.make_groups(ranks);
   check_group(made.process_group, ranks);
   registered_ = name;

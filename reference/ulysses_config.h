@@ -5,6 +5,7 @@
 // asked for; registering again with equal arguments changes nothing.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <optional>
@@ -41,24 +42,40 @@ struct UlyssesAttention {
   int64_t global_length = 1;
   Communicator* process_group = nullptr;  // null: one rank, or an object that is only looked at
   CoreAttention attn = core_attention;
+  // The name that the core attention has in transformers' registry; none by the constructor.
+  std::optional<std::string> core_attn_implementation = {};
+  // To see how much memory training takes: of each num_hidden_layers calls of forward, only the
+  // last calls the core attention; for the others its context is the queries.
+  bool skip_all_but_last_attention_debug_mode = false;
+  int64_t rotating_layer_counter = 0;  // calls in that mode, modulo num_hidden_layers
+
+  // What forward compares outside the bypass: [s, B, H, D], [s, B, K, D] and, of the core
+  // attention's context, [S, B, H·D / P]; s and S are local_length and global_length.
+  std::array<int64_t, 4> required_query_shape() const;
+  std::array<int64_t, 4> required_key_value_shape() const;
+  std::array<int64_t, 3> required_context_shape() const;
 
   // query [batch, H, tokens, D], key and value [batch, K, tokens, D], their tokens' positions
-  // [batch, tokens]; `training`: of the module that calls. Returns [batch, tokens, H·D].
-  // DeepSpeed asserts and gathers position_ids before it compares shapes; here shapes come first
-  // and nothing is sent. It also gathers position_ids of [1, tokens]; here they are refused if the
-  // batch is larger, outside the bypass.
+  // [batch, tokens], or [1, tokens] for the whole batch; `training`: of the module that calls.
+  // Returns [batch, tokens, H·D]. DeepSpeed asserts and gathers position_ids before it compares
+  // shapes; here shapes come first and nothing is sent.
   // In evaluation with disable_in_eval the core attention gets these very tensors, of any shape and
   // with positions or without, and nothing else happens: lengths stay the last training's, and the
   // process group may be gone. Otherwise a variable length is taken from the query, and
-  // Ulysses::attend does the rest and throws what it throws; without a process group Error(kUsage).
+  // Ulysses::attend does the rest and throws what it throws. Without a process group, and in the
+  // debug mode without layers (DeepSpeed: ZeroDivisionError), throws Error(kUsage).
   Values forward(const HeadTensors& in, const std::vector<int64_t>& positions, bool training);
+
+ private:
+  AttentionContext attend_layer(const AttentionCall& call, std::vector<HeadOutputs>* saved);
 };
 
-// Throws Error(kUsage), in this order, and says what DeepSpeed raises: heads that P does not divide
-// (ValueError), key-value heads of which neither P nor they divide the other (ValueError; none:
-// ZeroDivisionError), heads that the key-value heads do not divide (DeepSpeed goes on, to its core
-// attention), a process group of other than P ranks (there P is its size), a fixed length without
-// lengths (TypeError), lengths of which one is not P times the other (DeepSpeed goes on).
+// Throws Error(kUsage), in this order, and says what DeepSpeed raises: no key-value heads
+// (ZeroDivisionError), heads that P does not divide (ValueError), key-value heads of which neither
+// P nor they divide the other (ValueError), heads that the key-value heads do not divide (DeepSpeed
+// goes on, to its core attention), a process group of other than P ranks (there P is its size), a
+// fixed length without lengths (TypeError), lengths of which one is not P times the other
+// (DeepSpeed goes on). Without P: ValueError, before all of these.
 UlyssesAttention make_ulysses(const UlyssesArguments& arguments,
                               Communicator* process_group = nullptr,
                               CoreAttention attn = core_attention);
@@ -78,6 +95,9 @@ struct RegisterArguments {
   AttentionConfig config;
   // Not a name; then its attn_implementation must be the one asked for.
   bool model_is_object = true;
+  // sdpa, flash_attention_2, flash_attention_3, flex_attention, a kernel on a hub, or whatever else
+  // stands in the registry; all but eager and paged|eager. Packed documents are honoured under
+  // every name, where DeepSpeed leaves it to the core attention.
   std::string core_attn_implementation = "sdpa";
   int sequence_parallel_size = 1;
   int64_t micro_batch_size = 1;
@@ -111,9 +131,9 @@ class UlyssesRegistry {
   // the registry under core_attn_implementation from now on. Throws Error(kUsage) with what
   // DeepSpeed raises: a fixed length without seq_length (ValueError), P below 2 (ValueError), P
   // larger than the world or not dividing it (RuntimeError), a model of another attention
-  // (ValueError), `eager` (ValueError: it needs a mask of O(n²)), a kernel that cannot be loaded
-  // (ImportError), a name that is not registered (ValueError), a config without heads, layers or
-  // size (AttributeError), what make_ulysses refuses, other arguments than the first time
+  // (ValueError), `eager` or `paged|eager` (ValueError: a mask of O(n²)), a kernel that cannot be
+  // loaded (ImportError), a name that is not registered (ValueError), a config without heads,
+  // layers or size (AttributeError), what make_ulysses refuses, other arguments than the first time
   // (AssertionError, "already initialized"), and a made group of other than P ranks: then nothing
   // is registered.
   std::optional<UlyssesAttention> register_with_transformers(const RegisterArguments& arguments);

@@ -160,11 +160,16 @@ CONVERTED = [
 FOLD = {"specs": {"partition_config": {"use_default_specs": False, "layer_specs": [
     {"patterns": [r".*\.(q|k|v)_proj\.weight$", r"lm_head\.weight$"], "partition_type": "column"},
     {"patterns": [r".*\.o_proj\.weight$"], "partition_type": "row"}]}}}
-# Checkpoints that simulated ranks wrote: topology, engine, world.
+# Checkpoints that simulated ranks wrote: topology, engine, world. "frozen": every so many of the
+# layers' matrices does not train.
 SIMULATED = [
     ("dp=2,stage=0", {**LLAMA, "stage": 0}, 2),
     ("dp=2,stage=1", LLAMA, 2),
     ("dp=3,stage=2", {**LLAMA, "stage": 2}, 3),
+    ("dp=2,stage=1 frozen", {**LLAMA, "frozen": 3}, 2),
+    ("dp=3,stage=2 frozen", {**LLAMA, "frozen": 3, "stage": 2}, 3),
+    ("dp=2,stage=3 frozen", {**LLAMA, "frozen": 3, "stage": 3}, 2),
+    ("dp=2,tp=2,stage=2 frozen", {**LLAMA, "frozen": 3, "autotp": 2, "stage": 2}, 4),
     ("dp=4,stage=3", {**LLAMA, "stage": 3}, 4),
     ("dp=2,tp=2,stage=1", {**LLAMA, "autotp": 2}, 4),
     ("dp=1,tp=4,stage=1", {**LLAMA, "autotp": 4}, 4),
@@ -247,6 +252,11 @@ def rank_main(case, load, out):
         fill.__defaults__ = (case["most"],)
     model = llama_pipeline.build_model(case) if "stages" in case else build_model(case)
     parameters = list(model.parameters())
+    if case["model"] == "llama" and "frozen" in case:
+        matrices = [p for name, p in model.named_parameters()
+                    if ".layers." in name and p.dim() == 2]
+        for parameter in matrices[case["frozen"] - 1::case["frozen"]]:
+            parameter.requires_grad = False
     if case["model"] == "moe":
         from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
         parameters = split_params_into_different_moe_groups_for_optimizer(
@@ -339,7 +349,8 @@ class Runner:
     def simulated(self, topology, case, world):
         """What is wrong when real engines load what simulated ranks wrote, and save it again."""
         folder = os.path.join(self.work, re.sub(r"\W+", "_", topology))
-        made = self.isoshard("golden", "--topology", topology, "--model", case["model"], "--out",
+        model = case["model"] + ("-frozen" if "frozen" in case else "")
+        made = self.isoshard("golden", "--topology", topology.split()[0], "--model", model, "--out",
                              folder, "--quiet")
         out = os.path.join(folder, "out")
         ours = os.path.join(folder, "ckpt")

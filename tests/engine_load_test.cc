@@ -103,6 +103,138 @@ TEST(Fp32StateDict, ReadsNothingBeforeItIsAskedTo) {
   }
 }
 
+TrainConfig frozen_config(int stage) {
+  TrainConfig config = small(stage);
+  config.model.dtype = DType::kBFloat16;
+  config.model.frozen = 3;
+  return config;
+}
+
+struct FrozenRun {
+  TrainConfig config;
+  bool exclude = false;
+  LoadOptions load;
+};
+
+// By rank: what its state holds behind a load of what other values were saved as.
+std::vector<TrainingState> loaded_frozen(const FrozenRun& run, Storage& disk) {
+  std::vector<TrainingState> states(2);
+  TrainConfig other = run.config;
+  ++other.model.seed;
+  sim::Cluster cluster({.data = 2}, {.seed = 3});
+  cluster.run([&](sim::Rank& rank) {
+    const ParallelState parallel = properties::parallel_state(rank);
+    Trainer saver(run.config, parallel), loader(other, parallel);
+    saver.initialise();
+    loader.initialise();
+    saver.step();
+    CheckpointEngine files(disk, parallel,
+                           properties::deepspeed_config(run.config, {.data = 2}, run.config.stage),
+                           [](const std::string&) {});
+    files.save_checkpoint(saver.state(), "/run", {.exclude_frozen_parameters = run.exclude});
+    files.load_checkpoint(&loader.state(), "/run", run.load);
+    loader.refresh_parameters();
+    states[static_cast<size_t>(rank.number())] = loader.state();
+  });
+  return states;
+}
+
+// Values of the frozen parameters that a run begins with, and so ends with.
+reference::WholeState frozen_of(const TrainConfig& config, int64_t seed_offset) {
+  TrainConfig alone = config;
+  alone.stage = 0;
+  alone.model.seed += static_cast<uint64_t>(seed_offset);
+  reference::WholeState values;
+  sim::Cluster cluster({});
+  cluster.run([&](sim::Rank& rank) {
+    Trainer trainer(alone, properties::parallel_state(rank));
+    trainer.initialise();
+    for (const auto& [key, tensor] : reference::whole_state({&trainer.state()})) {
+      const auto& all = trainer.state().parameters;
+      const auto p = std::ranges::find(all, key.first, &TrainedParameter::name);
+      if (p->frozen()) values[key] = tensor;
+    }
+  });
+  return values;
+}
+
+bool holds_frozen(const std::vector<TrainingState>& states, const reference::WholeState& frozen) {
+  const reference::WholeState whole = reference::whole_state_of(states);
+  return !frozen.empty() && std::ranges::all_of(frozen, [&](const auto& entry) {
+    const auto found = whole.find(entry.first);
+    return found != whole.end() && found->second == entry.second;
+  });
+}
+
+TEST(FrozenParameters, AreSavedAndLoaded) {
+  for (int stage = 0; stage <= 3; ++stage) {
+    for (const bool module_only : {false, true}) {
+      MemoryStorage disk;
+      const FrozenRun run{frozen_config(stage), false, {.load_module_only = module_only}};
+      const auto states = loaded_frozen(run, disk);
+      EXPECT_TRUE(holds_frozen(states, frozen_of(run.config, 0))) << "stage " << stage;
+      EXPECT_FALSE(holds_frozen(states, frozen_of(run.config, 1))) << "stage " << stage;
+    }
+  }
+}
+
+// Excluded, they are missed by a strict load (DeepSpeed: RuntimeError), and left alone by another.
+TEST(FrozenParameters, AreExcluded) {
+  for (int stage = 0; stage <= 3; ++stage) {
+    MemoryStorage disk;
+    FrozenRun run{frozen_config(stage), true, {}};
+    EXPECT_THROW(
+        {
+          try {
+            loaded_frozen(run, disk);
+          } catch (const Error& error) {
+            EXPECT_EQ(error.info().code, ErrorCode::kMismatch) << error.what();
+            EXPECT_NE(std::string(error.what()).find("excluded"), std::string::npos);
+            throw;
+          }
+        },
+        Error)
+        << "stage " << stage;
+    MemoryStorage again;
+    run.load.load_module_strict = false;
+    const auto states = loaded_frozen(run, again);
+    EXPECT_TRUE(holds_frozen(states, frozen_of(run.config, 1))) << "stage " << stage;
+    if (stage == 0) continue;
+    for (const bool exclude : {false, true}) {
+      for (const Fp32Tensor& tensor : engine::get_fp32_state_dict_from_zero_checkpoint(
+               again, "/run", {.exclude_frozen_parameters = exclude})) {
+        EXPECT_FALSE(frozen_of(run.config, 0).contains({tensor.name(), "param"})) << tensor.name();
+      }
+    }
+  }
+}
+
+// Where the universal form has them, they are loaded; DeepSpeed leaves them as they are.
+TEST(FrozenParameters, AreLoadedFromTheUniversalForm) {
+  for (int stage = 1; stage <= 3; ++stage) {
+    MemoryStorage disk;
+    const TrainConfig config = frozen_config(stage);
+    trained(config, {.data = 2}, disk);
+    to_universal(disk);
+    TrainConfig other = config;
+    ++other.model.seed;
+    std::vector<TrainingState> states(3);
+    sim::Cluster cluster({.data = 3}, {.seed = 4});
+    cluster.run([&](sim::Rank& rank) {
+      const ParallelState parallel = properties::parallel_state(rank);
+      Trainer trainer(other, parallel);
+      trainer.initialise();
+      Json json = properties::deepspeed_config(other, {.data = 3}, stage);
+      json["checkpoint"] = {{"load_universal", true}};
+      CheckpointEngine(disk, parallel, json, [](const std::string&) {
+      }).load_checkpoint(&trainer.state(), "/run", {});
+      trainer.refresh_parameters();
+      states[static_cast<size_t>(rank.number())] = trainer.state();
+    });
+    EXPECT_TRUE(holds_frozen(states, frozen_of(config, 0))) << "stage " << stage;
+  }
+}
+
 // The real ones: frozen parameters, buffers and tied names of what DeepSpeed saved, beside what its
 // own zero_to_fp32 made of it.
 TEST(Fp32StateDict, OfARecordedCheckpointIsDeepSpeeds) {

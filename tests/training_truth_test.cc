@@ -230,7 +230,7 @@ int replay(const json& runs, Check check) {
       config.beta2 = o.at("betas")[1];
     }
     std::vector<float> master = floats(run.at("start"));
-    std::vector<std::vector<float>> states(state_names(config.kind).size(),
+    std::vector<std::vector<float>> states(state_names(config).size(),
                                            std::vector<float>(master.size(), 0.0f));
     int64_t number = 0;
     for (const json& step : run.at("steps")) {
@@ -256,7 +256,7 @@ TEST(RecordedOptimizer, StepsAreTorchsBitForBit) {
                                                 const auto& states, const json& step) {
     EXPECT_TRUE(same_bits(master, floats(step.at("parameter")))) << name(config.kind);
     for (size_t k = 0; k < states.size(); ++k) {
-      const std::string state = state_names(config.kind)[k];
+      const std::string state = state_names(config)[k];
       EXPECT_TRUE(same_bits(states[k], floats(step.at("state").at(state)))) << state;
     }
   });

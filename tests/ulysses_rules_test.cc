@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <set>
 #include <span>
@@ -134,6 +135,35 @@ TEST(UlyssesArguments, HeadCases) {
   expect_refused(make(32, 3, 8), "ValueError");
   expect_refused(make(40, 8, 16), "40 mod 16 = 8");
   expect_refused(make(8, 0, 2), "ZeroDivisionError");
+  expect_refused(make(7, 0, 2), "ZeroDivisionError");  // before the heads are looked at
+}
+
+// [s, B, H, D], [s, B, K, D] and [S, B, H·D / P]; 1 stands for lengths that the queries say.
+TEST(UlyssesArguments, RequiredShapes) {
+  UlyssesArguments a{.batch_size = 3,
+                     .attn_head_count = 8,
+                     .attn_head_size = 5,
+                     .kv_head_count = 2,
+                     .num_hidden_layers = 7,
+                     .sequence_parallel_size = 4,
+                     .local_seq_length = 6,
+                     .global_seq_length = 24};
+  const UlyssesAttention fixed = make_ulysses(a);
+  EXPECT_EQ(fixed.required_query_shape(), (std::array<int64_t, 4>{6, 3, 8, 5}));
+  EXPECT_EQ(fixed.required_key_value_shape(), (std::array<int64_t, 4>{6, 3, 2, 5}));
+  EXPECT_EQ(fixed.required_context_shape(), (std::array<int64_t, 3>{24, 3, 10}));
+  a.seq_length_is_variable = true;
+  const UlyssesAttention variable = make_ulysses(a);
+  EXPECT_EQ(variable.required_query_shape(), (std::array<int64_t, 4>{1, 3, 8, 5}));
+  EXPECT_EQ(variable.required_key_value_shape(), (std::array<int64_t, 4>{1, 3, 2, 5}));
+  EXPECT_EQ(variable.required_context_shape(), (std::array<int64_t, 3>{1, 3, 10}));
+}
+
+TEST(UlyssesArguments, WhatIsNoArgumentHasItsDefault) {
+  const UlyssesAttention a = make_ulysses({.seq_length_is_variable = true});
+  EXPECT_FALSE(a.core_attn_implementation);
+  EXPECT_FALSE(a.skip_all_but_last_attention_debug_mode);
+  EXPECT_EQ(a.rotating_layer_counter, 0);
 }
 
 // P divides both, and still no rank has whole groups: their heads would be nobody's.
@@ -255,6 +285,57 @@ TEST(UlyssesRegistry, TwiceWithEqualArgumentsIsOnce) {
   RegisterArguments other = r.good;
   other.micro_batch_size = 2;
   expect_refused([&] { r.registry.register_with_transformers(other); }, "already initialized");
+  EXPECT_EQ(r.groups, 1);
+}
+
+// A list of what is refused, not of what is accepted; and a refusal makes no groups.
+TEST(UlyssesRegistry, EveryRegisteredAttentionButTheEagerOnesIsAccepted) {
+  const std::set<std::string> names = {"sdpa",           "flash_attention_2", "flash_attention_3",
+                                       "flex_attention", "paged|sdpa",        "eager",
+                                       "paged|eager"};
+  std::set<std::string> all = names;
+  all.insert("kernels-community/flash-attn2");
+  for (const std::string& name : all) {
+    for (const bool model_is_object : {false, true}) {
+      int groups = 0;
+      UlyssesRegistry registry({.names = names,
+                                .world = 2,
+                                .make_groups = [&](int) -> Communicator* {
+                                  ++groups;
+                                  return nullptr;
+                                },
+                                .load_kernel = [](const std::string&) {}});
+      RegisterArguments arguments = Registered().good;
+      arguments.model_is_object = model_is_object;
+      arguments.config.attn_implementation = name;
+      arguments.core_attn_implementation = name;
+      std::optional<UlyssesAttention> made;
+      const auto make = [&] { made = registry.register_with_transformers(arguments); };
+      if (name.ends_with("eager")) {
+        expect_refused(make, "ValueError");
+        expect_refused(make, "needs a mask");
+        EXPECT_EQ(groups, 0);
+        EXPECT_FALSE(registry.registered());
+        continue;
+      }
+      for (int time = 0; time < 2; ++time) {
+        EXPECT_EQ(refused(make), "");
+        ASSERT_TRUE(made);
+        EXPECT_EQ(made->core_attn_implementation, name);
+        EXPECT_EQ(groups, 1);
+      }
+    }
+  }
+}
+
+// Another name than the first time is another argument, though nothing else differs.
+TEST(UlyssesRegistry, AnotherAttentionIsRefusedTheSecondTime) {
+  Registered r;
+  r.good.model_is_object = false;
+  EXPECT_TRUE(r.registry.register_with_transformers(r.good));
+  r.good.core_attn_implementation = "flex_attention";
+  expect_refused([&] { r.registry.register_with_transformers(r.good); }, "already initialized");
+  EXPECT_EQ(*r.registry.registered(), "sdpa");
   EXPECT_EQ(r.groups, 1);
 }
 
@@ -459,7 +540,19 @@ Values core_of(const Tensors& t, std::span<const int64_t> positions = {}) {
                          .positions = positions,
                          .share = {{0, heads}, {0, groups}},
                          .heads_each = heads / groups},
-                        nullptr);
+                        nullptr)
+      .values;
+}
+
+// What a rank has of a context of both.
+Values own_rows(const Values& context, int rank) {
+  Values own;
+  const int64_t width = std::ssize(context) / (2 * kLength);
+  for (int64_t b = 0; b < 2; ++b) {
+    const auto at = context.begin() + (b * kLength + rank * kOwn) * width;
+    own.insert(own.end(), at, at + kOwn * width);
+  }
+  return own;
 }
 
 enum class Way { kConstructor, kRegistration };
@@ -541,7 +634,12 @@ TEST_P(UlyssesObject, WrongShapesAreRefusedBeforeAnyCollective) {
       expect_refused([&] { attention.forward(own.heads(), {}, training); }, "position_ids");
       const Tensors other = tensors(5, {2, 4, kOwn, 2}, 1);
       own.key_sizes = other.key_sizes, own.key = other.key, own.value = other.value;
-      expect_refused([&] { attention.forward(own.heads(), {}, training); }, "key");
+      HeadTensors mixed = own.heads();
+      expect_refused([&] { attention.forward(mixed, {}, training); }, "key");
+      expect_refused([&] { attention.forward(mixed, {}, training); }, "[3, 2, 2, 2]");
+      const Tensors right = right_tensors().slice(kOwn * rank.number(), kOwn);
+      mixed.key = right.heads().key;
+      expect_refused([&] { attention.forward(mixed, {}, training); }, "value");
       operations[r] = rank.operations();
     });
     for (const std::string& text : texts) {
@@ -572,13 +670,8 @@ TEST_P(UlyssesObject, OnlyEvaluationIsBypassed) {
       found[static_cast<size_t>(rank.number())] =
           attention.forward(own.heads(), positions_of_slice(2, first, kOwn), c.training);
     });
-    for (size_t rank = 0; rank < 2; ++rank) {
-      Values expected;
-      for (int64_t b = 0; b < 2; ++b) {
-        const auto at = context.begin() + (b * kLength + static_cast<int64_t>(rank) * kOwn) * 4 * 2;
-        expected.insert(expected.end(), at, at + kOwn * 4 * 2);
-      }
-      EXPECT_EQ(bits(found[rank]), bits(expected));
+    for (int rank = 0; rank < 2; ++rank) {
+      EXPECT_EQ(bits(found[static_cast<size_t>(rank)]), bits(own_rows(context, rank)));
     }
     EXPECT_EQ(cluster.trace().events().size(), 2u * 5u);
     hashes.insert(cluster.trace().hash());
@@ -602,6 +695,9 @@ TEST_P(UlyssesObject, AVariableLengthIsTheQuerysInTraining) {
     EXPECT_EQ(attention.global_length, kLength);
     attention.forward(given.heads(), {}, false);
     EXPECT_EQ(attention.global_length, kLength);
+    EXPECT_EQ(attention.required_query_shape(), (std::array<int64_t, 4>{kOwn, 2, 4, 2}));
+    EXPECT_EQ(attention.required_key_value_shape(), (std::array<int64_t, 4>{kOwn, 2, 2, 2}));
+    EXPECT_EQ(attention.required_context_shape(), (std::array<int64_t, 3>{kLength, 2, 4}));
   });
   EXPECT_EQ(cluster.trace().events().size(), 2u * 5u);
 }
@@ -643,17 +739,128 @@ TEST_P(UlyssesObject, PositionsOfTheBypassAreForEachTokenOrOneRowOrNone) {
   EXPECT_EQ(operations, (std::vector<int64_t>{0, 0}));
 }
 
-// Outside the bypass there is one for each token, or nothing is sent.
+// Two documents, one of which begins on one rank and ends on the other.
+constexpr std::array<int64_t, kLength> kRow = {0, 1, 0, 1, 2, 3};
+
+std::vector<int64_t> own_row(int rank) {
+  const auto at = kRow.begin() + rank * kOwn;
+  return {at, at + kOwn};
+}
+
+// Outside the bypass, too, position_ids of [1, tokens] are those of every sample.
+TEST_P(UlyssesObject, ARowOfPositionsIsForTheWholeBatch) {
+  const Tensors whole = right_tensors();
+  const std::vector<int64_t> row(kRow.begin(), kRow.end());
+  const Values context = core_of(whole, joined(row, row));
+  EXPECT_NE(bits(context), bits(core_of(whole)));
+  for (const bool training : {false, true}) {
+    sim::Cluster cluster({.sequence = 2});
+    cluster.run([&](sim::Rank& rank) {
+      UlyssesAttention attention = made(GetParam(), rank, training);
+      const Tensors own = whole.slice(kOwn * rank.number(), kOwn);
+      const std::vector<int64_t> one = own_row(rank.number());
+      for (const std::vector<int64_t>& positions : {one, joined(one, one)}) {
+        EXPECT_EQ(bits(attention.forward(own.heads(), positions, training)),
+                  bits(own_rows(context, rank.number())));
+      }
+    });
+    EXPECT_EQ(cluster.trace().events().size(), 2u * 2u * 5u);
+  }
+}
+
+// A rank with a row and one with a row for each sample do not meet.
+TEST_P(UlyssesObject, RanksGiveEquallyManyRowsOfPositions) {
+  sim::Cluster cluster({.sequence = 2});
+  std::optional<ErrorCode> code;
+  try {
+    cluster.run([&](sim::Rank& rank) {
+      UlyssesAttention attention = made(GetParam(), rank, true);
+      const Tensors own = right_tensors().slice(kOwn * rank.number(), kOwn);
+      const std::vector<int64_t> one = own_row(rank.number());
+      attention.forward(own.heads(), rank.number() == 0 ? one : joined(one, one), true);
+    });
+  } catch (const Error& error) {
+    code = error.info().code;
+  }
+  EXPECT_EQ(code, ErrorCode::kMismatch);
+}
+
+// Outside the bypass there is one for each token or one row, or nothing is sent.
 TEST_P(UlyssesObject, PositionsOfTrainingAreForEachToken) {
   sim::Cluster cluster({.sequence = 2});
   cluster.run([&](sim::Rank& rank) {
     UlyssesAttention attention = made(GetParam(), rank, true);
     const Tensors own = right_tensors().slice(kOwn * rank.number(), kOwn);
-    for (const size_t count : {1, 3, 5, 7, 12}) {
+    for (const size_t count : {0, 1, 2, 5, 7, 9, 12}) {
       const std::vector<int64_t> positions(count, 0);
-      expect_refused([&] { attention.forward(own.heads(), positions, true); }, "2 · 3 = 6");
+      expect_refused([&] { attention.forward(own.heads(), positions, true); }, "3 or 2 · 3 = 6");
     }
     EXPECT_EQ(rank.operations(), 0);
+  });
+}
+
+// Of three layers the third has its attention, and the others their queries in its context's place;
+// what goes over the group is the same. Refused calls and those of the bypass do not count.
+TEST_P(UlyssesObject, TheDebugModeCallsTheLastLayersAttentionOnly) {
+  sim::Cluster cluster({.sequence = 2});
+  const Tensors whole = right_tensors();
+  const Values context = core_of(whole);
+  Values queries;  // [B, tokens, H, D]
+  for (int64_t b = 0; b < 2; ++b) {
+    for (int64_t t = 0; t < kLength; ++t) {
+      for (int64_t head = 0; head < 4; ++head) {
+        const float* at = heads_first(whole.query, whole.query_sizes).at(b, head, t);
+        queries.insert(queries.end(), at, at + 2);
+      }
+    }
+  }
+  cluster.run([&](sim::Rank& rank) {
+    UlyssesAttention attention = made(GetParam(), rank, true);
+    attention.arguments.num_hidden_layers = 3;
+    attention.skip_all_but_last_attention_debug_mode = true;
+    int calls = 0;
+    attention.attn = [&](const AttentionCall& call, std::vector<HeadOutputs>* saved) {
+      ++calls;
+      return core_attention(call, saved);
+    };
+    const Tensors own = whole.slice(kOwn * rank.number(), kOwn), other = wrong_tensors(0);
+    const std::vector<int64_t> positions = positions_of_slice(2, kOwn * rank.number(), kOwn);
+    for (int call = 1; call <= 7; ++call) {
+      const bool last = call % 3 == 0;
+      EXPECT_EQ(bits(attention.forward(own.heads(), positions, true)),
+                bits(own_rows(last ? context : queries, rank.number())));
+      EXPECT_EQ(calls, call / 3);
+      EXPECT_EQ(attention.rotating_layer_counter, call % 3);
+      expect_refused([&] { attention.forward(other.heads(), positions, true); }, "query");
+    }
+    EXPECT_EQ(bits(attention.forward(other.heads(), {}, false)), bits(core_of(other)));
+    EXPECT_EQ(attention.rotating_layer_counter, 1);
+    attention.skip_all_but_last_attention_debug_mode = false;
+    EXPECT_EQ(bits(attention.forward(own.heads(), positions, true)),
+              bits(own_rows(context, rank.number())));
+    EXPECT_EQ(attention.rotating_layer_counter, 1);
+  });
+  EXPECT_EQ(cluster.trace().events().size(), 2u * 8u * 5u);
+}
+
+// The only layer is the last one, and without layers there is none.
+TEST_P(UlyssesObject, TheDebugModeOfOneLayerSkipsNothing) {
+  sim::Cluster cluster({.sequence = 2});
+  const Tensors whole = right_tensors();
+  const Values context = core_of(whole);
+  cluster.run([&](sim::Rank& rank) {
+    UlyssesAttention attention = made(GetParam(), rank, true);
+    attention.skip_all_but_last_attention_debug_mode = true;
+    const Tensors own = whole.slice(kOwn * rank.number(), kOwn);
+    const std::vector<int64_t> positions = positions_of_slice(2, kOwn * rank.number(), kOwn);
+    const auto found = [&] { return bits(attention.forward(own.heads(), positions, true)); };
+    EXPECT_EQ(found(), bits(own_rows(context, rank.number())));
+    attention.arguments.num_hidden_layers = 0;
+    const int64_t before = rank.operations();
+    expect_refused(found, "ZeroDivisionError");
+    EXPECT_EQ(rank.operations(), before);
+    attention.skip_all_but_last_attention_debug_mode = false;
+    EXPECT_EQ(found(), bits(own_rows(context, rank.number())));
   });
 }
 
@@ -678,7 +885,7 @@ TEST(UlyssesBypass, CallsTheCoreWithTheCallersTensors) {
     EXPECT_EQ(call.heads_each, 2);
     EXPECT_EQ(std::vector<int64_t>(call.positions.begin(), call.positions.end()), positions);
     EXPECT_EQ(saved, nullptr);
-    return Values{1, 2, 3};
+    return AttentionContext{.values = {1, 2, 3}, .shape = {3}};
   };
   UlyssesAttention attention = make_ulysses({.attn_head_count = 4,
                                              .kv_head_count = 2,
@@ -705,10 +912,12 @@ TEST(UlyssesBypass, TheQueryCountsTheTokens) {
     UlyssesState state{
         .samples = 2, .mode = {false, true}, .document_positions = positions, .outputs = {}};
     const Values found = ulysses.forward(given.query, given.key, given.value, &state);
-    EXPECT_EQ(bits(found),
-              bits(core_attention(
-                  {.in = heads, .positions = positions, .share = {{0, 4}, {0, 2}}, .heads_each = 2},
-                  nullptr)));
+    EXPECT_EQ(
+        bits(found),
+        bits(core_attention(
+                 {.in = heads, .positions = positions, .share = {{0, 4}, {0, 2}}, .heads_each = 2},
+                 nullptr)
+                 .values));
   }
 }
 
@@ -734,16 +943,68 @@ TEST(UlyssesCore, BackwardTakesThePositionsThatForwardTakes) {
   expect_refused([&] { ulysses.backward(context, state); }, "none, 6 or 2 · 6 = 12");
 }
 
+// And the way back of two ranks that were given a row.
+TEST(UlyssesCore, BackwardOfRanksTakesARowOfPositions) {
+  sim::Cluster cluster({.sequence = 2});
+  cluster.run([&](sim::Rank& rank) {
+    Ulysses ulysses(
+        &rank.group(GroupKind::kSequence),
+        {.heads = 4, .kv_heads = 2, .head_size = 2, .positions = {{0, kOwn}, {kOwn, kLength}}});
+    const Tensors own = right_tensors().slice(kOwn * rank.number(), kOwn);
+    const std::vector<int64_t> row = own_row(rank.number());
+    EXPECT_EQ(ulysses.gather_positions(row, 2), std::vector<int64_t>(kRow.begin(), kRow.end()));
+    const auto found = [&](const std::vector<int64_t>& positions) {
+      UlyssesState state{.samples = 2, .document_positions = {}, .outputs = {}};
+      const Values context = ulysses.attend(own.heads(), positions, &state);
+      const UlyssesGradients back = ulysses.backward(context, state);
+      return std::vector{bits(context), bits(back.query), bits(back.key), bits(back.value)};
+    };
+    EXPECT_EQ(found(row), found(joined(row, row)));
+  });
+}
+
+// Behind the exchanges of q, k and v, and of as many elements: required_context_shape is
+// [6, 2, 4], of any axes behind the first two.
+TEST(UlyssesCore, AContextOfAnotherShapeIsRefused) {
+  sim::Cluster cluster({.sequence = 2});
+  const Tensors whole = right_tensors();
+  cluster.run([&](sim::Rank& rank) {
+    const Tensors own = whole.slice(kOwn * rank.number(), kOwn);
+    const std::vector<int64_t> positions = positions_of_slice(2, kOwn * rank.number(), kOwn);
+    const auto found = [&](const std::vector<int64_t>& shape) {
+      UlyssesAttention attention = made(Way::kConstructor, rank, false);
+      attention.attn = [&](const AttentionCall& call, std::vector<HeadOutputs>* saved) {
+        AttentionContext context = core_attention(call, saved);
+        context.shape = shape;
+        return context;
+      };
+      return bits(attention.forward(own.heads(), positions, true));
+    };
+    const std::vector<uint32_t> expected = bits(own_rows(core_of(whole), rank.number()));
+    EXPECT_EQ(found({2, kLength, 2, 2}), expected);
+    EXPECT_EQ(found({2, kLength, 4}), expected);
+    for (const std::vector<int64_t>& shape : std::vector<std::vector<int64_t>>{
+             {2, 2, kLength, 2}, {kLength, 2, 4}, {2, kLength, 2}, {48}, {}}) {
+      expect_refused([&] { found(shape); }, "AssertionError");
+      expect_refused([&] { found(shape); }, "[6, 2, 4]");
+    }
+    expect_refused([&] { found({2, 2, kLength, 2}); }, "[2, 2, 12] of 48 elements");
+  });
+  EXPECT_EQ(cluster.trace().events().size(), 2u * (2u * 5u + 11u * 4u));
+}
+
 // A core attention of another size than DeepSpeed's required_context_shape.
 TEST(UlyssesCore, AContextOfAnotherSizeIsRefused) {
-  UlyssesAttention attention = make_ulysses(
-      {.batch_size = 1,
-       .attn_head_count = 6,
-       .attn_head_size = 4,
-       .kv_head_count = 3,
-       .local_seq_length = 4,
-       .global_seq_length = 4},
-      nullptr, [](const AttentionCall&, std::vector<HeadOutputs>*) { return Values{1}; });
+  UlyssesAttention attention =
+      make_ulysses({.batch_size = 1,
+                    .attn_head_count = 6,
+                    .attn_head_size = 4,
+                    .kv_head_count = 3,
+                    .local_seq_length = 4,
+                    .global_seq_length = 4},
+                   nullptr, [](const AttentionCall&, std::vector<HeadOutputs>*) {
+                     return AttentionContext{.values = {1}, .shape = {1, 4, 24}};
+                   });
   const Tensors given = wrong_tensors(0);
   expect_refused([&] { attention.forward(given.heads(), {0, 1, 2, 3}, true); }, "context");
 }

@@ -20,7 +20,8 @@ reference::TrainConfig sample_model(const std::string& name, uint64_t seed) {
   m.dtype = DType::kBFloat16;
   config.data.batch = 8;
   m.tied = name == "llama-tied";
-  if (name == "llama" || m.tied) return config;
+  if (name == "llama-frozen") m.frozen = 3;
+  if (name == "llama" || m.tied || m.frozen > 0) return config;
   if (name == "mixtral") {
     m.hidden = 16;
     m.head_size = 4;

@@ -8,7 +8,8 @@
 
 namespace isoshard::tools {
 
-constexpr const char* kSampleModels = "llama, llama-fp32, llama-tied, mixtral or tiny";
+constexpr const char* kSampleModels =
+    "llama, llama-fp32, llama-tied, llama-frozen, mixtral or tiny";
 
 // "llama" and "mixtral" have the sizes of the recorded checkpoints. Throws Error(kUsage).
 reference::TrainConfig sample_model(const std::string& name, uint64_t seed);
