@@ -229,6 +229,7 @@ void StagedFolder::begin_in_place() {
   staging_path_ = final_path_;
   in_place_ = true;
   note_hidden_folder(final_path_);
+  storage_.sync_directory(final_path_);  // no file may be there without the mark, whatever is lost
 }
 
 // The name is public: somebody may have put another folder there.
@@ -300,6 +301,7 @@ void StagedFolder::publish() {
   }
   published_ = true;
   try {
+    if (in_place_) storage_.sync_directory(final_path_);  // the mark does not come back
     storage_.sync_directory(parent_path_);
     for (auto made = made_parents_.rbegin(); made != made_parents_.rend(); ++made) {
       storage_.sync_directory(split(*made).parent);
@@ -332,7 +334,8 @@ void StagedFolder::replace_old() {
   }
 }
 
-// All but the mark, which must be the last to go. False when the folder is not ours any more.
+// All but the mark, which must be the last to go, also after power loss. False when the folder is
+// not ours any more.
 bool StagedFolder::clear_in_place() {
   if (!is_still_ours()) return false;
   for (const DirectoryEntry& entry : storage_.list(final_path_)) {
@@ -341,6 +344,7 @@ bool StagedFolder::clear_in_place() {
     entry.kind == DirectoryEntry::Kind::kDirectory ? storage_.remove_tree(path)
                                                    : storage_.remove_file(path);
   }
+  storage_.sync_directory(final_path_);
   return true;
 }
 

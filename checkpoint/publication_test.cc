@@ -1,5 +1,5 @@
 // A folder appears whole or not at all, on the real disk and in memory alike. Not verified here:
-// what a power failure leaves (the simulated disk does that).
+// what a power failure leaves (tests/power_loss_test.cc does that).
 #include "checkpoint/publication.h"
 
 #include <gtest/gtest.h>
