@@ -7,6 +7,7 @@ void add_verbs(CLI::App* app, Session* session) {
   add_inspect(app, session);
   add_show(app, session);
   add_verify(app, session);
+  add_doctor(app, session);
   add_diff(app, session);
   add_digest(app, session);
   add_convert(app, session);

@@ -1,0 +1,256 @@
+// See doctor.h. Link 8 of the tensor's journey: what made it ill, where the bytes themselves say
+// so.
+#include "reshard/doctor.h"
+
+#include <algorithm>
+
+#include "checkpoint/cancel.h"
+#include "checkpoint/publication.h"
+#include "core/error.h"
+#include "reshard/doctor_rules.h"
+#include "reshard/parallel.h"
+
+namespace isoshard::reshard {
+namespace {
+
+using checkpoint::Flavour;
+
+// Errors that leave open what the checkpoint is.
+bool leaves_open(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::kCorrupt:
+    case ErrorCode::kMismatch:
+    case ErrorCode::kIncomplete:
+    case ErrorCode::kNotFound:
+    case ErrorCode::kHostile:
+    case ErrorCode::kLimit:
+      return false;
+    default:
+      return true;
+  }
+}
+
+Verdict verdict_of(ErrorCode code) {
+  if (code == ErrorCode::kHostile || code == ErrorCode::kLimit) return Verdict::kHostile;
+  if (code == ErrorCode::kIncomplete || code == ErrorCode::kNotFound) return Verdict::kIncomplete;
+  return Verdict::kCorrupt;
+}
+
+std::string told(const ErrorInfo& info) {
+  std::string text = info.what;
+  if (!info.expected.empty()) text += "\nexpected: " + info.expected;
+  if (!info.found.empty()) text += "\nfound: " + info.found;
+  return text;
+}
+
+void tell_unexplained(Patient* patient, const ErrorInfo& info) {
+  patient->result.symptoms.push_back({.rule = "unexplained",
+                                      .grade = Grade::kSuspect,
+                                      .verdict = verdict_of(info.code),
+                                      .file = info.file,
+                                      .entry = info.entry,
+                                      .found = told(info),
+                                      .proof = "the file contradicts itself or another one",
+                                      .fault = "no fault of the list leaves this",
+                                      .safe = "other checkpoints of the run",
+                                      .next = info.next});
+}
+
+// False when what the pointer names is not there. A source that is not there at all is the
+// caller's mistake.
+bool find_place(Patient* patient) {
+  const std::string& tag = patient->options.read.tag;
+  const std::string& source = patient->source;
+  checkpoint::require_source(patient->storage, source, tag);
+  try {
+    patient->place = checkpoint::resolve_source(patient->storage, source, tag);
+    patient->result.folder = patient->place.folder;
+    return true;
+  } catch (const Error& error) {
+    const auto there = [&](const char* name) {
+      return patient->storage.is_file(checkpoint::join(source, name));
+    };
+    const ErrorInfo& info = error.info();
+    const bool pointer = there("latest") || there("latest_universal");
+    if (!tag.empty() || !pointer || leaves_open(info.code)) throw;
+    const std::string name = there("latest") ? "latest" : "latest_universal";
+    if (info.code == ErrorCode::kHostile) {  // no tag, and no cut makes one of a tag
+      tell_unexplained(patient, info);
+      return false;
+    }
+    patient->result.symptoms.push_back(
+        {.rule = "torn-publication",
+         .verdict = Verdict::kIncomplete,
+         .file = checkpoint::join(source, name),
+         .found = told(info),
+         .proof = "a pointer that names no folder was cut off while it was written, or was written "
+                  "before its folder, or its folder was taken away",
+         .fault = kTornFault,
+         .safe = "the other tags of the folder, each by --tag",
+         .next = info.next});
+    return false;
+  }
+}
+
+// The commit marker of a folder of isoshard's own.
+void look_for_marks(Patient* patient) {
+  const std::string& folder = patient->place.folder;
+  if (!patient->place.folder_named) return;
+  const auto has = [&](const char* name) {
+    return patient->storage.is_file(patient->path_of(name));
+  };
+  const bool mark = checkpoint::is_unfinished(patient->storage, folder);
+  const bool lacks = has("certificate.json") && !has("MANIFEST.json");
+  if (!mark && !lacks) return;
+  patient->result.symptoms.push_back(
+      {.rule = "torn-publication",
+       .verdict = Verdict::kIncomplete,
+       .file = folder,
+       .found = mark ? "the mark of a command of isoshard that did not come to its end"
+                     : "certificate.json without MANIFEST.json",
+       .proof = mark ? "the mark is removed last"
+                     : "isoshard writes the manifest last, into every folder with a certificate",
+       .fault = "none of DeepSpeed's: a command of isoshard, or a copy of its folder, was cut off",
+       .safe = "the source of that command",
+       .next = "give the command again with another target, or copy the folder again"});
+}
+
+void describe(Patient* patient) {
+  const checkpoint::ShardedState& state = *patient->state;
+  std::string& text = patient->result.description;
+  text = checkpoint::name(state.flavour);
+  if (state.flavour == Flavour::kWeights) return;
+  text += ", " + to_string(state.topology) + ", tag " + quote(state.tag);
+  if (!state.version.empty()) text += ", DeepSpeed " + quote(state.version);
+}
+
+// The archives of a tag folder, those below zero/ of a universal one, or the files of weights.
+void list_files(Patient* patient, const std::string& inside, int depth) {
+  constexpr int kDeepest = 64;
+  const bool deep = patient->place.kind == checkpoint::SourcePlace::Kind::kUniversal;
+  const std::string folder = inside.empty() ? patient->place.folder : patient->path_of(inside);
+  for (const DirectoryEntry& entry : patient->storage.list(folder)) {
+    const std::string relative = inside.empty() ? entry.name : inside + "/" + entry.name;
+    if (entry.kind == DirectoryEntry::Kind::kDirectory) {
+      if (deep && depth < kDeepest) list_files(patient, relative, depth + 1);
+    } else if (entry.kind == DirectoryEntry::Kind::kFile && relative.ends_with(".pt")) {
+      patient->files.push_back({relative, nullptr, std::nullopt});
+    }
+  }
+}
+
+// Every archive by itself, so that one that cannot be read does not hide the others.
+void open_each(Patient* patient) {
+  if (patient->place.kind == checkpoint::SourcePlace::Kind::kWeights) {
+    for (const std::string& name : patient->place.files)
+      patient->files.push_back({name, nullptr, std::nullopt});
+  } else {
+    list_files(patient, "", 0);
+  }
+  checkpoint::PickleShelf shelf;
+  parallel_for(patient->files.size(), patient->options.read.workers, [&](size_t i) {
+    checkpoint::throw_if_cancelled();
+    PatientFile& file = patient->files[i];
+    try {
+      file.torch = std::make_shared<checkpoint::TorchFile>(patient->storage,
+                                                           patient->path_of(file.relative), &shelf);
+    } catch (const Error& error) {
+      if (error.info().code == ErrorCode::kInterrupted) throw;
+      file.refusal = error.info();
+    }
+  });
+}
+
+void read(Patient* patient) {
+  checkpoint::ReadOptions read = patient->options.read;
+  read.prove = false;
+  try {
+    patient->state = checkpoint::read_checkpoint(patient->storage, patient->source, read);
+    patient->result.notices = patient->state->notices;
+    describe(patient);
+  } catch (const Error& error) {
+    const ErrorCode code = error.info().code;
+    if (leaves_open(code) && code != ErrorCode::kUnsupported) throw;
+    patient->refusal = error.info();
+  }
+}
+
+// A file that a rule cannot read further is no reason to stop: the refusal is told in any case.
+template <typename Work>
+void judging(const Work& work) {
+  try {
+    work();
+  } catch (const Error& error) {
+    if (error.info().code == ErrorCode::kInterrupted) throw;
+  }
+}
+
+void look_at_files(Patient* patient) {
+  judging([&] { look_for_torn_files(patient); });
+  look_for_mixed_steps(patient);
+  look_for_missing_shards(patient);
+  look_for_renamed_ranks(patient);
+  judging([&] { look_for_padding(patient); });
+  patient->result.not_looked.push_back(
+      "zero-moments, round-robin: the checkpoint cannot be read as a whole");
+  if (!patient->result.symptoms.empty()) return;
+  const ErrorInfo& info = *patient->refusal;
+  if (leaves_open(info.code)) throw Error(info);
+  tell_unexplained(patient, info);
+}
+
+void look_at_state(Patient* patient) {
+  look_for_missing_model_files(patient);
+  look_for_missing_weights(patient);
+  look_for_zero_moments(patient);
+  if (patient->options.payload) {
+    look_for_swapped_values(patient);
+  } else if (patient->place.kind == checkpoint::SourcePlace::Kind::kUniversal) {
+    patient->result.not_looked.push_back(
+        "round-robin, rank-order: only payloads show them in a universal folder (--payload)");
+  }
+}
+
+size_t place_of(const Symptom& symptom) {
+  return static_cast<size_t>(
+      std::ranges::find(kDoctorRules, symptom.rule,
+                        [](const DoctorRule& r) { return std::string(r.name); }) -
+      std::begin(kDoctorRules));
+}
+
+}  // namespace
+
+const char* name(Grade grade) { return grade == Grade::kProven ? "PROVEN" : "SUSPECT"; }
+
+bool Patient::has(const std::string& rule, const std::string& file) const {
+  return std::ranges::any_of(result.symptoms, [&](const Symptom& symptom) {
+    return symptom.rule == rule && (file.empty() || symptom.file == file);
+  });
+}
+
+std::vector<int> alphabetical_ranks(int count, int digits) {
+  const auto text = [&](int rank) {
+    const std::string plain = std::to_string(rank);
+    const auto width = static_cast<size_t>(digits);
+    return plain.size() < width ? std::string(width - plain.size(), '0') + plain : plain;
+  };
+  std::vector<int> ranks;
+  for (int rank = 0; rank < count; ++rank) ranks.push_back(rank);
+  std::ranges::sort(ranks, {}, text);
+  return ranks;
+}
+
+Diagnosis examine(Storage& storage, const std::string& source, const DoctorOptions& options) {
+  Patient patient{.storage = storage, .source = source, .options = options};
+  if (find_place(&patient)) {
+    look_for_marks(&patient);
+    read(&patient);
+    if (!patient.state && patient.place.folder_named) open_each(&patient);
+    look_for_code(&patient);
+    patient.state ? look_at_state(&patient) : look_at_files(&patient);
+  }
+  std::ranges::stable_sort(patient.result.symptoms, {}, place_of);
+  return std::move(patient.result);
+}
+
+}  // namespace isoshard::reshard

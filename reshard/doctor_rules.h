@@ -1,0 +1,70 @@
+// What the rules of doctor.h share: the folder with its files as far as each could be opened.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "checkpoint/deepspeed/source.h"
+#include "reshard/doctor.h"
+
+namespace isoshard::reshard {
+
+inline constexpr const char* kTornFault =
+    "DeepSpeed writes latest and every file in place, before other ranks are done (errata 24, 60)";
+
+// A file of the checkpoint's folder, with the Error where it is no archive that can be read.
+struct PatientFile {
+  std::string relative;
+  std::shared_ptr<checkpoint::TorchFile> torch;
+  std::optional<ErrorInfo> refusal;
+};
+
+struct Patient {
+  Storage& storage;
+  const std::string& source;
+  const DoctorOptions& options;
+  checkpoint::SourcePlace place = {};
+  std::optional<checkpoint::ShardedState> state = {};  // where the reader takes it
+  std::optional<ErrorInfo> refusal = {};               // where it does not
+  std::vector<PatientFile> files = {};                 // only then; sorted by path
+  Diagnosis result = {};
+
+  std::string path_of(const std::string& relative) const {
+    return checkpoint::join(place.folder, relative);
+  }
+  bool has(const std::string& rule, const std::string& file = "") const;
+};
+
+// Files of a folder that the reader refuses (doctor_files.cc).
+void look_for_torn_files(Patient* patient);
+void look_for_mixed_steps(Patient* patient);
+void look_for_missing_shards(Patient* patient);
+void look_for_code(Patient* patient);  // of any folder
+void look_for_renamed_ranks(Patient* patient);
+void look_for_padding(Patient* patient);
+
+// A state that the reader takes (doctor_state.cc).
+void look_for_missing_model_files(Patient* patient);
+void look_for_missing_weights(Patient* patient);
+void look_for_zero_moments(Patient* patient);
+void look_for_swapped_values(Patient* patient);  // round-robin and rank-order; reads payloads
+
+// What stands at the front of a file, found from its first byte on (doctor_tail.cc): a whole
+// archive, which may be less than the file, or one whose records go on behind the file's end.
+// Reads headers and data.pkl.
+struct ArchiveFront {
+  std::optional<int64_t> whole_bytes;
+  bool cut_short = false;
+};
+ArchiveFront archive_front(const ReadableFile& file);
+
+// Whether an end record of some archive stands at the file's end.
+bool ends_as_archive(const ReadableFile& file);
+
+// The ranks 0 … count−1 in the order of their names as text: 0, 1, 10, 11, 2, … With `digits` 2
+// names are written 00, 01, … so that only ranks of three digits change places.
+std::vector<int> alphabetical_ranks(int count, int digits);
+
+}  // namespace isoshard::reshard

@@ -1,0 +1,182 @@
+// A shorter archive written over a longer one without cutting the file off:
+//
+//   | records of the new file | its directory | its end record | … the old directory | old end |
+//
+// Readers look for an end record at the end of the file and so find the old one. The new archive is
+// found from its front: every local header says where its data begins, data.pkl says how long each
+// data/KEY is, and the archive that this ends in must pass every check of zip.h.
+#include <algorithm>
+#include <unordered_map>
+
+#include "checkpoint/format/pickle_reader.h"
+#include "checkpoint/format/zip.h"
+#include "checkpoint/format/zip_fields.h"
+#include "core/error.h"
+#include "reshard/doctor_rules.h"
+
+namespace isoshard::reshard {
+namespace {
+
+using namespace checkpoint::zip;
+using checkpoint::Kind;
+using checkpoint::NodeId;
+
+constexpr int64_t kSmallRecord = 4096, kStep = 1 << 16;
+
+// The first bytes of a file as a file of their own.
+class Front : public ReadableFile {
+ public:
+  Front(const ReadableFile& file, int64_t size_bytes) : file_(file), size_bytes_(size_bytes) {}
+  const std::string& path() const override { return file_.path(); }
+  int64_t size_bytes() const override { return size_bytes_; }
+  void read_at(int64_t offset, std::span<std::byte> target) const override {
+    file_.read_at(offset, target);
+  }
+  int64_t next_data(int64_t offset) const override {
+    return std::min(size_bytes_, file_.next_data(offset));
+  }
+  int64_t next_hole(int64_t offset) const override {
+    return std::min(size_bytes_, file_.next_hole(offset));
+  }
+
+ private:
+  const ReadableFile& file_;
+  int64_t size_bytes_;
+};
+
+class Walk {
+ public:
+  explicit Walk(const ReadableFile& file) : file_(file) {}
+
+  std::optional<int64_t> run() {
+    int64_t at = 0;
+    while (signature(at) == kLocalSignature) {
+      const std::optional<int64_t> next = behind_record(at);
+      if (!next) return std::nullopt;
+      at = *next;
+    }
+    if (at == 0) return std::nullopt;
+    while (signature(at) == kCentralSignature) {
+      const std::string entry = bytes(at, kCentralBytes);
+      if (entry.empty()) return std::nullopt;
+      at += kCentralBytes +
+            static_cast<int64_t>(load(entry, 28, 2) + load(entry, 30, 2) + load(entry, 32, 2));
+    }
+    if (signature(at) == kEnd64Signature) at += kEnd64Bytes;
+    if (signature(at) == kLocatorSignature) at += kLocatorBytes;
+    if (signature(at) != kEndSignature || bytes(at, kEndBytes).empty()) return std::nullopt;
+    return at + kEndBytes;
+  }
+
+  bool went_beyond() const { return beyond_; }
+
+ private:
+  // Empty beyond the end of the file.
+  std::string bytes(int64_t offset, int64_t count) {
+    if (offset < 0 || count < 0 || offset > file_.size_bytes() - count) {
+      beyond_ = true;
+      return "";
+    }
+    std::string text(static_cast<size_t>(count), '\0');
+    file_.read_at(offset, std::as_writable_bytes(std::span(text)));
+    return text;
+  }
+  uint64_t signature(int64_t offset) {
+    const std::string text = bytes(offset, 4);
+    return text.empty() ? 0 : load(text, 0, 4);
+  }
+  std::optional<int64_t> behind_record(int64_t at);
+  std::optional<int64_t> find_size(int64_t data, int64_t limit);
+  void read_sizes(int64_t data, int64_t size_bytes);
+
+  const ReadableFile& file_;
+  std::unordered_map<std::string, int64_t> sizes_;  // by key of data/KEY
+  bool beyond_ = false;                             // something was to lie behind the file's end
+};
+
+std::optional<int64_t> Walk::behind_record(int64_t at) {
+  const std::string header = bytes(at, kLocalBytes);
+  if (header.empty()) return std::nullopt;
+  const auto name_bytes = static_cast<int64_t>(load(header, 26, 2));
+  const std::string path = bytes(at + kLocalBytes, name_bytes);
+  const int64_t data = at + kLocalBytes + name_bytes + static_cast<int64_t>(load(header, 28, 2));
+  const size_t slash = path.find('/');
+  if (slash == std::string::npos) return std::nullopt;
+  const std::string name = path.substr(slash + 1);
+  const bool deferred = (load(header, 6, 2) & 0x8) != 0;
+  std::optional<int64_t> size = static_cast<int64_t>(load(header, 22, 4));
+  if (deferred && name.starts_with("data/")) {
+    const auto known = sizes_.find(name.substr(5));
+    if (known == sizes_.end()) return std::nullopt;
+    size = known->second;
+  } else if (deferred) {
+    const bool pickle = name == "data.pkl";
+    size = find_size(data, pickle ? checkpoint::PickleLimits{}.stream_bytes : kSmallRecord);
+    if (size && pickle) read_sizes(data, *size);
+  }
+  if (!size) return std::nullopt;
+  if (!deferred) return data + *size;
+  return data + *size + (local_zip64(*size, at).empty() ? 16 : 24);
+}
+
+// The size of a record whose descriptor follows it: the descriptor itself must say that size.
+std::optional<int64_t> Walk::find_size(int64_t data, int64_t limit) {
+  const int64_t end = std::min(file_.size_bytes(), data + limit + 16);
+  for (int64_t from = data; from + 16 <= end; from += kStep - 16) {
+    const std::string window = bytes(from, std::min(kStep, end - from));
+    for (size_t i = window.find("PK\x07\x08"); i != std::string::npos && i + 16 <= window.size();
+         i = window.find("PK\x07\x08", i + 1)) {
+      const int64_t size = from + static_cast<int64_t>(i) - data;
+      if (load(window, i + 8, 4) == static_cast<uint64_t>(size) &&
+          load(window, i + 12, 4) == static_cast<uint64_t>(size))
+        return size;
+    }
+  }
+  beyond_ = beyond_ || end == file_.size_bytes();
+  return std::nullopt;
+}
+
+void Walk::read_sizes(int64_t data, int64_t size_bytes) {
+  const std::unordered_map<std::string, int64_t> widths = {
+      {"DoubleStorage", 8}, {"FloatStorage", 4}, {"BFloat16Storage", 2}, {"HalfStorage", 2},
+      {"LongStorage", 8},   {"IntStorage", 4},   {"ShortStorage", 2}};
+  const checkpoint::Pickle pickle = checkpoint::read_pickle(bytes(data, size_bytes), file_.path());
+  for (NodeId node = 0; node < pickle.size(); ++node) {
+    if (pickle.kind(node) != Kind::kPersistent) continue;
+    const NodeId id = pickle.persistent_id(node);
+    if (pickle.kind(id) != Kind::kTuple || pickle.items(id).size() != 5) continue;
+    const std::vector<NodeId>& parts = pickle.items(id);
+    if (pickle.kind(parts[1]) != Kind::kGlobal || pickle.kind(parts[2]) != Kind::kString ||
+        pickle.kind(parts[4]) != Kind::kInt)
+      continue;
+    const auto width = widths.find(pickle.attribute(parts[1]));
+    const int64_t numel = pickle.integer_value(parts[4]);
+    if (numel < 0 || numel > file_.size_bytes()) continue;
+    sizes_[pickle.text(parts[2])] = numel * (width == widths.end() ? 1 : width->second);
+  }
+}
+
+}  // namespace
+
+ArchiveFront archive_front(const ReadableFile& file) {
+  ArchiveFront front;
+  try {
+    Walk walk(file);
+    const std::optional<int64_t> bytes = walk.run();
+    front.cut_short = !bytes && walk.went_beyond();
+    if (bytes) checkpoint::read_zip_index(Front(file, *bytes));
+    front.whole_bytes = bytes;
+  } catch (const Error& error) {
+    if (error.info().code == ErrorCode::kInterrupted) throw;
+  }
+  return front;
+}
+
+bool ends_as_archive(const ReadableFile& file) {
+  if (file.size_bytes() < kEndBytes) return false;
+  std::string end(4, '\0');
+  file.read_at(file.size_bytes() - kEndBytes, std::as_writable_bytes(std::span(end)));
+  return load(end, 0, 4) == kEndSignature;
+}
+
+}  // namespace isoshard::reshard
