@@ -6,8 +6,8 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
-#include <set>
 
+#include "checkpoint/shallow_json.h"
 #include "core/check.h"
 #include "core/error.h"
 #include "core/utf8.h"
@@ -19,7 +19,8 @@ using Json = nlohmann::json;  // keeps members sorted by name
 
 constexpr int kSchema = 1;
 constexpr int kIndent = 1;
-constexpr int kDeepest = 3;  // the manifest, its list, an entry
+constexpr int kDeepest = 3;           // the manifest, its list, an entry
+constexpr size_t kMemoryFactor = 12;  // no entry takes more than this for each byte of its text
 constexpr const char* kKind = "isoshard-manifest";
 
 std::string text_of(const Json& json) { return json.dump(kIndent) + "\n"; }
@@ -90,27 +91,13 @@ class ManifestReader {
 
   // JSON libraries keep one of two equal keys in silence; two readers could keep different ones.
   Json parse(const std::string& text) const {
-    std::vector<std::set<std::string>> keys;
-    const auto watch = [&](int depth, Json::parse_event_t event, Json& value) {
-      if (depth >= kDeepest && (event == Json::parse_event_t::object_start ||
-                                event == Json::parse_event_t::array_start)) {
-        fail({.what = "The manifest is nested deeper than any manifest is."});
-      }
-      if (event == Json::parse_event_t::object_start) keys.emplace_back();
-      if (event == Json::parse_event_t::object_end) keys.pop_back();
-      if (event == Json::parse_event_t::key) {
-        const auto& key = value.get_ref<const std::string&>();
-        if (!keys.back().insert(key).second) {
-          fail({.what = "A key of the manifest stands there twice.", .entry = quote(key)});
-        }
-      }
-      return true;
-    };
-    try {
-      return Json::parse(text, watch);
-    } catch (const Json::exception& error) {
-      fail({.what = "The manifest is not valid JSON.", .found = quote(error.what())});
+    const auto most_bytes = static_cast<int64_t>(kMemoryFactor * (text.size() + 1024));
+    ShallowJson read = read_shallow_json(text, {.levels = kDeepest, .memory_bytes = most_bytes});
+    if (!read.key.empty()) {
+      fail({.what = "A key of the manifest stands there twice.", .entry = quote(read.key)});
     }
+    if (!read.why.empty()) fail({.what = "The manifest cannot be read: " + read.why + "."});
+    return std::move(read.value);
   }
 
   const Json& member(const Json& json, const char* key, const std::string& entry) const {

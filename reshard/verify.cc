@@ -7,6 +7,7 @@
 #include "checkpoint/deepspeed/source.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
+#include "checkpoint/shallow_json.h"
 #include "core/error.h"
 #include "reshard/agreement.h"
 #include "reshard/manifest_check.h"
@@ -23,7 +24,7 @@ using nlohmann::json;
 
 constexpr const char* kUnfinished =
     "The folder holds the mark of a command of isoshard that did not finish.";
-constexpr int64_t kPaperBytes = int64_t{1} << 28;  // manifest and certificate
+constexpr int64_t kManifestBytes = int64_t{1} << 28, kCertificateBytes = int64_t{1} << 26;
 
 // The verdict that an error means; nothing for errors that leave the question open.
 std::optional<Verdict> verdict_of(ErrorCode code) {
@@ -161,7 +162,7 @@ void Verifier::read_manifest() {
   } else if (in_folder(checkpoint::kManifestName) &&
              !checkpoint::is_unfinished(storage_, place_.folder)) {
     try {
-      manifest_ = checkpoint::parse_manifest(read_small_file(storage_, path, kPaperBytes), path);
+      manifest_ = checkpoint::parse_manifest(read_small_file(storage_, path, kManifestBytes), path);
       result_.manifest.clear();
     } catch (const Error& error) {
       result_.manifest = "damaged";
@@ -259,7 +260,7 @@ void Verifier::compare_certificate() {
   const std::string path = checkpoint::join(place_.folder, "certificate.json");
   if (!in_folder("certificate.json")) return;
   const json certificate =
-      json::parse(read_small_file(storage_, path, kPaperBytes), nullptr, false);
+      checkpoint::read_shallow_json(read_small_file(storage_, path, kCertificateBytes)).value;
   if (certificate.is_object()) tell_history(certificate);
   const json::json_pointer at("/target/digests");
   if (certificate.is_object() && !certificate.contains(at)) {

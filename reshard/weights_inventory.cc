@@ -4,12 +4,14 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <tuple>
 
 #include "checkpoint/deepspeed/source.h"
+#include "checkpoint/shallow_json.h"
 #include "core/error.h"
 
 namespace isoshard::reshard {
@@ -18,7 +20,9 @@ namespace {
 using checkpoint::ShardedState;
 using nlohmann::json;
 
-constexpr int64_t kIndexBytes = int64_t{1} << 28;
+constexpr int64_t kIndexBytes = int64_t{1} << 26;  // of 100,000 tensors it has some 15 MB
+
+constexpr int kMostNamed = 100;  // missing parts of one series; the name alone says how many
 
 // "stem-00002-of-00004.ending", taken apart.
 struct PartName {
@@ -48,12 +52,17 @@ void check_parts(const ShardedState& state, WeightsInventory* inventory) {
   }
   for (const auto& [key, numbers] : series) {
     const auto& [stem, ending, count] = key;
-    for (int number = 1; number <= count; ++number) {
+    const auto here = std::distance(numbers.lower_bound(1), numbers.upper_bound(count));
+    int64_t left = count - here;  // to be named
+    for (int number = 1, named = 0; number <= count && named < kMostNamed; ++number) {
       if (numbers.count(number) != 0) continue;
       char middle[32];
       std::snprintf(middle, sizeof middle, "-%05d-of-%05d", number, count);
       inventory->missing.push_back(quote(stem + middle + ending));
+      ++named;
+      --left;
     }
+    if (left > 0) inventory->missing.push_back(std::to_string(left) + " more of these");
   }
 }
 
@@ -99,12 +108,15 @@ WeightsInventory take_weights_inventory(Storage& storage, const ShardedState& st
   const std::string path = checkpoint::join(state.folder, name);
   inventory.has_index = storage.is_file(path);
   if (!inventory.has_index) return inventory;
-  const json index = json::parse(read_small_file(storage, path, kIndexBytes), nullptr, false);
+  const checkpoint::ShallowJson read =
+      checkpoint::read_shallow_json(read_small_file(storage, path, kIndexBytes));
+  const json& index = read.value;
   if (!index.is_object() || !index.contains("weight_map") || !index["weight_map"].is_object()) {
     throw Error(
         ErrorInfo{.code = ErrorCode::kCorrupt,
                   .what = "The index of the weights is no JSON object with a weight_map.",
                   .file = path,
+                  .found = read.why,
                   .next = "restore it from another copy; the files can be read without it"});
   }
   check_index(index["weight_map"], state, &inventory);

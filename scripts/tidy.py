@@ -34,6 +34,7 @@ LAYERS = {
     "properties": EVERYTHING,
     "tests": EVERYTHING,
     "bench": EVERYTHING,
+    "fuzz": EVERYTHING,
     "tools": EVERYTHING,
     "python": EVERYTHING,
 }

@@ -36,6 +36,9 @@ class Record:
             "raw": None,
             "time": 0,
             "version": 0,
+            "central_extra": b"",
+            "central_comment": b"",
+            "attributes": 0,
         }
         assert set(tricks) <= set(self.tricks), tricks
         self.tricks.update(tricks)
@@ -94,14 +97,16 @@ def torch_zip(
                 packed,
                 size,
                 len(name),
+                len(record.central_extra),
+                len(record.central_comment),
                 0,
                 0,
-                0,
-                0,
-                0,
+                record.attributes,
                 offset,
             )
             + name
+            + record.central_extra
+            + record.central_comment
         )
     at = len(out) + directory_shift
     number = len(records) if count is None else count
@@ -135,6 +140,73 @@ def records_of(data_pkl, storages=(), prefix="archive", byteorder=b"little", ver
 
 def torch_file(data_pkl, storages=(), **options):
     return torch_zip(records_of(data_pkl, storages, **options))
+
+
+class ZipPlaces:
+    """Where the parts of an archive of torch_zip() begin."""
+
+    def __init__(self, data):
+        self.end = data.rindex(b"PK\5\6")
+        self.locator, self.end64 = self.end - 20, self.end - 76
+        self.directory = struct.unpack_from("<I", data, self.end + 16)[0]
+        self.central, self.local, self.payload, self.descriptor = [], [], [], []
+        at = self.directory
+        while data[at : at + 4] == b"PK\1\2":
+            flags, packed = struct.unpack_from("<H10xI", data, at + 8)
+            name, extra, comment = struct.unpack_from("<HHH", data, at + 28)
+            self.central.append(at)
+            local = struct.unpack_from("<I", data, at + 42)[0]
+            self.local.append(local)
+            self.payload.append(local + 30 + sum(struct.unpack_from("<HH", data, local + 26)))
+            self.descriptor.append(self.payload[-1] + packed if flags & 8 else None)
+            at += 46 + name + extra + comment
+
+
+def patched(data, at, form, *values):
+    """The bytes with fields of struct format `form` written at `at`."""
+    new = struct.pack("<" + form, *values)
+    return data[:at] + new + data[at + len(new) :]
+
+
+def inflating_overlap(name_count, kernel, quoted):
+    """An archive whose deflated records share one kernel, as in D. Fifield's zip bomb.
+
+    quoted: each record's data begins with the next local headers, as non-final stored blocks;
+    otherwise every directory entry points at the one local header.
+    """
+    packed = zlib.compressobj(9, zlib.DEFLATED, -15)
+    tail = packed.compress(kernel) + packed.flush()
+    data, entries = kernel, []
+    header = out = b""
+    for number in reversed(range(name_count if quoted else 1)):
+        name = b"archive/data/%d" % number
+        if out:
+            head = struct.pack("<BHH", 0, len(header), 0xFFFF - len(header))
+            tail, data = head + out, header + data
+        header = (
+            struct.pack(
+                "<IHHHHHIIIHH", 0x04034B50, 20, 0, 8, 0, 0, zlib.crc32(data), len(tail),
+                len(data), len(name), 0,
+            )
+            + name
+        )
+        out = header + tail
+        entries.insert(0, (name, zlib.crc32(data), len(tail), len(data), len(out)))
+    if not quoted:
+        entries = [(b"archive/data/%d" % i, *entries[0][1:]) for i in range(name_count)]
+    directory = b""
+    for name, crc, packed_size, size, rest in entries:
+        directory += (
+            struct.pack(
+                "<IHHHHHHIIIHHHHHII", 0x02014B50, 20, 20, 0, 8, 0, 0, crc, packed_size, size,
+                len(name), 0, 0, 0, 0, 0, len(out) - rest,
+            )
+            + name
+        )
+    end = struct.pack(
+        "<IHHHHIIH", 0x06054B50, 0, 0, len(entries), len(entries), len(directory), len(out), 0
+    )
+    return out + directory + end
 
 
 # ---- pickle, protocol 2 --------------------------------------------------------------------------
@@ -230,6 +302,23 @@ def safetensors(header, data=b"", length=None):
     return struct.pack("<Q", len(head) if length is None else length) + head + data
 
 
+def manifest(listed, **members):
+    """MANIFEST.json of isoshard's: `listed` are (path, size, hash); `members` replace others."""
+    import hashlib
+
+    told = {
+        "files": [
+            {"hash": hash_, "path": path, "size_bytes": size} for path, size, hash_ in listed
+        ],
+        "kind": "isoshard-manifest",
+        "program_version": "0.1.0",
+        "schema": 1,
+    } | members
+    body = json.dumps(told, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    told.setdefault("self_hash", "sha256:" + hashlib.sha256(body.encode()).hexdigest())
+    return json.dumps(told, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+
+
 # ---- recorded DeepSpeed checkpoints --------------------------------------------------------------
 
 
@@ -251,6 +340,16 @@ def bfloat16_of(data):
         found += struct.pack("<H", bits >> 16 | 0x40 if nan
                              else bits + 0x7FFF + (bits >> 16 & 1) >> 16)
     return found
+
+
+def after_memo(data, at):
+    """Behind a BINPUT or LONG_BINPUT that may stand there."""
+    return at + {b"q": 2, b"r": 5}.get(data[at : at + 1], 0)
+
+
+def plain_size(data, at):
+    """Bytes of the opcode of a number, None or truth value."""
+    return {b"K": 2, b"M": 3, b"J": 5, b"G": 9, b"N": 1, b"\x88": 1, b"\x89": 1}[data[at : at + 1]]
 
 
 class ZeroFolder:
@@ -279,6 +378,25 @@ class ZeroFolder:
     def rename(self, old, new):
         """Renames a parameter everywhere."""
         return self.replace(text(old), text(new))
+
+    def set_after(self, key, new, old=None, only="", least=1, skip=b""):
+        """The plain value that follows the text `key` (and the opcodes `skip`) becomes `new`."""
+        hits = 0
+        for inside, (_, records) in self.files.items():
+            data = records["data.pkl"]
+            if only not in inside or text(key) not in data:
+                continue
+            at = after_memo(data, data.index(text(key)) + len(text(key)))
+            for opcode in skip:
+                assert data[at] == opcode, (key, data[at : at + 8])
+                at = after_memo(data, at + 1)
+            if old is not None:
+                assert data[at : at + len(old)] == old, (key, data[at : at + 8])
+            size = len(old) if old is not None else plain_size(data, at)
+            records["data.pkl"] = data[:at] + new + data[at + size :]
+            hits += 1
+        assert hits >= least, (key, hits)
+        return self
 
     def insert(self, key, value, only):
         """A further key of the outermost dictionary; `value` must not write to the memo."""

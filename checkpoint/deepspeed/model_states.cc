@@ -98,6 +98,15 @@ ModelStates read_model_states(const ShardedState& state, int file) {
     model.pp_degree = fields.integer(fields.need(degrees, "pp_degree"), "pp_degree");
     model.has_degrees = true;
   }
+  if (model.mp_world < 1 || model.mp_world > 1'000'000) {
+    fields.fail("The number of ranks is impossible.", "mp_world_size", "1 or more",
+                std::to_string(model.mp_world));
+  }
+  if (model.tp_degree < 1 || model.pp_degree < 1) {
+    fields.fail("The number of ranks is impossible.", "checkpoint_parallel_dimensions", "1 or more",
+                "tp_degree " + std::to_string(model.tp_degree) + ", pp_degree " +
+                    std::to_string(model.pp_degree));
+  }
   if (model.dp_world < 1 || model.dp_world > 10'000'000) {
     fields.fail("The number of ranks is impossible.", "dp_world_size", "1 or more",
                 std::to_string(model.dp_world));
@@ -225,6 +234,16 @@ int sequence_degree(ShardedState* state, const ModelStates& model, int mp_ranks,
 
 void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, int sequence_asked) {
   const Fields fields(state->document(model.file));
+  if (mp_ranks == 1 && model.mp_world > 1) {
+    throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                          .what = "Model files of rank 1 and further model-parallel "
+                                  "ranks are missing.",
+                          .file = fields.document().path(),
+                          .entry = "mp_world_size",
+                          .expected = std::to_string(model.mp_world) + " model-parallel ranks",
+                          .found = "files of one",
+                          .next = "copy the missing files from where they were saved"});
+  }
   const int sequence = sequence_degree(state, model, mp_ranks, sequence_asked);
   // Older files do not record the degrees: then every model file is a tensor-parallel rank.
   int64_t tensor = model.has_degrees ? model.tp_degree : mp_ranks;

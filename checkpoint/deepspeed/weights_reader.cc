@@ -10,6 +10,7 @@
 
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/format/safetensors.h"
+#include "checkpoint/shallow_json.h"
 #include "core/error.h"
 #include "core/utf8.h"
 
@@ -89,7 +90,10 @@ void read_tensors(ShardedState* state, int file) {
 
 // Our own certificate says which names are buffers.
 void take_buffers(ShardedState* state, const std::string& certificate) {
-  const nlohmann::json parsed = nlohmann::json::parse(certificate, nullptr, false);
+  const ShallowJson read = read_shallow_json(certificate);
+  if (!read.why.empty())
+    state->inferred.push_back("what is a buffer: certificate.json cannot be read: " + read.why);
+  const nlohmann::json& parsed = read.value;
   if (!parsed.is_object() || !parsed.contains("buffers") || !parsed["buffers"].is_array()) return;
   std::set<std::string> names;
   for (const nlohmann::json& name : parsed["buffers"]) {
@@ -100,16 +104,19 @@ void take_buffers(ShardedState* state, const std::string& certificate) {
 
 // Of model-00001-of-00003.safetensors and its kin all must be there.
 void check_parts(const ShardedState& state, const std::vector<std::string>& files) {
+  const std::set<std::string> there(files.begin(), files.end());
+  std::set<std::string> series;  // that were looked at
   for (const std::string& name : files) {
     const size_t of = name.find("-of-");
     if (of == std::string::npos || of < 5) continue;
+    if (!series.insert(name.substr(0, of - 5) + name.substr(of)).second) continue;
     const size_t count = std::strtoul(name.c_str() + of + 4, nullptr, 10);
     std::string missing;
-    for (size_t part = 1; part <= count && part <= 100'000; ++part) {
+    for (size_t part = 1; part <= count && part <= 100'000 && missing.empty(); ++part) {
       char number[16];
       std::snprintf(number, sizeof number, "%05zu", part);
       const std::string expected = name.substr(0, of - 5) + number + name.substr(of);
-      if (std::find(files.begin(), files.end(), expected) == files.end()) missing = expected;
+      if (!there.contains(expected)) missing = expected;
     }
     if (missing.empty() && count == files.size()) continue;
     throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,

@@ -382,48 +382,4 @@ Pickle read_pickle(const std::string& bytes, const std::string& file, const Pick
   return Machine(bytes, file, limits).run();
 }
 
-std::string find_hostile_global(const Pickle& pickle) {
-  static const std::unordered_set<std::string> kModules = {"os",
-                                                           "posix",
-                                                           "nt",
-                                                           "subprocess",
-                                                           "sys",
-                                                           "runpy",
-                                                           "pip",
-                                                           "socket",
-                                                           "importlib",
-                                                           "torch.hub",
-                                                           "shutil",
-                                                           "pty",
-                                                           "commands",
-                                                           "ctypes",
-                                                           "webbrowser",
-                                                           "code",
-                                                           "codeop",
-                                                           "timeit",
-                                                           "bdb",
-                                                           "pdb",
-                                                           "asyncio",
-                                                           "multiprocessing",
-                                                           "builtins.exec",
-                                                           "operator",
-                                                           "functools",
-                                                           "types",
-                                                           "marshal"};
-  static const std::unordered_set<std::string> kBuiltins = {
-      "eval",       "exec",  "execfile", "compile", "open",   "getattr", "setattr",
-      "__import__", "input", "apply",    "globals", "locals", "vars",    "breakpoint"};
-  for (NodeId node = 0; node < pickle.size(); ++node) {
-    if (pickle.kind(node) != Kind::kGlobal) continue;
-    const std::string& module = pickle.module(node);
-    const std::string base = module.substr(0, module.find('.'));
-    const bool builtin = module == "builtins" || module == "__builtin__";
-    if (kModules.count(module) || kModules.count(base) ||
-        (builtin && kBuiltins.count(pickle.attribute(node)))) {
-      return module + " " + pickle.attribute(node);
-    }
-  }
-  return "";
-}
-
 }  // namespace isoshard::checkpoint

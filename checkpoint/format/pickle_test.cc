@@ -8,6 +8,7 @@
 #include <filesystem>
 #include <limits>
 
+#include "checkpoint/format/hostile_globals.h"
 #include "checkpoint/format/pickle_reader.h"
 #include "checkpoint/format/pickle_writer.h"
 #include "checkpoint/format/torch_file.h"
@@ -530,6 +531,15 @@ TEST(PickleHostile, FunctionsThatRunProgramsAreNamed) {
   EXPECT_EQ(found("__builtin__\ngetattr\n"), "__builtin__ getattr");
   EXPECT_EQ(found("os.path\njoin\n"), "os.path join");
   EXPECT_EQ(found("torch.hub\nload\n"), "torch.hub load");
+  EXPECT_EQ(found("torch\nload\n"), "torch load");
+  EXPECT_EQ(found("torch.utils.cpp_extension\nload\n"), "torch.utils.cpp_extension load");
+  EXPECT_EQ(found("builtins\ntype\n"), "builtins type");
+  EXPECT_EQ(found("numpy.load\nload\n"), "");
+  EXPECT_EQ(found("osmosis\nsystem\n"), "");
+  EXPECT_EQ(found("torch\nSize\n"), "");
+  EXPECT_EQ(found("builtins\nValueError\n"), "");
+  EXPECT_EQ(found("numpy.core.multiarray\nscalar\n"), "");
+  EXPECT_EQ(found("_codecs\nencode\n"), "");
   EXPECT_EQ(found("torch._utils\n_rebuild_tensor_v2\n"), "");
   EXPECT_EQ(found("__builtin__\nset\n"), "");
   EXPECT_EQ(found("collections\nOrderedDict\n"), "");

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "checkpoint/format/crc.h"
+#include "checkpoint/format/hostile_globals.h"
 #include "checkpoint/format/pickle_reader.h"
 #include "core/error.h"
 
@@ -145,6 +146,8 @@ void TorchFile::read_pickle_record(PickleShelf* shelf) {
                             .safe = "nothing was executed: this program never runs a pickle",
                             .next = "do not load this file with torch; find out who wrote it"});
     }
+    if (bytes[0] != '\x80')
+      corrupt("A pickle does not begin with its protocol.", "data.pkl", "protocol 2", "none");
     read_storages(document.get());
     document_ = std::move(document);
     if (shared) shelf->keep(std::move(bytes), document_);
@@ -198,6 +201,9 @@ void TorchFile::read_storages(TorchDocument* document) const {
                        .location = pickle.text(parts[3]),
                        .numel = pickle.integer_value(parts[4])};
     bool known = entry.type_name == "UntypedStorage";
+    const std::string& module = pickle.module(parts[1]);
+    if (module != "torch" && module != "torch.storage" && module != "torch.cuda")
+      corrupt("A storage has an unknown class.", quote(module + " " + entry.type_name));
     for (const TypeRow& row : kTypes) {
       if (entry.type_name != row.name) continue;
       entry.dtype = row.dtype;
@@ -303,7 +309,8 @@ Shape TorchFile::sizes_of(NodeId node) const {
   const Pickle& pickle = document_->pickle;
   if (pickle.kind(node) == Kind::kObject) {
     const std::vector<NodeId>& inner = pickle.items(pickle.parts(node).args);
-    if (inner.size() != 1) corrupt("A tensor is malformed: its size is not a tuple.", "data.pkl");
+    if (inner.size() != 1 || !pickle.is_global(pickle.parts(node).callable, "torch", "Size"))
+      corrupt("A tensor is malformed: its size is not a tuple.", "data.pkl");
     node = inner[0];
   }
   if (pickle.kind(node) != Kind::kTuple)
@@ -340,7 +347,8 @@ TensorView TorchFile::view_from(const std::vector<NodeId>& args) const {
   if (entry.type_name == "UntypedStorage") {  // _rebuild_tensor_v3 names the dtype
     bool known = false;
     if (args.size() > 6 && pickle.kind(args[6]) == Kind::kGlobal) {
-      known = parse_dtype(pickle.attribute(args[6]), &view.dtype);
+      known =
+          pickle.module(args[6]) == "torch" && parse_dtype(pickle.attribute(args[6]), &view.dtype);
     }
     if (!known) bad("its dtype is unknown");
     storage_numel = entry.numel / item_size_bytes(view.dtype);
