@@ -249,6 +249,7 @@ class FrozenLoad {
     if (!options_.custom_load_fn && !weights_->holds(p)) {
       if (options_.load_module_strict) refuse(p, "nothing: it was excluded from the save");
     } else if (stage_ < 3) {
+      if (!options_.custom_load_fn) check_shape(p);
       weights_->fill(p, &values);
     }
     if (fragments_ == checkpoint::kNoNode) return values;
@@ -270,6 +271,14 @@ class FrozenLoad {
     const NodeId node = fields.maybe(fields.root(), "frozen_param_fragments");
     if (node == checkpoint::kNoNode) return node;
     return fields.pickle().kind(node) == checkpoint::Kind::kNone ? checkpoint::kNoNode : node;
+  }
+
+  // That of a layer's file is compared by check_layers().
+  void check_shape(const TrainedParameter& p) const {
+    const NodeId module = model_.need(model_.fields().root(), "module");
+    if (model_.fields().pickle().kind(module) == checkpoint::Kind::kNone) return;
+    const Shape found = model_.fields().tensor(model_.need(module, p.name), p.name).shape;
+    if (found != p.shape) refuse(p, to_string(found), to_string(p.shape));
   }
 
   [[noreturn]] void refuse(const TrainedParameter& p, const std::string& found,

@@ -161,6 +161,7 @@ std::string norms_count_each_element_once(const Draw& draw, TrainingMutant mutan
   simulation.run(value.legs[0]);
   ExactSum squares;
   for (const reference::ParameterInfo& info : parameters_of(config.model)) {
+    if (!info.trains) continue;
     const auto& gradient = simulation.record().state.at({info.name, "momentum_buffer"});
     for (const float element : gradient) squares.add_square(element);
   }

@@ -193,8 +193,15 @@ void look_at_files(Patient* patient) {
   judging([&] { look_for_padding(patient); });
   patient->result.not_looked.push_back(
       "zero-moments, round-robin: the checkpoint cannot be read as a whole");
-  if (!patient->result.symptoms.empty()) return;
   const ErrorInfo& info = *patient->refusal;
+  // A symptom of another file does not say why this one is refused; missing shards are no file.
+  const bool told = std::ranges::any_of(patient->result.symptoms, [&](const Symptom& symptom) {
+    if (symptom.rule == "code-in-folder") return symptom.file == info.file;
+    return symptom.file == info.file || info.file.empty() || symptom.rule == "missing-shards" ||
+           symptom.rule == "rank-order" || symptom.rule == "kept-padding" ||
+           symptom.file == patient->result.folder || info.file == patient->result.folder;
+  });
+  if (told) return;
   if (leaves_open(info.code)) throw Error(info);
   tell_unexplained(patient, info);
 }

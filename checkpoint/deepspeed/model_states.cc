@@ -234,14 +234,14 @@ int sequence_degree(ShardedState* state, const ModelStates& model, int mp_ranks,
 
 void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, int sequence_asked) {
   const Fields fields(state->document(model.file));
-  if (mp_ranks == 1 && model.mp_world > 1) {
+  if (mp_ranks < model.mp_world) {
     throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
-                          .what = "Model files of rank 1 and further model-parallel "
-                                  "ranks are missing.",
+                          .what = "Model files of rank " + std::to_string(mp_ranks) +
+                                  " and further model-parallel ranks are missing.",
                           .file = fields.document().path(),
                           .entry = "mp_world_size",
                           .expected = std::to_string(model.mp_world) + " model-parallel ranks",
-                          .found = "files of one",
+                          .found = "files of " + std::to_string(mp_ranks),
                           .next = "copy the missing files from where they were saved"});
   }
   const int sequence = sequence_degree(state, model, mp_ranks, sequence_asked);

@@ -11,46 +11,85 @@ namespace {
 
 using Names = std::unordered_set<std::string_view>;
 
-// With everything below them.
+// With everything below them. Modules that hold values too, which checkpoints of real runs carry
+// (uuid.UUID, pathlib.PosixPath, urllib.parse.ParseResult, signal.Signals), stand in kFunctions.
 const Names kModules = {
     // processes and what starts them
     "os", "posix", "nt", "subprocess", "_posixsubprocess", "_winapi", "pty", "commands", "popen2",
-    "multiprocessing", "asyncio", "concurrent", "platform", "uuid", "imaplib", "pydoc",
-    "_osx_support", "_aix_support", "sh", "pexpect", "test", "webbrowser", "antigravity", "sched",
+    "multiprocessing", "asyncio", "concurrent", "imaplib", "pydoc", "_osx_support", "_aix_support",
+    "pexpect", "test.support", "webbrowser", "antigravity",
     // interpreters, compilers and what calls them
-    "runpy", "code", "codeop", "timeit", "bdb", "pdb", "cProfile", "profile", "trace", "doctest",
-    "idlelib", "lib2to3", "distutils", "setuptools", "cffi", "ctypes", "_ctypes", "types",
-    "inspect", "operator", "functools", "importlib", "imp", "pkgutil", "zipimport", "zipapp",
-    "pkg_resources", "site", "sys", "gc", "marshal", "compileall", "py_compile", "numba",
+    "runpy", "code", "codeop", "timeit", "bdb", "pdb", "doctest", "idlelib", "lib2to3", "distutils",
+    "setuptools", "cffi", "ctypes", "_ctypes", "types", "operator", "functools", "importlib", "imp",
+    "pkgutil", "zipimport", "zipapp", "pkg_resources", "sys", "gc", "marshal", "compileall",
+    "py_compile",
     // installers
     "pip", "ensurepip", "venv",
     // loaders that load again
     "pickle", "_pickle", "cPickle", "pickletools", "dill", "cloudpickle", "joblib", "shelve",
-    "copyreg", "copy_reg", "pandas.io.pickle",
     // the network
-    "socket", "_socket", "ssl", "_ssl", "http", "httplib", "urllib", "urllib2", "ftplib", "smtplib",
-    "telnetlib", "poplib", "nntplib", "xmlrpc", "socketserver", "requests", "aiohttp", "httpx",
-    "paramiko",
+    "socket", "_socket", "ssl", "_ssl", "http.client", "http.server", "httplib", "urllib.request",
+    "urllib2", "ftplib", "smtplib", "telnetlib", "poplib", "nntplib", "xmlrpc", "socketserver",
+    "requests", "aiohttp", "httpx", "paramiko",
     // files and the system
-    "io", "_io", "codecs", "pathlib", "tempfile", "shutil", "glob", "fileinput", "linecache",
-    "sqlite3", "_sqlite3", "winreg", "_winreg", "signal", "_signal", "threading", "_thread",
-    "atexit", "logging.config", "mmap", "fcntl", "resource",
+    "tempfile", "shutil", "fileinput", "linecache", "sqlite3", "_sqlite3", "winreg", "_winreg",
+    "threading", "_thread", "atexit", "logging.config", "mmap", "fcntl",
     // torch and numpy
     "torch.hub", "torch.serialization", "torch.jit", "torch.package", "torch.ops", "torch._ops",
-    "torch.classes", "torch._classes", "torch.utils", "torch._inductor", "torch._dynamo",
-    "torch.fx", "torch.distributed.rpc", "torch.multiprocessing", "torch._export", "torch.export",
-    "torch.compiler", "torch._library", "torch.library", "torch.testing", "numpy.f2py",
-    "numpy.testing", "numpy.distutils", "numpy.lib", "numpy.ctypeslib"};
+    "torch.classes", "torch._classes", "torch.utils.cpp_extension", "torch.utils.collect_env",
+    "torch.utils.data.datapipes", "torch._inductor", "torch._dynamo", "torch.fx.experimental",
+    "torch.distributed.rpc", "torch.multiprocessing", "torch._export", "torch.export",
+    "torch._library", "torch.library", "numpy.f2py", "numpy.testing", "numpy.distutils",
+    "numpy.ctypeslib"};
 
-// Of modules that hold other things too.
-const Names kFunctions = {"torch load",   "torch save",    "torch compile",    "numpy load",
-                          "numpy save",   "numpy savez",   "numpy fromfile",   "numpy memmap",
-                          "numpy tofile", "numpy loadtxt", "numpy genfromtxt", "numpy fromregex"};
+// Of modules that hold values too.
+const Names kFunctions = {"cProfile run",
+                          "cProfile runctx",
+                          "profile run",
+                          "profile runctx",
+                          "trace Trace.run",
+                          "trace Trace.runctx",
+                          "torch load",
+                          "torch save",
+                          "torch compile",
+                          "numpy load",
+                          "numpy save",
+                          "numpy savez",
+                          "numpy fromfile",
+                          "numpy memmap",
+                          "numpy loadtxt",
+                          "numpy genfromtxt",
+                          "numpy fromregex",
+                          "uuid _get_command_stdout",
+                          "uuid _popen",
+                          "platform popen",
+                          "platform _syscmd_file",
+                          "inspect getattr_static",
+                          "io open",
+                          "io open_code",
+                          "io FileIO",
+                          "_io open",
+                          "_io open_code",
+                          "_io FileIO",
+                          "codecs open",
+                          "codecs EncodedFile",
+                          "signal raise_signal",
+                          "signal signal",
+                          "signal alarm",
+                          "signal pthread_kill",
+                          "_signal raise_signal",
+                          "_signal signal",
+                          "_signal alarm",
+                          "_signal pthread_kill"};
+
+// Classes of pathlib that are values; what hangs on them reads and writes files.
+const Names kPaths = {"Path",     "PosixPath",     "WindowsPath",
+                      "PurePath", "PurePosixPath", "PureWindowsPath"};
 
 // Classes of builtins that hold values; functions run things.
-const Names kValues = {"set",       "frozenset", "list",   "dict",   "tuple",   "int",   "long",
-                       "float",     "complex",   "bool",   "str",    "bytes",   "slice", "unicode",
-                       "bytearray", "range",     "xrange", "object", "Ellipsis"};
+const Names kValues = {"set",       "frozenset", "list",  "dict",   "tuple",  "int",     "long",
+                       "float",     "complex",   "bool",  "str",    "bytes",  "slice",   "unicode",
+                       "bytearray", "type",      "range", "xrange", "object", "Ellipsis"};
 
 bool is_exception(std::string_view attribute) {
   return attribute.ends_with("Error") || attribute.ends_with("Exception") ||
@@ -67,7 +106,10 @@ bool is_listed(std::string_view module) {
 }
 
 bool is_hostile(const std::string& module, const std::string& attribute) {
+  // How torch writes the layout of a sparse tensor.
+  if (module == "torch.serialization" && attribute == "_get_layout") return false;
   if (is_listed(module) || kFunctions.contains(module + " " + attribute)) return true;
+  if (module == "pathlib") return !kPaths.contains(attribute);
   const bool builtin = module == "builtins" || module == "__builtin__";
   return builtin && !kValues.contains(attribute) && !is_exception(attribute);
 }

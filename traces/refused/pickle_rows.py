@@ -99,7 +99,6 @@ MISSED = (
     ("builtins", "delattr", "any attribute"),
     ("builtins", "setattr", "any attribute"),
     ("builtins", "__build_class__", "any class"),
-    ("builtins", "type", "any class"),
     ("cffi", "FFI.dlopen", "a shared library"),
     ("sqlite3", "connect", "any file"),
     ("winreg", "SetValueEx", "the system"),
