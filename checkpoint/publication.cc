@@ -359,17 +359,22 @@ void StagedFolder::remove_staging() noexcept {
     for (; !made_parents_.empty(); made_parents_.pop_back()) {
       const std::string& made = made_parents_.back();
       if (!storage_.list(made).empty()) return;
-      const std::string trash = join(split(made).parent, kTrashMark + nonce());
-      if (!storage_.rename_if_absent(made, trash)) return;
-      if (!storage_.list(trash).empty()) {
-        storage_.rename_if_absent(trash, made);
-        return;
-      }
-      storage_.remove_tree(trash);
+      if (!remove_if_it_holds(storage_, made, 0)) return;
     }
   } catch (...) {
     // The failure that brought us here is the one to report; leftovers() finds what remains.
   }
+}
+
+bool remove_if_it_holds(Storage& storage, const std::string& folder, size_t entries) {
+  const std::string trash = join(split(folder).parent, kTrashMark + nonce());
+  if (!storage.rename_if_absent(folder, trash)) return false;
+  if (storage.list(trash).size() != entries) {
+    storage.rename_if_absent(trash, folder);
+    return false;
+  }
+  storage.remove_tree(trash);
+  return true;
 }
 
 bool is_unfinished(Storage& storage, const std::string& folder) {

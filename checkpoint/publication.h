@@ -85,6 +85,11 @@ void replace_small_file(Storage& storage, const std::string& path, const std::st
 void copy_file(Storage& storage, const std::string& from, const std::string& to);
 bool same_bytes(Storage& storage, const std::string& a, const std::string& b);
 
+// Deletes a folder whose name other programs know, if it holds just so many entries: it is moved
+// aside first, and back where it holds others, so that nothing is lost that came in meanwhile.
+// False: it is there still.
+bool remove_if_it_holds(Storage& storage, const std::string& folder, size_t entries);
+
 // Names in `parent` that an interrupted publication has left, or one that is still at work: nothing
 // here can tell the two apart. Empty when there is no such folder.
 std::vector<std::string> leftovers(Storage& storage, const std::string& parent);

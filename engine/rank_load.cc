@@ -242,7 +242,7 @@ class FrozenLoad {
         place_(place),
         options_(options),
         stage_(state.stage),
-        fragments_(fragments_of(model)) {}
+        fragments_(model.fields().maybe(model.fields().root(), "frozen_param_fragments")) {}
 
   std::vector<float> values(const TrainedParameter& p) {
     std::vector<float> values = p.values;
@@ -254,8 +254,7 @@ class FrozenLoad {
     }
     if (fragments_ == checkpoint::kNoNode) return values;
     const Fields& fields = model_.fields();
-    const NodeId node = model_.need(fields.root(), "frozen_param_fragments");
-    const NodeId fragment = model_.need(node, p.module_name);
+    const NodeId fragment = model_.need(fragments_, p.module_name);
     const Shape shape = fields.tensor(fragment, p.module_name).shape;
     const Shape expected =
         stage_ < 3 ? p.shape : Shape{div_ceil(numel(p.shape), place_.topology.zero_ranks())};
@@ -266,17 +265,10 @@ class FrozenLoad {
   }
 
  private:
-  static NodeId fragments_of(const RankReader& model) {
-    const Fields& fields = model.fields();
-    const NodeId node = fields.maybe(fields.root(), "frozen_param_fragments");
-    if (node == checkpoint::kNoNode) return node;
-    return fields.pickle().kind(node) == checkpoint::Kind::kNone ? checkpoint::kNoNode : node;
-  }
-
   // That of a layer's file is compared by check_layers().
   void check_shape(const TrainedParameter& p) const {
-    const NodeId module = model_.need(model_.fields().root(), "module");
-    if (model_.fields().pickle().kind(module) == checkpoint::Kind::kNone) return;
+    const NodeId module = model_.fields().maybe(model_.fields().root(), "module");
+    if (module == checkpoint::kNoNode) return;
     const Shape found = model_.fields().tensor(model_.need(module, p.name), p.name).shape;
     if (found != p.shape) refuse(p, to_string(found), to_string(p.shape));
   }

@@ -16,25 +16,7 @@ namespace {
 using checkpoint::Flavour;
 
 // Errors that leave open what the checkpoint is.
-bool leaves_open(ErrorCode code) {
-  switch (code) {
-    case ErrorCode::kCorrupt:
-    case ErrorCode::kMismatch:
-    case ErrorCode::kIncomplete:
-    case ErrorCode::kNotFound:
-    case ErrorCode::kHostile:
-    case ErrorCode::kLimit:
-      return false;
-    default:
-      return true;
-  }
-}
-
-Verdict verdict_of(ErrorCode code) {
-  if (code == ErrorCode::kHostile || code == ErrorCode::kLimit) return Verdict::kHostile;
-  if (code == ErrorCode::kIncomplete || code == ErrorCode::kNotFound) return Verdict::kIncomplete;
-  return Verdict::kCorrupt;
-}
+bool leaves_open(ErrorCode code) { return !verdict_of(code); }
 
 std::string told(const ErrorInfo& info) {
   std::string text = info.what;
@@ -46,7 +28,7 @@ std::string told(const ErrorInfo& info) {
 void tell_unexplained(Patient* patient, const ErrorInfo& info) {
   patient->result.symptoms.push_back({.rule = "unexplained",
                                       .grade = Grade::kSuspect,
-                                      .verdict = verdict_of(info.code),
+                                      .verdict = verdict_of(info.code).value_or(Verdict::kCorrupt),
                                       .file = info.file,
                                       .entry = info.entry,
                                       .found = told(info),
@@ -185,6 +167,15 @@ void judging(const Work& work) {
   }
 }
 
+// Whether a symptom says why a file is refused, or the folder where none is named.
+bool explains(const Symptom& symptom, const std::string& refused, const std::string& folder) {
+  if (symptom.file == refused) return true;
+  if (symptom.rule == "code-in-folder") return false;
+  return refused.empty() || refused == folder || symptom.file == folder ||
+         symptom.rule == "missing-shards" || symptom.rule == "rank-order" ||
+         symptom.rule == "kept-padding";
+}
+
 void look_at_files(Patient* patient) {
   judging([&] { look_for_torn_files(patient); });
   look_for_mixed_steps(patient);
@@ -194,14 +185,10 @@ void look_at_files(Patient* patient) {
   patient->result.not_looked.push_back(
       "zero-moments, round-robin: the checkpoint cannot be read as a whole");
   const ErrorInfo& info = *patient->refusal;
-  // A symptom of another file does not say why this one is refused; missing shards are no file.
-  const bool told = std::ranges::any_of(patient->result.symptoms, [&](const Symptom& symptom) {
-    if (symptom.rule == "code-in-folder") return symptom.file == info.file;
-    return symptom.file == info.file || info.file.empty() || symptom.rule == "missing-shards" ||
-           symptom.rule == "rank-order" || symptom.rule == "kept-padding" ||
-           symptom.file == patient->result.folder || info.file == patient->result.folder;
+  const bool explained = std::ranges::any_of(patient->result.symptoms, [&](const Symptom& symptom) {
+    return explains(symptom, info.file, patient->result.folder);
   });
-  if (told) return;
+  if (explained) return;
   if (leaves_open(info.code)) throw Error(info);
   tell_unexplained(patient, info);
 }

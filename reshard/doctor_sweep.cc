@@ -276,21 +276,17 @@ std::vector<Leftover> find_leftovers(Storage& storage, const std::string& source
 void remove_leftover(Storage& storage, Leftover* leftover) {
   if (leftover->kept.empty()) judge(storage, leftover);
   if (!leftover->kept.empty()) return;
-  std::string path = leftover->path;
-  if (leftover->kind == Leftover::Kind::kUnfinished) {
-    // It has a public name: aside first, so that nothing is deleted that came in the meantime.
-    const std::string aside = join(checkpoint::parent_folder(path),
-                                   ".trash-" + checkpoint::base_name(path) + ".isoshard-doctor");
-    storage.rename_if_absent(path, aside);
-    if (storage.list(aside).size() != 1) {
-      storage.rename_if_absent(aside, path);
+  switch (leftover->kind) {
+    case Leftover::Kind::kTemporary:
+      storage.remove_file(leftover->path);
+      break;
+    case Leftover::Kind::kUnfinished:  // of a public name; it holds its mark alone
+      if (checkpoint::remove_if_it_holds(storage, leftover->path, 1)) break;
       leftover->kept = "files came into it meanwhile";
       return;
-    }
-    path = aside;
+    default:
+      storage.remove_tree(leftover->path);
   }
-  leftover->kind == Leftover::Kind::kTemporary ? storage.remove_file(path)
-                                               : storage.remove_tree(path);
   leftover->removed = true;
 }
 

@@ -26,23 +26,6 @@ constexpr const char* kUnfinished =
     "The folder holds the mark of a command of isoshard that did not finish.";
 constexpr int64_t kManifestBytes = int64_t{1} << 28, kCertificateBytes = int64_t{1} << 26;
 
-// The verdict that an error means; nothing for errors that leave the question open.
-std::optional<Verdict> verdict_of(ErrorCode code) {
-  switch (code) {
-    case ErrorCode::kCorrupt:
-    case ErrorCode::kMismatch:
-      return Verdict::kCorrupt;
-    case ErrorCode::kIncomplete:
-    case ErrorCode::kNotFound:
-      return Verdict::kIncomplete;
-    case ErrorCode::kHostile:
-    case ErrorCode::kLimit:
-      return Verdict::kHostile;
-    default:
-      return std::nullopt;
-  }
-}
-
 class Verifier {
  public:
   Verifier(Storage& storage, const std::string& source, const VerifyOptions& options)
@@ -400,6 +383,22 @@ void Verifier::say_what_is_not_verified() {
 }
 
 }  // namespace
+
+std::optional<Verdict> verdict_of(ErrorCode code) {
+  switch (code) {
+    case ErrorCode::kCorrupt:
+    case ErrorCode::kMismatch:
+      return Verdict::kCorrupt;
+    case ErrorCode::kIncomplete:
+    case ErrorCode::kNotFound:
+      return Verdict::kIncomplete;
+    case ErrorCode::kHostile:
+    case ErrorCode::kLimit:
+      return Verdict::kHostile;
+    default:
+      return std::nullopt;
+  }
+}
 
 const char* name(Verdict verdict) {
   switch (verdict) {

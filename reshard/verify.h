@@ -19,6 +19,9 @@ enum class Verdict { kVerified, kComplete, kSuspect, kIncomplete, kCorrupt, kHos
 
 const char* name(Verdict verdict);  // "VERIFIED"
 
+// The verdict that an error means; nothing for errors that leave the question open.
+std::optional<Verdict> verdict_of(ErrorCode code);
+
 // Why a verdict is not better; at most one paragraph, lines after the first are details.
 struct Finding {
   Verdict verdict = Verdict::kSuspect;

@@ -431,3 +431,17 @@ class Evil:
 
 def evil_pickle(command, protocol=2):
     return pickle.dumps({"weight": Evil(command)}, protocol)
+
+
+def grow_shapes(folder, sizes):
+    """The first sizes of three parameters, as param_shapes tells them, become others."""
+    for inside, (_, records) in folder.files.items():
+        if "model_states" not in inside:
+            continue
+        data = records["data.pkl"]
+        at = data.index(text("param_shapes"))
+        tail = data[at:]
+        for old, size in zip((b"K\x0dK\x0a\x86", b"K\x11K\x0a\x86", b"K\x0aK\x11\x86"), sizes):
+            assert old in tail
+            tail = tail.replace(old, integer(size) + integer(1) + b"\x86")
+        records["data.pkl"] = data[:at] + tail

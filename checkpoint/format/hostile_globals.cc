@@ -2,8 +2,8 @@
 // interpreters, installers, loaders that load again, the network, files, threads.
 #include "checkpoint/format/hostile_globals.h"
 
-#include <algorithm>
 #include <string_view>
+#include <unordered_map>
 #include <unordered_set>
 
 namespace isoshard::checkpoint {
@@ -82,14 +82,19 @@ const Names kFunctions = {"cProfile run",
                           "_signal alarm",
                           "_signal pthread_kill"};
 
-// Classes of pathlib that are values; what hangs on them reads and writes files.
+// Modules of which these alone are values. What else a path has reads and writes files;
+// _get_layout is how torch writes the layout of a sparse tensor.
 const Names kPaths = {"Path",     "PosixPath",     "WindowsPath",
                       "PurePath", "PurePosixPath", "PureWindowsPath"};
-
-// Classes of builtins that hold values; functions run things.
-const Names kValues = {"set",       "frozenset", "list",  "dict",   "tuple",  "int",     "long",
-                       "float",     "complex",   "bool",  "str",    "bytes",  "slice",   "unicode",
-                       "bytearray", "type",      "range", "xrange", "object", "Ellipsis"};
+const Names kBuiltins = {"set",  "frozenset", "list",   "dict",    "tuple",
+                         "int",  "long",      "float",  "complex", "bool",
+                         "str",  "bytes",     "slice",  "unicode", "bytearray",
+                         "type", "range",     "xrange", "object",  "Ellipsis"};
+const std::unordered_map<std::string_view, Names> kValuesOf = {
+    {"builtins", kBuiltins},
+    {"__builtin__", kBuiltins},
+    {"pathlib", kPaths},
+    {"torch.serialization", {"_get_layout"}}};
 
 bool is_exception(std::string_view attribute) {
   return attribute.ends_with("Error") || attribute.ends_with("Exception") ||
@@ -106,12 +111,9 @@ bool is_listed(std::string_view module) {
 }
 
 bool is_hostile(const std::string& module, const std::string& attribute) {
-  // How torch writes the layout of a sparse tensor.
-  if (module == "torch.serialization" && attribute == "_get_layout") return false;
-  if (is_listed(module) || kFunctions.contains(module + " " + attribute)) return true;
-  if (module == "pathlib") return !kPaths.contains(attribute);
-  const bool builtin = module == "builtins" || module == "__builtin__";
-  return builtin && !kValues.contains(attribute) && !is_exception(attribute);
+  if (const auto values = kValuesOf.find(module); values != kValuesOf.end())
+    return !values->second.contains(attribute) && !is_exception(attribute);
+  return is_listed(module) || kFunctions.contains(module + " " + attribute);
 }
 
 }  // namespace

@@ -5,7 +5,6 @@
 #include <bit>
 #include <compare>
 #include <cstdio>
-#include <unordered_set>
 
 #include "core/error.h"
 #include "core/utf8.h"

@@ -183,21 +183,8 @@ def slices():
             ("2_to_63", (2**63 - 1,)), ("negative", (-1,)), ("2_to_40", (2**40,)), ("zero", (0,)),
         ):
             yield zero_row(f"shape_{name}_{recording}", grow, "corrupt", "", NUMBERS,
-                           edited(lambda folder, sizes=sizes: grown(folder, sizes), recording))
-
-
-def grown(folder, sizes):
-    """The first sizes of three parameters, as param_shapes tells them, become others."""
-    for inside, (_, records) in folder.files.items():
-        if "model_states" not in inside:
-            continue
-        data = records["data.pkl"]
-        at = data.index(h.text("param_shapes"))
-        tail = data[at:]
-        for old, size in zip((b"K\x0dK\x0a\x86", b"K\x11K\x0a\x86", b"K\x0aK\x11\x86"), sizes):
-            assert old in tail
-            tail = tail.replace(old, h.integer(size) + h.integer(1) + b"\x86")
-        records["data.pkl"] = data[:at] + tail
+                           edited(lambda folder, sizes=sizes: h.grow_shapes(folder, sizes),
+                                  recording))
 
 
 def pointers():
