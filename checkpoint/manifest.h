@@ -24,6 +24,9 @@ namespace isoshard::checkpoint {
 
 inline constexpr const char* kManifestName = "MANIFEST.json";
 
+// Half a million files with long names. Larger ones are neither written nor read.
+inline constexpr size_t kLargestManifestBytes = size_t{128} << 20;
+
 struct ManifestFile {
   std::string path;        // relative to the manifest's folder; safe (core/utf8.h)
   int64_t size_bytes = 0;  // >= 0
@@ -37,12 +40,16 @@ struct Manifest {
   bool operator==(const Manifest&) const = default;
 };
 
+// Whether the text is of the form of ManifestFile::hash.
+bool is_manifest_hash(const std::string& text);
+
 // The one text of a manifest: members and files sorted, indent 1, newline at the end. What the
-// comments above demand must hold.
+// comments above demand must hold. Error(kLimit) where it would be larger than one is read.
 std::string to_json(const Manifest& manifest);
 
-// Takes only what to_json writes, byte for byte; anything else is an Error(kCorrupt) that names
-// `path`, the file the text comes from, and the entry at fault.
+// Takes only what to_json writes, byte for byte; anything else is an Error(kCorrupt), or kLimit for
+// its length, that names `path`, the file the text comes from, and the entry at fault. Besides the
+// text it takes at most twice as much memory, whatever the text is.
 Manifest parse_manifest(const std::string& text, const std::string& path);
 
 }  // namespace isoshard::checkpoint

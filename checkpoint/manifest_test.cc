@@ -2,7 +2,11 @@
 #include "checkpoint/manifest.h"
 
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 
+#include <cstdlib>
+#include <fstream>
+#include <new>
 #include <string>
 
 #include "core/check.h"
@@ -130,6 +134,78 @@ TEST(Manifest, MalformedEntriesAreRefused) {
 TEST(Manifest, DeepNestingEndsEarly) {
   EXPECT_NE(refusal_of(std::string(1000000, '[')).what.find("deeper"), std::string::npos);
 }
+
+TEST(Manifest, ATextOfManyKilobytesIsRefusedBeforeItIsKept) {
+  for (const std::string& token : {'"' + std::string(100'000, 'x') + '"', std::string(100'000, '1'),
+                                   '"' + std::string(100'000, '\\') + '"'}) {
+    const std::string text = with(to_json(example()), "\"0.1.0\"", token);
+    EXPECT_NE(refusal_of(text).what.find("more than 65536 bytes"), std::string::npos);
+  }
+}
+
+TEST(Manifest, MoreThanIsEverWrittenIsNotRead) {
+  try {
+    parse_manifest(std::string(kLargestManifestBytes + 1, ' '), "m");
+    ADD_FAILURE();
+  } catch (const Error& error) {
+    EXPECT_EQ(error.info().code, ErrorCode::kLimit);
+  }
+}
+
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+
+// Ends with 0 where the text is read, or refused, within twice its length of further memory.
+void read_within_bounds(const std::string& text) {
+  const auto pages = [] {
+    std::ifstream file("/proc/self/statm");
+    int64_t count = 0;
+    file >> count;
+    return count;
+  };
+  const rlim_t most = static_cast<rlim_t>(pages() * 4096) + 2 * text.size() + (8 << 20);
+  const rlimit limit{most, most};
+  if (setrlimit(RLIMIT_AS, &limit) != 0) std::_Exit(3);
+  try {
+    parse_manifest(text, "m");
+  } catch (const Error&) {
+  } catch (const std::bad_alloc&) {
+    std::_Exit(2);
+  }
+  std::_Exit(0);
+}
+
+std::string repeated(const std::string& begin, const std::string& piece, size_t count,
+                     const std::string& end) {
+  std::string text = begin;
+  text.reserve(begin.size() + piece.size() * count + end.size());
+  for (size_t i = 0; i < count; ++i) text += piece;
+  return text + end;
+}
+
+TEST(ManifestMemory, IsInProportionToTheText) {
+  const std::string head = "{\"files\":[";
+  EXPECT_EXIT(read_within_bounds(repeated(head, "{},", 5'000'000, "{}]}")),
+              testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(read_within_bounds(repeated(head, "0,", 8'000'000, "0]}")),
+              testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(read_within_bounds(repeated("{", "\"a\":0,", 2'500'000, "\"b\":0}")),
+              testing::ExitedWithCode(0), "");
+  EXPECT_EXIT(read_within_bounds('"' + std::string(16 << 20, 'x') + '"'),
+              testing::ExitedWithCode(0), "");
+}
+
+TEST(ManifestMemory, OfManyFilesIsInProportionToo) {
+  Manifest large;
+  for (int i = 0; i < 200'000; ++i) {
+    const std::string number = std::to_string(1'000'000 + i);
+    large.files.push_back({"a" + number, 0, "a:0"});
+  }
+  const std::string text = to_json(large);
+  EXPECT_EXIT(read_within_bounds(text), testing::ExitedWithCode(0), "");
+  EXPECT_EQ(parse_manifest(text, "m"), large);
+}
+
+#endif
 
 TEST(Manifest, OurOwnMistakesAreChecked) {
   Manifest twice = example();

@@ -90,21 +90,23 @@ TargetSpec parse_target(const std::string& text, const std::string& option) {
     const char* first = part.data() + equals + 1;
     const char* last = part.data() + part.size();
     const auto [stop, failure] = std::from_chars(first, last, value);
-    if (failure != std::errc() || stop != last)
+    const bool large = failure == std::errc::result_out_of_range && stop == last;
+    if ((failure != std::errc() && !large) || stop != last)
       throw bad_target(text, option, part, "not a number.");
+    if (large) value = part[equals + 1] == '-' ? -1 : std::numeric_limits<int>::max();
     const std::string key = part.substr(0, equals);
     if (!seen.insert(key).second) throw bad_target(text, option, part, "the axis is said twice.");
     bool known = false;
     if (key == "stage") {
       if (value < 0 || value > 3)
-        throw bad_target(text, option, part, "there is no such ZeRO stage.");
+        throw bad_target(text, option, part, "there is no such ZeRO stage; they are 0 to 3.");
       spec.stage = value;
       known = true;
     }
     for (Axis axis : kAxes) {
       if (key != name(axis)) continue;
       if (value < 1 || value > 1000000)
-        throw bad_target(text, option, part, "the degree is out of range.");
+        throw bad_target(text, option, part, "the degree is not from 1 to 1000000.");
       degree_of(spec.topology, axis) = value;
       known = true;
     }

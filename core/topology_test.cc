@@ -82,6 +82,13 @@ TEST(Target, DegreesAreOneToAMillion) {
   }
 }
 
+TEST(Target, ADegreeOutOfRangeIsToldWithTheRange) {
+  for (const char* text : {"pp=0", "dp=2147483648", "dp=-2147483649", "dp=1000001"})
+    EXPECT_NE(refusal(text).what.find("not from 1 to 1000000"), std::string::npos) << text;
+  EXPECT_NE(refusal("stage=4").what.find("0 to 3"), std::string::npos);
+  EXPECT_NE(refusal("dp=2147483648x").what.find("not a number"), std::string::npos);
+}
+
 TEST(Target, WhatCannotBeReadIsRefusedAndThePartIsNamed) {
   for (const char* text : {"", "dp", "dp=", "dp=2,", ",dp=2", "dp=2x", "dp= 2", "dp=+2", "DP=2",
                            "xp=2", "=2", "dp=2;sp=2", "dp=2.0", "dp==2"}) {

@@ -38,6 +38,44 @@ void tell_unexplained(Patient* patient, const ErrorInfo& info) {
                                       .next = info.next});
 }
 
+// The hidden folder in which a command of isoshard was making the tag; empty if there is none.
+std::string staging_of(Patient* patient, const std::string& tag) {
+  const std::string begin = "." + tag + ".isoshard-";
+  for (const DirectoryEntry& entry : patient->storage.list(patient->source)) {
+    if (entry.kind == DirectoryEntry::Kind::kDirectory && entry.name.starts_with(begin))
+      return entry.name;
+  }
+  return "";
+}
+
+// A pointer that leads nowhere. Tags are deleted by hand every day, so that this alone proves
+// nothing.
+void tell_pointer(Patient* patient, const std::string& name, const ErrorInfo& info) {
+  const std::string path = checkpoint::join(patient->source, name);
+  const bool empty = patient->storage.open_read(path)->size_bytes() == 0;
+  const std::string tag = checkpoint::pointer_text(patient->storage, path);
+  const std::string staging = tag.empty() ? "" : staging_of(patient, tag);
+  std::string proof =
+      "a pointer that names no folder was cut off while it was written, or written before its "
+      "folder; or somebody has deleted the folder, or written the pointer";
+  if (empty)
+    proof = "a tag is written into the pointer by one write; what is empty was cut off before it";
+  if (!staging.empty())
+    proof = "the folder in which the tag was being made, " + quote(staging) + ", is still there";
+  patient->result.symptoms.push_back(
+      {.rule = "torn-publication",
+       .grade = empty || !staging.empty() ? Grade::kProven : Grade::kSuspect,
+       .verdict = Verdict::kIncomplete,
+       .file = path,
+       .found = told(info),
+       .proof = proof,
+       .fault = staging.empty() ? kTornFault
+                                : "none of DeepSpeed's: a command of isoshard did not come to its "
+                                  "end, or a copy of its folder did not",
+       .safe = "the other tags of the folder, each by --tag",
+       .next = info.next});
+}
+
 // False when what the pointer names is not there. A source that is not there at all is the
 // caller's mistake.
 bool find_place(Patient* patient) {
@@ -60,16 +98,7 @@ bool find_place(Patient* patient) {
       tell_unexplained(patient, info);
       return false;
     }
-    patient->result.symptoms.push_back(
-        {.rule = "torn-publication",
-         .verdict = Verdict::kIncomplete,
-         .file = checkpoint::join(source, name),
-         .found = told(info),
-         .proof = "a pointer that names no folder was cut off while it was written, or was written "
-                  "before its folder, or its folder was taken away",
-         .fault = kTornFault,
-         .safe = "the other tags of the folder, each by --tag",
-         .next = info.next});
+    tell_pointer(patient, name, info);
     return false;
   }
 }
@@ -159,11 +188,11 @@ void read(Patient* patient) {
 
 // A file that a rule cannot read further is no reason to stop: the refusal is told in any case.
 template <typename Work>
-void judging(const Work& work) {
+void judging(Patient* patient, const char* rules, const Work& work) {
   try {
     work();
   } catch (const Error& error) {
-    if (error.info().code == ErrorCode::kInterrupted) throw;
+    patient->pass_over(rules, error);
   }
 }
 
@@ -177,11 +206,11 @@ bool explains(const Symptom& symptom, const std::string& refused, const std::str
 }
 
 void look_at_files(Patient* patient) {
-  judging([&] { look_for_torn_files(patient); });
+  judging(patient, "torn-publication, stale-tail", [&] { look_for_torn_files(patient); });
   look_for_mixed_steps(patient);
   look_for_missing_shards(patient);
   look_for_renamed_ranks(patient);
-  judging([&] { look_for_padding(patient); });
+  judging(patient, "kept-padding", [&] { look_for_padding(patient); });
   patient->result.not_looked.push_back(
       "zero-moments, round-robin: the checkpoint cannot be read as a whole");
   const ErrorInfo& info = *patient->refusal;
@@ -220,6 +249,14 @@ bool Patient::has(const std::string& rule, const std::string& file) const {
   return std::ranges::any_of(result.symptoms, [&](const Symptom& symptom) {
     return symptom.rule == rule && (file.empty() || symptom.file == file);
   });
+}
+
+void Patient::pass_over(const std::string& rules, const Error& error) {
+  const ErrorInfo& info = error.info();
+  if (info.code == ErrorCode::kInterrupted) throw;
+  const std::string where = (info.file.empty() ? "" : quote(info.file) + ": ") + info.what;
+  result.not_looked.push_back(rules + ": " + where +
+                              (info.entry.empty() ? "" : " (" + info.entry + ")"));
 }
 
 std::vector<int> alphabetical_ranks(int count, int digits) {

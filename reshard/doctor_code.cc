@@ -3,6 +3,7 @@
 #include <set>
 #include <string_view>
 
+#include "checkpoint/format/hostile_globals.h"
 #include "core/error.h"
 #include "reshard/doctor_rules.h"
 
@@ -12,8 +13,9 @@ namespace {
 constexpr const char* kFault =
     "DeepSpeed loads every file with weights_only=False, which runs what a pickle calls";
 
-// Modules and functions that start a program or reach the network or disk at a call. The reader
-// refuses more: names such as functools.partial, which an honest script may have stored.
+// Modules and functions that start a program or reach the network or disk at a call; their values,
+// and what users' modules of the same names hold, the reader does not refuse. It refuses more:
+// names such as operator.itemgetter, which an honest script may have stored.
 bool starts_programs(const std::string& global) {
   const std::set<std::string_view> modules = {"os",     "posix",  "nt",       "subprocess",
                                               "pty",    "socket", "commands", "webbrowser",
@@ -36,20 +38,30 @@ std::string global_in(const ErrorInfo& refusal) {
   return entry.substr(begin.size(), entry.size() - begin.size() - 1);
 }
 
+// A name that is stored and not called runs nothing.
+bool is_called(const ErrorInfo& refusal) { return refusal.found == checkpoint::kCalledGlobal; }
+
+bool is_proven(const ErrorInfo& refusal) {
+  return is_called(refusal) && starts_programs(global_in(refusal));
+}
+
 void tell(Patient* patient, const std::string& path, const ErrorInfo& refusal) {
   const std::string global = global_in(refusal);
   if (global.empty() || patient->has("code-in-folder", path)) return;
-  const bool proven = starts_programs(global);
+  const bool proven = is_proven(refusal), called = is_called(refusal);
   patient->result.symptoms.push_back(
       {.rule = "code-in-folder",
        .grade = proven ? Grade::kProven : Grade::kSuspect,
        .verdict = Verdict::kHostile,
        .file = path,
        .entry = refusal.entry,
-       .found = "data.pkl names a function that an ordinary unpickler calls",
-       .proof = proven ? "no training program stores a call of this function"
-                       : "a script may have stored it without harm in mind; what it does is not "
-                         "known here",
+       .found = called ? "data.pkl names a function that an ordinary unpickler calls"
+                       : "data.pkl names a function or class, and no call of it",
+       .proof = proven   ? "no training program stores a call of this function"
+                : called ? "a script may have stored it without harm in mind; what it does is not "
+                           "known here"
+                         : "loading imports its module and calls nothing; a script may have stored "
+                           "it without harm in mind",
        .fault = kFault,
        .safe = "this machine: isoshard runs no pickle; do not load the file with Python",
        .next = "find out who wrote the file, and use another copy"});
@@ -70,8 +82,10 @@ void look_at_others(Patient* patient, const std::string& folder) {
     try {
       checkpoint::TorchFile(patient->storage, path);
     } catch (const Error& error) {
-      if (error.info().code == ErrorCode::kInterrupted) throw;
-      if (starts_programs(global_in(error.info()))) tell(patient, path, error.info());
+      if (is_proven(error.info()))
+        tell(patient, path, error.info());
+      else
+        patient->pass_over("code-in-folder", error);
     }
   }
 }

@@ -39,21 +39,30 @@ ShardedState state_of(const Patient& patient, const PatientFile& file) {
 std::string bytes_of(int64_t count) { return count_of(static_cast<size_t>(count), "byte"); }
 
 void tell_tail(Patient* patient, const PatientFile& file, int64_t whole, int64_t size_bytes,
-               bool ends) {
+               ArchiveTail tail) {
+  const bool proven = tail == ArchiveTail::kInPlace;
+  const std::string front = "the first part passes every check of an archive alone; ";
+  std::string proof = "what else may have appended to it is not known";
+  if (proven)
+    proof =
+        "the directory at the end counts from the file's own first byte: it is of an older, "
+        "longer file that lay here and was not cut off when it was written over";
+  else if (tail == ArchiveTail::kOther)
+    proof =
+        "the directory at the end does not count from the file's first byte, so that another "
+        "archive may have been appended";
   patient->result.symptoms.push_back(
       {.rule = "stale-tail",
-       .grade = ends ? Grade::kProven : Grade::kSuspect,
+       .grade = proven ? Grade::kProven : Grade::kSuspect,
        .file = patient->path_of(file.relative),
-       .found =
-           "a whole archive of " + bytes_of(whole) + ", then " + bytes_of(size_bytes - whole) +
-           (ends ? " that end in the end record of another archive" : " that belong to no archive"),
-       .proof = ends
-                    ? "the first part passes every check of an archive alone; only a file that was "
-                      "not cut off when it was written over keeps an older, longer one's end"
-                    : "the first part passes every check of an archive alone; what else may have "
-                      "appended to it is not known",
-       .fault = "DeepSpeed's FastFileWriter opens a file without O_TRUNC",
-       .safe = "the first " + bytes_of(whole) + ": they are the newer file, whole",
+       .found = "a whole archive of " + bytes_of(whole) + ", then " + bytes_of(size_bytes - whole) +
+                (tail == ArchiveTail::kNone ? " that belong to no archive"
+                                            : " that end in the end record of another archive"),
+       .proof = front + proof,
+       .fault = std::string("DeepSpeed's FastFileWriter opens a file without O_TRUNC") +
+                (proven ? "" : "; or whatever has appended to it"),
+       .safe = "the first " + bytes_of(whole) +
+               (proven ? ": they are the newer file, whole" : ": they are an archive, whole"),
        .next = "copy them into a new file (head -c " + std::to_string(whole) +
                "), put it in this one's place, then isoshard verify"});
 }
@@ -109,10 +118,10 @@ void judge_bytes(Patient* patient, const PatientFile& file) {
   if (size_bytes < 4)
     return tell_torn(patient, file, size_text, "an archive has at least 22 bytes");
   const ArchiveFront front = archive_front(*opened);
-  const bool ends = ends_as_archive(*opened);
+  const ArchiveTail behind = archive_tail(*opened, front.whole_bytes.value_or(0));
   if (front.whole_bytes && *front.whole_bytes < size_bytes)
-    return tell_tail(patient, file, *front.whole_bytes, size_bytes, ends);
-  if (ends || !front.cut_short) return;
+    return tell_tail(patient, file, *front.whole_bytes, size_bytes, behind);
+  if (behind != ArchiveTail::kNone || !front.cut_short) return;
   tell_torn(patient, file, size_text + "; it begins as an archive and has no end record",
             "its records, followed from the front, go on behind the file's end");
 }
@@ -246,15 +255,24 @@ void look_for_torn_files(Patient* patient) {
   }
 }
 
+// Which counts must be equal: global_steps on all ranks; the step of an optimizer's state of one
+// number on the ranks of one mp rank and, where these are tensor-parallel ranks, on all. In a
+// pipeline each stage has groups of its own, so that one number may mean a group that joined later.
 void look_for_mixed_steps(Patient* patient) {
+  const bool pipeline = std::ranges::any_of(patient->files, [](const PatientFile& file) {
+    return name_of(file).kind == FileName::Kind::kLayer;
+  });
   std::map<std::string, std::map<std::string, std::vector<std::string>>> found;  // key, value, who
   for (const PatientFile& file : patient->files) {
     if (!file.torch) continue;
     try {
-      for (const auto& [key, value] : steps_of(*patient, file))
-        found[key][value].push_back(quote(file.relative));
+      for (const auto& [key, value] : steps_of(*patient, file)) {
+        const bool own = pipeline && key != "global_steps";
+        const std::string of = own ? " of mp rank " + std::to_string(name_of(file).mp) : "";
+        found[key + of][value].push_back(quote(file.relative));
+      }
     } catch (const Error& error) {
-      if (error.info().code == ErrorCode::kInterrupted) throw;  // others: it has no such form
+      patient->pass_over("torn-publication", error);
     }
   }
   for (const auto& [key, values] : found) {

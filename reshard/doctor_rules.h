@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "checkpoint/deepspeed/source.h"
+#include "core/error.h"
 #include "reshard/doctor.h"
 
 namespace isoshard::reshard {
@@ -35,6 +36,9 @@ struct Patient {
     return checkpoint::join(place.folder, relative);
   }
   bool has(const std::string& rule, const std::string& file = "") const;
+  // Notes what `rules` could not look at. To be called where the Error is caught; goes on with it
+  // where the user has interrupted.
+  void pass_over(const std::string& rules, const Error& error);
 };
 
 // Files of a folder that the reader refuses (doctor_files.cc).
@@ -60,8 +64,16 @@ struct ArchiveFront {
 };
 ArchiveFront archive_front(const ReadableFile& file);
 
-// Whether an end record of some archive stands at the file's end.
-bool ends_as_archive(const ReadableFile& file);
+// What the end of a file says of the archive that it belongs to.
+enum class ArchiveTail {
+  kNone,     // no end record stands there
+  kOther,    // one does, and its directory does not count from the file's first byte, or that is
+             // not known: an archive that was appended looks so
+  kInPlace,  // its directory counts from the file's first byte: it began where this file begins
+};
+// `whole_bytes`: how much of the file is known to be another archive, from its first byte on; 0 if
+// nothing is.
+ArchiveTail archive_tail(const ReadableFile& file, int64_t whole_bytes);
 
 // The ranks 0 … count−1 in the order of their names as text: 0, 1, 10, 11, 2, … With `digits` 2
 // names are written 00, 01, … so that only ranks of three digits change places.

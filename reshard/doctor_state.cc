@@ -60,7 +60,8 @@ std::string step_of(const ShardedState& state, const ParameterState& parameter) 
   return "";
 }
 
-enum class Moments { kUnknown, kZero, kLive };
+// kSilent: nothing but zeros, or no elements, which an honest run may leave in this group.
+enum class Moments { kSilent, kUnknown, kZero, kLive };
 
 // Of a group of Adam's after its first step. Experts are routed to or not: a group of them alone
 // says nothing.
@@ -77,8 +78,8 @@ Moments moments_of(const ShardedState& state, const GroupState& group, ZeroRecor
     if (!zeros->hold(state.leaf(first)) || !zeros->hold(state.leaf(second))) return Moments::kLive;
     if (step->empty()) *step = step_of(state, parameter);
   }
-  if (experts || !elements || step->empty() || *step == "0" || *step == "None" ||
-      step->front() == '-')
+  if (experts || !elements) return Moments::kSilent;
+  if (step->empty() || *step == "0" || *step == "None" || step->front() == '-')
     return Moments::kUnknown;
   return Moments::kZero;
 }
@@ -96,7 +97,8 @@ void tell_moments(Patient* patient, const std::vector<std::string>& dead, bool a
        .proof =
            all ? "a step with any gradient but zero leaves a moment that is not"
                : "a step with any gradient but zero leaves a moment that is not; a group whose "
-                 "parameters were never used would look so too",
+                 "parameters were never used would look so too, and the other groups' moments are "
+                 "not zero or not known",
        .fault = "an optimizer was made anew under an old step (DeepSpeed issues 6691, 8147)",
        .safe = "weights and masters; training goes on from them as after a cold start",
        .next = "reshard or convert from the checkpoint this one was made of, or train on knowing "
@@ -265,7 +267,7 @@ void look_for_zero_moments(Patient* patient) {
     const GroupState& group = state.groups[number];
     std::string step;
     const Moments moments = moments_of(state, group, &zeros, &step);
-    all = all && moments != Moments::kLive;
+    all = all && (moments == Moments::kZero || moments == Moments::kSilent);
     if (moments != Moments::kZero) continue;
     dead.push_back("group " + std::to_string(number) + ", " +
                    count_of(group.parameters.size(), "parameter") + ", step " + step);

@@ -23,6 +23,34 @@ using checkpoint::NodeId;
 
 constexpr int64_t kSmallRecord = 4096, kStep = 1 << 16;
 
+// Empty where not all of it lies in the file.
+std::string bytes_of(const ReadableFile& file, int64_t offset, int64_t count) {
+  if (offset < 0 || count < 0 || offset > file.size_bytes() - count) return "";
+  std::string text(static_cast<size_t>(count), '\0');
+  file.read_at(offset, std::as_writable_bytes(std::span(text)));
+  return text;
+}
+
+bool has_signature(const std::string& bytes, uint32_t signature) {
+  return bytes.size() >= 4 && load(bytes, 0, 4) == signature;
+}
+
+// The size in a local header that has it: in its zip64 field where the header itself says so.
+std::optional<int64_t> size_in(const std::string& header, const std::string& extra) {
+  const auto size = static_cast<int64_t>(load(header, 22, 4));
+  if (size != kMax32) return size;
+  for (size_t at = 0; at + 4 <= extra.size();) {
+    const size_t id = load(extra, at, 2), length = load(extra, at + 2, 2);
+    if (id == kZip64Extra && length >= 8 && at + 12 <= extra.size()) {
+      const uint64_t real = load(extra, at + 4, 8);
+      if (real <= static_cast<uint64_t>(INT64_MAX / 2)) return static_cast<int64_t>(real);
+      return std::nullopt;
+    }
+    at += 4 + length;
+  }
+  return std::nullopt;
+}
+
 // The first bytes of a file as a file of their own.
 class Front : public ReadableFile {
  public:
@@ -73,12 +101,8 @@ class Walk {
  private:
   // Empty beyond the end of the file.
   std::string bytes(int64_t offset, int64_t count) {
-    if (offset < 0 || count < 0 || offset > file_.size_bytes() - count) {
-      beyond_ = true;
-      return "";
-    }
-    std::string text(static_cast<size_t>(count), '\0');
-    file_.read_at(offset, std::as_writable_bytes(std::span(text)));
+    std::string text = bytes_of(file_, offset, count);
+    beyond_ = beyond_ || static_cast<int64_t>(text.size()) < count;
     return text;
   }
   uint64_t signature(int64_t offset) {
@@ -99,12 +123,14 @@ std::optional<int64_t> Walk::behind_record(int64_t at) {
   if (header.empty()) return std::nullopt;
   const auto name_bytes = static_cast<int64_t>(load(header, 26, 2));
   const std::string path = bytes(at + kLocalBytes, name_bytes);
+  const std::string extra =
+      bytes(at + kLocalBytes + name_bytes, static_cast<int64_t>(load(header, 28, 2)));
   const int64_t data = at + kLocalBytes + name_bytes + static_cast<int64_t>(load(header, 28, 2));
   const size_t slash = path.find('/');
   if (slash == std::string::npos) return std::nullopt;
   const std::string name = path.substr(slash + 1);
   const bool deferred = (load(header, 6, 2) & 0x8) != 0;
-  std::optional<int64_t> size = static_cast<int64_t>(load(header, 22, 4));
+  std::optional<int64_t> size = size_in(header, extra);
   if (deferred && name.starts_with("data/")) {
     const auto known = sizes_.find(name.substr(5));
     if (known == sizes_.end()) return std::nullopt;
@@ -172,11 +198,35 @@ ArchiveFront archive_front(const ReadableFile& file) {
   return front;
 }
 
-bool ends_as_archive(const ReadableFile& file) {
-  if (file.size_bytes() < kEndBytes) return false;
-  std::string end(4, '\0');
-  file.read_at(file.size_bytes() - kEndBytes, std::as_writable_bytes(std::span(end)));
-  return load(end, 0, 4) == kEndSignature;
+ArchiveTail archive_tail(const ReadableFile& file, int64_t whole_bytes) {
+  int64_t directory_end = file.size_bytes() - kEndBytes;
+  const std::string end = bytes_of(file, directory_end, kEndBytes);
+  if (!has_signature(end, kEndSignature)) return ArchiveTail::kNone;
+  uint64_t size = load(end, 12, 4), offset = load(end, 16, 4);
+  const int64_t end64_at = directory_end - kLocatorBytes - kEnd64Bytes;
+  const std::string locator = bytes_of(file, directory_end - kLocatorBytes, kLocatorBytes);
+  const std::string end64 = bytes_of(file, end64_at, kEnd64Bytes);
+  const bool large = size == kMax32 || offset == kMax32;
+  if (has_signature(locator, kLocatorSignature) && has_signature(end64, kEnd64Signature)) {
+    if (load(locator, 8, 8) != static_cast<uint64_t>(end64_at)) return ArchiveTail::kOther;
+    size = load(end64, 40, 8);
+    offset = load(end64, 48, 8);
+    directory_end = end64_at;
+  } else if (large) {
+    return ArchiveTail::kOther;
+  } else if (end64_at < whole_bytes && offset + size == static_cast<uint64_t>(end64_at)) {
+    directory_end = end64_at;  // its zip64 records lie under the newer archive
+  }
+  if (offset > static_cast<uint64_t>(directory_end) ||
+      size != static_cast<uint64_t>(directory_end) - offset)
+    return ArchiveTail::kOther;
+  // A tool that appends may count from the file's first byte too: then nothing of what it appends
+  // lies in the first archive, and its first record does not stand at byte 0.
+  const auto begin = static_cast<int64_t>(offset);
+  if (begin < whole_bytes) return ArchiveTail::kInPlace;
+  const std::string entry = bytes_of(file, begin, kCentralBytes);
+  const bool first = has_signature(entry, kCentralSignature) && load(entry, 42, 4) == 0;
+  return first ? ArchiveTail::kInPlace : ArchiveTail::kOther;
 }
 
 }  // namespace isoshard::reshard

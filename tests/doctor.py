@@ -55,10 +55,12 @@ class Clean(Case):
         (source / "zero_to_fp32.py").write_text("print()\n")
         (source / "modeling_mine.py").write_text("print()\n")
         (tag / "zero_to_fp32.py").write_text("print()\n")
-        scheduler = h.program(h.call("functools", "partial", h.integer(1)))
+        scheduler = h.program(h.call("operator", "itemgetter", h.integer(1)))
         (source / "scheduler.pt").write_bytes(h.torch_file(scheduler))
         (source / "notes.bin").write_bytes(b"of another program")
-        self.well(source)
+        not_looked = "\n".join(self.well(source)["not_looked"])
+        for name in ("scheduler.pt", "notes.bin"):
+            self.assertIn(name, not_looked)
 
     def test_usage(self):
         self.run_program(2, "doctor", self.place / "nowhere")
@@ -164,6 +166,14 @@ class Values(Case):
                 path, lambda keys: faults.is_moment(keys) and keys[-2] == 1))
         self.ill("zero-moments", source, grade="SUSPECT")
 
+    def test_a_group_whose_state_is_not_known_is_not_counted_as_dead(self):
+        source, tag = self.copy("z2_rr_groups_dp2")
+        faults.zero_moments(tag)
+        self.ill("zero-moments", source)
+        for path in tag.glob("*optim*"):
+            faults.other_step(path, 0.0, lambda keys: keys[-2] == 1)
+        self.ill("zero-moments", source, grade="SUSPECT", words=("not known",))
+
     def test_some_zeros_raise_no_alarm(self):
         source, tag = self.copy("z1_bf16_dp2", "universal")
         faults.zero_moments(tag, lambda path: path.parent.name != "head.weight")
@@ -221,12 +231,21 @@ class Files(Case):
         self.ill("torn-publication", source, words=("ends in zeros",))
 
     def test_pointers(self):
-        for text in ("", "\n", "global_step9"):
+        """Tags are deleted by hand every day; an empty pointer is of no hand and no DeepSpeed."""
+        for text, grade in (("", "PROVEN"), ("\n", "SUSPECT"), ("global_step9", "SUSPECT")):
             with self.subTest(text=text):
                 source, _ = self.copy()
                 (source / "latest").write_text(text)
-                self.ill("torn-publication", source, words=("--tag",))
+                self.ill("torn-publication", source, grade=grade, words=("--tag",))
                 self.well(source, "--tag", "global_step3")
+
+    def test_a_pointer_to_a_folder_that_is_still_in_the_making(self):
+        source, _ = self.copy()
+        (source / "latest").write_text("global_step9")
+        (source / f".global_step8.isoshard-{faults.NONCE}").mkdir()
+        self.ill("torn-publication", source, grade="SUSPECT")
+        (source / f".global_step9.isoshard-{faults.NONCE}").mkdir()
+        self.ill("torn-publication", source, words=(".global_step9.isoshard-",))
 
     def test_a_pointer_that_is_no_tag(self):
         source, _ = self.copy()
@@ -240,6 +259,33 @@ class Files(Case):
                 source, tag = self.copy(name)
                 faults.other_step(sorted(tag.glob("*optim*"))[1])
                 self.ill("torn-publication", source, words=("two saves", "7 in 1 file"))
+
+    def test_steps_are_compared_where_they_must_be_equal(self):
+        """Tensor-parallel ranks have the same groups, stages of a pipeline groups of their own."""
+        source, tag = self.copy("autotp_z1_tp2_dp2")
+        for path in tag.glob("*mp_rank_01_optim*"):
+            faults.other_step(path)
+        self.ill("torn-publication", source, words=("two saves", "7 in 2 files"))
+        source, tag = self.copy("pipe_bf16_pp3_dp2")
+        for path in tag.glob("*mp_rank_01_optim*"):
+            faults.other_step(path)
+        self.ill("unexplained", source, grade="SUSPECT")
+        faults.other_step(sorted(tag.glob("*mp_rank_00_optim*"))[1])
+        self.ill("torn-publication", source, words=("of mp rank 0", "7 in 1 file"))
+
+    def test_what_could_not_be_looked_at_is_told(self):
+        source, tag = self.copy()
+        path = sorted(tag.glob("*optim*"))[1]
+        path.write_bytes(h.torch_file(h.program(h.mapping([]))))
+        _, told = self.doctor(1, source)
+        self.assertTrue(any(line.startswith("torn-publication: ") and path.name in line
+                            for line in told["not_looked"]), told["not_looked"])
+        source, tag = self.copy("z3_bf16_dp3", "universal")
+        path = next(tag.glob("*rank_0_mp_rank_00_model_states.pt"))
+        path.write_bytes(h.torch_file(h.program(h.mapping([]))))
+        _, told = self.doctor(1, source)
+        self.assertTrue(any(line.startswith("kept-padding: ") and path.name in line
+                            for line in told["not_looked"]), told["not_looked"])
 
     def test_a_folder_of_ours_without_its_end(self):
         out = self.place / "out"
@@ -263,6 +309,46 @@ class Files(Case):
                     self.ill("stale-tail", source, words=(each, f"head -c {len(new)}"))
                     path.write_bytes(path.read_bytes()[: len(new)])
                     self.well(source)
+
+    def test_an_archive_that_was_appended_is_suspect(self):
+        """Its directory counts from its own first byte, or from behind the first archive's end."""
+        source, tag = self.copy()
+        path = sorted(tag.glob("*optim*"))[1]
+        new, old = path.read_bytes(), faults.longer(path)
+        prefix, records = faults.read(path)
+        shifted = h.torch_zip([(f"{prefix}/{name}", data) for name, data in records.items()],
+                              before=new)
+        for name, data in (("as it is", new + old), ("shifted", shifted),
+                           ("zip64", new + faults.with_zip64_end(old)),
+                           ("zip64, shifted", faults.with_zip64_end(shifted))):
+            with self.subTest(name):
+                path.write_bytes(data)
+                self.ill("stale-tail", source, grade="SUSPECT", words=("appended",))
+
+    def test_the_end_of_an_older_file_with_zip64_fields(self):
+        source, tag = self.copy()
+        path = sorted(tag.glob("*optim*"))[1]
+        new = path.read_bytes()
+        path.write_bytes(faults.with_zip64_end(faults.longer(path)))
+        faults.lay_over(path, new)
+        self.ill("stale-tail", source, words=(f"head -c {len(new)}",))
+        path.write_bytes(faults.wrong_zip64_end(path.read_bytes()))
+        self.ill("stale-tail", source, grade="SUSPECT")
+
+    def test_the_end_of_a_file_that_was_little_longer(self):
+        """Of which no more than its end record is left, or than that and a part before it."""
+        source, tag = self.copy()
+        path = sorted(tag.glob("*optim*"))[1]
+        new = path.read_bytes()
+        prefix, records = faults.read(path)
+        name = [each for each in records if each.startswith("data/")][-1]
+        for more in (64, 128, 192):
+            with self.subTest(more=more):
+                path.write_bytes(h.torch_zip(
+                    [(f"{prefix}/{each}", data + bytes(more) * (each == name))
+                     for each, data in records.items()]))
+                faults.lay_over(path, new)
+                self.ill("stale-tail", source)
 
     def test_other_damage_is_not_called_so(self):
         source, tag = self.copy()
@@ -321,6 +407,21 @@ class Files(Case):
         (tag / "hook.py").write_text("print()\n")
         self.ill("code-in-folder", source, grade="SUSPECT", words=("hook.py",))
         self.assertFalse(ran.exists())
+
+    def test_what_is_no_code_is_not_called_so(self):
+        """A name that is not called, and what users' modules of a known name hold."""
+        def folder(value):
+            made = self.place / "made"
+            shutil.rmtree(made, ignore_errors=True)
+            return h.ZeroFolder(self.recorded()).insert("more", value, "model").write(made)
+
+        self.ill("code-in-folder", folder(h.name("posix", "system")), grade="SUSPECT",
+                 words=("no call of it",))
+        for module, name in (("commands", "Train"), ("commands.train", "Config"), ("pip", "Block"),
+                             ("os", "_Environ"), ("functools", "partial"),
+                             ("types", "SimpleNamespace"), ("subprocess", "CompletedProcess")):
+            with self.subTest(module=module, name=name):
+                self.well(folder(h.call(module, name, h.integer(1))))
 
     def test_two_faults_at_once(self):
         source, tag = self.copy("z2_bf16_dp4")

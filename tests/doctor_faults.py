@@ -181,13 +181,25 @@ def keep_padding(universal, name, ranks):
         path.write_bytes(h.torch_file(pickled, [data], prefix=prefix))
 
 
-def other_step(path):
-    """A step that the other ranks do not stand at."""
+def with_zip64_end(data):
+    """The same archive, whose end record leaves size and place of the directory to zip64's."""
+    return data[:-10] + b"\xff" * 8 + data[-2:]
+
+
+def wrong_zip64_end(data):
+    """Its zip64 end record says another place."""
+    at = len(data) - 22 - 20 - 56
+    assert data[at : at + 4] == b"PK\6\6", data[at:]
+    return data[: at + 48] + struct.pack("<Q", 1) + data[at + 56 :]
+
+
+def other_step(path, value=7.0, chosen=lambda keys: True):
+    """A step that the other ranks, or the other groups, do not stand at."""
     prefix, records = read(path)
     count = 0
     for keys, storage in tensors(records["data.pkl"]):
-        if keys[-1] == "step":
-            records[f"data/{storage}"] = struct.pack("<f", 7.0)
+        if keys[-1] == "step" and chosen(keys):
+            records[f"data/{storage}"] = struct.pack("<f", value)
             count += 1
     assert count, path
     write(path, prefix, records)

@@ -2,10 +2,10 @@
 """imports.py PROGRAM: the program itself imports nothing that runs a program or opens a socket.
 
 `nm -D` lists what the dynamic linker must find for PROGRAM. None of it may start a process, load
-code or reach the network (docs/STYLE.md, rule 29; a pickle or an HDF5 file can then bring none of
-it about through our own code). What each library that comes along imports of the same kind is
-printed, so that a new one is seen. Skipped (77) where nm is not installed or the program is linked
-with a sanitizer, which brings its own.
+code or reach the network, so that a pickle or an HDF5 file can bring none of it about through our
+own code: what is read is data, which nothing executes (checkpoint/format/pickle.h). What each
+library that comes along imports of the same kind is printed, so that a new one is seen. Skipped
+(77) where nm is not installed or the program is linked with a sanitizer, which brings its own.
 
 Not verified here: that a library which imports such a function never calls it; tests/
 refused_corpus.py and tests/golden_hostile.py look at the calls.

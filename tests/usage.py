@@ -38,6 +38,11 @@ class Usage(ProgramCase):
                 2, "reshard", self.source, "out", "--to-config", config, "--world", 4
             )
             self.assertIn("does not say what the run is", told.stderr)
+        config.write_text('{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 2}}')
+        for verb in (["reshard", self.source, "out"], ["inspect", self.source]):
+            told = self.run_program(2, *verb, "--to-config", config, "--world", 4)
+            self.assertIn("a key twice; DeepSpeed refuses it", told.stderr)
+            self.assertIn('"zero_optimization"', told.stderr)
         config.write_text(json.dumps({"zero_optimization": {"stage": 1}}))
         self.run_program(0, "reshard", self.source, "out", "--to-config", config, "--world", 4)
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "checkpoint/deepspeed/source.h"
+#include "checkpoint/shallow_json.h"
 #include "core/error.h"
 
 namespace isoshard::tools {
@@ -48,25 +49,29 @@ json part_of(const json& config, const std::string& file, const char* key) {
 
 constexpr int kMostRanks = 1'000'000;
 
+// DeepSpeed refuses a config with a key twice, too.
+json config_keys(const std::string& text, const std::string& file) {
+  checkpoint::ShallowJson read = checkpoint::read_shallow_json(text);
+  if (read.why.empty() && read.value.is_object()) return std::move(read.value);
+  std::string what = "The DeepSpeed config is not a JSON object.";
+  if (read.why.starts_with("nested")) what = "The DeepSpeed config is nested too deeply.";
+  if (!read.key.empty()) what = "The DeepSpeed config has a key twice; DeepSpeed refuses it.";
+  throw Error(ErrorInfo{.code = ErrorCode::kUsage,
+                        .what = what,
+                        .file = file,
+                        .entry = read.key.empty() ? "" : quote(read.key),
+                        .expected = "a JSON object with each key once",
+                        .found = read.why,
+                        .safe = "nothing was written",
+                        .next = "mend the config"});
+}
+
 }  // namespace
 
 RunConfig read_run_config(Session* session, const std::string& file) {
   RunConfig run;
   run.file = file;
-  // Deeper ones would take all of the stack where they are copied.
-  constexpr int kMostDepth = 64;
-  bool deep = false;
-  const auto shallow = [&](int depth, json::parse_event_t, json&) {
-    deep = deep || depth > kMostDepth;
-    return depth <= kMostDepth;
-  };
-  run.keys = json::parse(read_small_file(session->storage, file, 16 << 20), shallow, false);
-  if (deep || !run.keys.is_object()) {
-    throw Error(ErrorInfo{.code = ErrorCode::kUsage,
-                          .what = deep ? "The DeepSpeed config is nested too deeply."
-                                       : "The DeepSpeed config is not a JSON object.",
-                          .file = file});
-  }
+  run.keys = config_keys(read_small_file(session->storage, file, 16 << 20), file);
   TargetSpec& spec = run.spec;
   spec.stage = number_in(part_of(run.keys, file, "zero_optimization"), file, {"stage", 0, 0, 3});
   spec.topology.sequence = number_in(run.keys, file, {"sequence_parallel_size", 1, 1, kMostRanks});
@@ -126,7 +131,7 @@ namespace {
 // The number of key-value heads as AutoTP looks for it in a model's config.json.
 int64_t heads_of(Session* session, const std::string& file) {
   const json config =
-      json::parse(read_small_file(session->storage, file, 16 << 20), nullptr, false);
+      checkpoint::parse_shallow_json(read_small_file(session->storage, file, 16 << 20), file);
   const json& text =
       config.is_object() && config.contains("text_config") ? config["text_config"] : config;
   for (const char* key :

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/zero_files.h"
@@ -15,6 +16,7 @@ namespace isoshard::checkpoint {
 void check_scalars(const ShardedState& state) {
   std::map<std::string, std::pair<std::string, std::string>> first;  // state[k] name → value, file
   for (int file : state.optim_files) {
+    throw_if_cancelled();
     const Fields f(state.document(file));
     const NodeId optimizer = f.need(f.root(), "optimizer_state_dict");
     const NodeId base = state.flavour == Flavour::kZero3
@@ -50,6 +52,7 @@ void compare_ranks(ShardedState* state, const ModelStates& model) {
   };
   bool same_buffers = true;
   for (size_t rank = 1; rank < state->model_files.size(); ++rank) {
+    throw_if_cancelled();
     const int file = state->model_files[rank];
     for (const std::string& name : model.buffer_names) {
       same_buffers = same_buffers && crc_of(file, name) == crc_of(model.file, name);

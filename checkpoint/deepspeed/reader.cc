@@ -8,6 +8,7 @@
 #include <exception>
 #include <thread>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/zero_files.h"
 #include "checkpoint/format/crc.h"
 #include "core/cast.h"
@@ -25,6 +26,7 @@ std::vector<int> open_files(ShardedState* state, Storage& storage,
   const auto work = [&] {
     for (size_t i = next++; i < names.size(); i = next++) {
       try {
+        throw_if_cancelled();
         opened[i] = std::make_shared<TorchFile>(storage, join(state->folder, names[i]), &shelf);
       } catch (...) {
         failures[i] = std::current_exception();
@@ -132,10 +134,11 @@ void require_source(Storage& storage, const std::string& path, const std::string
     if (!storage.is_file(path)) storage.open_read(path);
     return;
   }
-  const std::string latest = join(path, "latest");
-  if (!tag.empty() || storage.is_file(latest)) return;
+  const auto pointer = [&](const char* name) { return storage.is_file(join(path, name)); };
+  if (!tag.empty() || pointer("latest") || pointer("latest_universal")) return;
   for (const DirectoryEntry& entry : storage.list(path)) {
-    if (entry.name == "latest") storage.open_read(latest);
+    if (entry.name == "latest" || entry.name == "latest_universal")
+      storage.open_read(join(path, entry.name));
   }
 }
 

@@ -62,6 +62,13 @@ TEST_F(RequireSource, ALatestThatIsAFolderIsNamed) {
   EXPECT_EQ(refusal(root_, "global_step3").what, "");  // a tag makes it unimportant
 }
 
+TEST_F(RequireSource, ALatestUniversalThatIsAFolderIsNamed) {
+  fs::create_directories(root_ + "/latest_universal");
+  EXPECT_EQ(refusal(root_).file, root_ + "/latest_universal");
+  std::ofstream(root_ + "/latest") << "global_step3";
+  EXPECT_EQ(refusal(root_).what, "");  // latest is followed
+}
+
 TEST_F(RequireSource, FilesAndFoldersPass) {
   EXPECT_EQ(refusal(root_).what, "");
   std::ofstream(root_ + "/latest") << "global_step3";

@@ -2,6 +2,7 @@
 // of param_shapes; param_slice_mappings is only compared (it is wrong under round_robin_gradients).
 #include <map>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/zero_files.h"
 #include "core/error.h"
 #include "core/layout.h"
@@ -24,7 +25,10 @@ class Zero12Reader {
   }
 
   void run() {
-    for (int file : state_.optim_files) open(file);
+    for (int file : state_.optim_files) {
+      throw_if_cancelled();
+      open(file);
+    }
     const Fields first = fields(0);
     const Pickle& pickle = first.pickle();
     const NodeId stage = pickle.find(ranks_[0].optimizer, "zero_stage");

@@ -6,6 +6,7 @@
 #include <set>
 #include <unordered_map>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/zero_files.h"
 #include "core/error.h"
 #include "core/layout.h"
@@ -28,7 +29,10 @@ class Zero3Reader {
     state_.flavour = Flavour::kZero3;
     state_.stage = 3;
     add_parameters();
-    for (int rank = 0; rank < dp_; ++rank) read_rank(rank);
+    for (int rank = 0; rank < dp_; ++rank) {
+      throw_if_cancelled();
+      read_rank(rank);
+    }
     read_groups();
   }
 

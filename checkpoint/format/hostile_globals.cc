@@ -5,6 +5,7 @@
 #include <string_view>
 #include <unordered_map>
 #include <unordered_set>
+#include <vector>
 
 namespace isoshard::checkpoint {
 namespace {
@@ -15,16 +16,16 @@ using Names = std::unordered_set<std::string_view>;
 // (uuid.UUID, pathlib.PosixPath, urllib.parse.ParseResult, signal.Signals), stand in kFunctions.
 const Names kModules = {
     // processes and what starts them
-    "os", "posix", "nt", "subprocess", "_posixsubprocess", "_winapi", "pty", "commands", "popen2",
+    "os", "posix", "nt", "subprocess", "_posixsubprocess", "_winapi", "pty", "popen2",
     "multiprocessing", "asyncio", "concurrent", "imaplib", "pydoc", "_osx_support", "_aix_support",
     "pexpect", "test.support", "webbrowser", "antigravity",
     // interpreters, compilers and what calls them
-    "runpy", "code", "codeop", "timeit", "bdb", "pdb", "doctest", "idlelib", "lib2to3", "distutils",
+    "runpy", "codeop", "timeit", "bdb", "pdb", "doctest", "idlelib", "lib2to3", "distutils",
     "setuptools", "cffi", "ctypes", "_ctypes", "types", "operator", "functools", "importlib", "imp",
     "pkgutil", "zipimport", "zipapp", "pkg_resources", "sys", "gc", "marshal", "compileall",
     "py_compile",
     // installers
-    "pip", "ensurepip", "venv",
+    "pip._internal", "pip._vendor", "ensurepip", "venv",
     // loaders that load again
     "pickle", "_pickle", "cPickle", "pickletools", "dill", "cloudpickle", "joblib", "shelve",
     // the network
@@ -50,6 +51,7 @@ const Names kFunctions = {"cProfile run",
                           "trace Trace.run",
                           "trace Trace.runctx",
                           "torch load",
+                          "torch.storage _load_from_bytes",
                           "torch save",
                           "torch compile",
                           "numpy load",
@@ -82,18 +84,35 @@ const Names kFunctions = {"cProfile run",
                           "_signal alarm",
                           "_signal pthread_kill"};
 
-// Modules of which these alone are values. What else a path has reads and writes files;
-// _get_layout is how torch writes the layout of a sparse tensor.
+// Modules whose names users take for modules of their own: these functions alone, whatever begins
+// with an underscore, and what lies within something.
+const std::unordered_map<std::string_view, Names> kFunctionsOf = {
+    {"pip", {"main"}},
+    {"commands", {"getoutput", "getstatusoutput", "getstatus"}},
+    {"code", {"interact", "InteractiveInterpreter", "InteractiveConsole", "compile_command"}}};
+
+// Modules of which these alone, and exceptions, are values. What else a path has reads and writes
+// files; _get_layout is how torch writes the layout of a sparse tensor. A partial is made of what
+// is judged itself, and making it calls nothing; what fills a SimpleNamespace are its attributes.
 const Names kPaths = {"Path",     "PosixPath",     "WindowsPath",
                       "PurePath", "PurePosixPath", "PureWindowsPath"};
 const Names kBuiltins = {"set",  "frozenset", "list",   "dict",    "tuple",
                          "int",  "long",      "float",  "complex", "bool",
                          "str",  "bytes",     "slice",  "unicode", "bytearray",
                          "type", "range",     "xrange", "object",  "Ellipsis"};
+const Names kSystem = {"_Environ",      "stat_result",  "statvfs_result",
+                       "terminal_size", "uname_result", "times_result"};
 const std::unordered_map<std::string_view, Names> kValuesOf = {
     {"builtins", kBuiltins},
     {"__builtin__", kBuiltins},
     {"pathlib", kPaths},
+    {"os", kSystem},
+    {"posix", kSystem},
+    {"nt", kSystem},
+    {"subprocess", {"CompletedProcess", "TimeoutExpired"}},
+    {"socket", {"AddressFamily", "SocketKind"}},
+    {"types", {"SimpleNamespace"}},
+    {"functools", {"partial"}},
     {"torch.serialization", {"_get_layout"}}};
 
 bool is_exception(std::string_view attribute) {
@@ -113,19 +132,32 @@ bool is_listed(std::string_view module) {
 bool is_hostile(const std::string& module, const std::string& attribute) {
   if (const auto values = kValuesOf.find(module); values != kValuesOf.end())
     return !values->second.contains(attribute) && !is_exception(attribute);
+  if (const auto own = kFunctionsOf.find(module); own != kFunctionsOf.end())
+    return own->second.contains(attribute) || attribute.starts_with('_') ||
+           attribute.find('.') != attribute.npos;
   return is_listed(module) || kFunctions.contains(module + " " + attribute);
 }
 
 }  // namespace
 
-std::string find_hostile_global(const Pickle& pickle) {
+HostileGlobal find_hostile_global(const Pickle& pickle) {
+  std::vector<NodeId> hostile;
   for (NodeId node = 0; node < pickle.size(); ++node) {
-    if (pickle.kind(node) != Kind::kGlobal) continue;
-    if (is_hostile(pickle.module(node), pickle.attribute(node))) {
-      return pickle.module(node) + " " + pickle.attribute(node);
-    }
+    if (pickle.kind(node) == Kind::kGlobal &&
+        is_hostile(pickle.module(node), pickle.attribute(node)))
+      hostile.push_back(node);
   }
-  return "";
+  if (hostile.empty()) return {};
+  const auto named = [&](NodeId node, bool called) {
+    return HostileGlobal{pickle.module(node) + " " + pickle.attribute(node), called};
+  };
+  const std::unordered_set<NodeId> all(hostile.begin(), hostile.end());
+  for (NodeId node = 0; node < pickle.size(); ++node) {
+    if (pickle.kind(node) != Kind::kObject) continue;
+    const ObjectParts& parts = pickle.parts(node);
+    if (!parts.newobj && all.contains(parts.callable)) return named(parts.callable, true);
+  }
+  return named(hostile.front(), false);
 }
 
 }  // namespace isoshard::checkpoint

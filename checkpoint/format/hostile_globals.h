@@ -7,9 +7,17 @@
 
 namespace isoshard::checkpoint {
 
-// Globals that no checkpoint needs and that would run a program or reach the system when called by
-// an ordinary unpickler ("os system" and its kin); empty when there are none. Safety does not rest
-// on this list: it only names the intent.
-std::string find_hostile_global(const Pickle& pickle);
+struct HostileGlobal {
+  std::string name;     // "os system"; empty when there is none
+  bool called = false;  // by a REDUCE of the pickle itself, and not only named
+};
+
+// What Error::found says of one that is called.
+inline constexpr const char* kCalledGlobal = "a call of it";
+
+// The first global, if any is called the first such, that no checkpoint needs and that would run a
+// program or reach the system when called by an ordinary unpickler. Safety does not rest on this
+// list: it only names the intent.
+HostileGlobal find_hostile_global(const Pickle& pickle);
 
 }  // namespace isoshard::checkpoint

@@ -522,7 +522,7 @@ TEST(PickleLimit, ADeclaredLengthBeyondTheStreamAllocatesNothing) {
 
 TEST(PickleHostile, FunctionsThatRunProgramsAreNamed) {
   const auto found = [](const std::string& global) {
-    return find_hostile_global(read(kProto + "c" + global + "."));
+    return find_hostile_global(read(kProto + "c" + global + ".")).name;
   };
   EXPECT_EQ(found("os\nsystem\n"), "os system");
   EXPECT_EQ(found("posix\nsystem\n"), "posix system");
@@ -551,6 +551,47 @@ TEST(PickleHostile, FunctionsThatRunProgramsAreNamed) {
   EXPECT_EQ(found("torch._utils\n_rebuild_tensor_v2\n"), "");
   EXPECT_EQ(found("__builtin__\nset\n"), "");
   EXPECT_EQ(found("collections\nOrderedDict\n"), "");
+  EXPECT_EQ(found("torch.storage\n_load_from_bytes\n"), "torch.storage _load_from_bytes");
+  EXPECT_EQ(found("torch.storage\nUntypedStorage\n"), "");
+}
+
+TEST(PickleHostile, ValuesOfModulesThatStartProgramsAreNot) {
+  const auto found = [](const std::string& global) {
+    return find_hostile_global(read(kProto + "c" + global + ".")).name;
+  };
+  for (const char* global :
+       {"os\n_Environ\n", "posix\nuname_result\n", "os\nstat_result\n",
+        "subprocess\nCompletedProcess\n", "subprocess\nCalledProcessError\n",
+        "socket\nAddressFamily\n", "types\nSimpleNamespace\n", "functools\npartial\n"})
+    EXPECT_EQ(found(global), "") << global;
+  EXPECT_EQ(found("types\nFunctionType\n"), "types FunctionType");
+  EXPECT_EQ(found("functools\nreduce\n"), "functools reduce");
+  EXPECT_EQ(found("socket\nsocket\n"), "socket socket");
+}
+
+TEST(PickleHostile, UsersModulesMayHaveTheNamesOfOldOnes) {
+  const auto found = [](const std::string& global) {
+    return find_hostile_global(read(kProto + "c" + global + ".")).name;
+  };
+  for (const char* global : {"commands\nTrain\n", "commands.train\nConfig\n", "pip\nPipeline\n",
+                             "pip.model\nBlock\n", "code.model\nBlock\n", "code\nBook\n"})
+    EXPECT_EQ(found(global), "") << global;
+  EXPECT_EQ(found("commands\ngetoutput\n"), "commands getoutput");
+  EXPECT_EQ(found("pip\nmain\n"), "pip main");
+  EXPECT_EQ(found("pip\n_internal.main\n"), "pip _internal.main");
+  EXPECT_EQ(found("pip._internal.cli.main\nmain\n"), "pip._internal.cli.main main");
+  EXPECT_EQ(found("code\ninteract\n"), "code interact");
+}
+
+TEST(PickleHostile, ACallIsToldFromANameAlone) {
+  const std::string system = "cos\nsystem\n", args = "X\x01\x00\x00\x00x\x85"s;
+  EXPECT_FALSE(find_hostile_global(read(kProto + system + ".")).called);
+  EXPECT_TRUE(find_hostile_global(read(kProto + system + args + "R.")).called);
+  EXPECT_FALSE(find_hostile_global(read(kProto + system + args + "\x81.")).called);
+  const HostileGlobal second =
+      find_hostile_global(read(kProto + "]cos\npopen\na" + system + args + "Ra."));
+  EXPECT_TRUE(second.called);
+  EXPECT_EQ(second.name, "os system");
 }
 
 TEST(PickleFind, ValuesOfMappingsAreFoundByName) {

@@ -136,13 +136,14 @@ void TorchFile::read_pickle_record(PickleShelf* shelf) {
     if (document_ != nullptr) return;
     auto document = std::make_shared<TorchDocument>();
     document->pickle = read_pickle(bytes, path_);
-    const std::string hostile = find_hostile_global(document->pickle);
-    if (!hostile.empty()) {
+    const HostileGlobal hostile = find_hostile_global(document->pickle);
+    if (!hostile.name.empty()) {
       throw Error(ErrorInfo{.code = ErrorCode::kHostile,
                             .what = "The pickle names a function that would run a program or reach "
                                     "the system when loaded by Python.",
                             .file = path_,
-                            .entry = "global " + quote(hostile),
+                            .entry = "global " + quote(hostile.name),
+                            .found = hostile.called ? kCalledGlobal : "its name alone",
                             .safe = "nothing was executed: this program never runs a pickle",
                             .next = "do not load this file with torch; find out who wrote it"});
     }

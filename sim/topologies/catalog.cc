@@ -2,7 +2,9 @@
 #include "sim/topologies/catalog.h"
 
 #include <algorithm>
+#include <array>
 #include <charconv>
+#include <set>
 
 #include "core/error.h"
 #include "core/process_group.h"
@@ -87,12 +89,15 @@ std::vector<Topology> topologies_up_to(int world) {
 
 std::vector<Topology> select_topologies(const std::string& text) {
   std::vector<Topology> list;
+  std::set<std::array<int, 5>> known;
+  const auto add = [&](const Topology& t) {
+    if (known.insert({t.data, t.sequence, t.tensor, t.expert, t.pipeline}).second)
+      list.push_back(t);
+  };
   for (size_t begin = 0; begin < text.size();) {
     const size_t end = std::min(text.find(' ', begin), text.size());
     if (end > begin) {
-      for (const Topology& topology : select_one(text.substr(begin, end - begin))) {
-        if (std::find(list.begin(), list.end(), topology) == list.end()) list.push_back(topology);
-      }
+      std::ranges::for_each(select_one(text.substr(begin, end - begin)), add);
     }
     begin = end + 1;
   }

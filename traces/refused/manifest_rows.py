@@ -1,6 +1,7 @@
 """Folders with a manifest that does not fit, names other folders, or is a bomb."""
 
 import hashlib
+import os
 
 from row import files, h, row
 
@@ -23,6 +24,12 @@ def told(*listed, **members):
 def manifest_row(name, threat, words, text, code="corrupt", verdict=None):
     return row("manifest." + name, threat, code, words, RULE, folder(text), inspect=False,
                verdict=verdict)
+
+
+def long_hole(where):
+    source = folder("")(where)
+    os.truncate(source / "MANIFEST.json", (128 << 20) + 1)
+    return source
 
 
 def rows():
@@ -65,9 +72,12 @@ def rows():
         ("bomb_depth", "nested", lambda: '{"files":[{' + '"a":[' * 1_000_000),
         ("bomb_width", "", lambda: '{"files":[' + "0," * 8_000_000 + "0]}"),
         ("bomb_entries", "", lambda: '{"files":[' + "{}," * 70_000 + "{}]}"),
+        ("bomb_text", "more than 65536 bytes", lambda: sound.replace("0.1.0", "0" * 30_000_000)),
         ("bomb_keys", "", lambda: "{" + ",".join(f'"{i}":0' for i in range(1_500_000)) + "}"),
     ):
         yield manifest_row(name, grow, words, text)
+    yield row("manifest.longer_than_is_read", grow, "limit", "larger than any", RULE, long_hole,
+              inspect=False)
     yield manifest_row("file_missing", FORGED, "", told(FIT, ("z", 1, hashed)), "mismatch",
                        "INCOMPLETE")
     yield row("manifest.file_too_many", "a file that came later", "mismatch", "stowaway", RULE,

@@ -102,6 +102,17 @@ def folders():
         lambda folder: folder.insert(
             "hook", h.call("project.config", "Schedule", h.text("x")) + b"}" + h.BUILD,
             "model_states")), "universal")
+    for module, name, why in (
+        ("functools", "partial", "making one calls nothing; what it holds is judged itself"),
+        ("types", "SimpleNamespace", "attributes alone, as argparse.Namespace"),
+        ("posix", "uname_result", "what os.uname() gives"),
+        ("subprocess", "CompletedProcess", "what a command left; making one starts none"),
+        ("commands.train", "Config", "a user's package of an old module's name"),
+        ("code.model", "Block", "a user's package of a module's name"),
+    ):
+        yield sound(f"client_state_{module}.{name}", why, edited(
+            lambda folder, module=module, name=name: folder.insert(
+                "hook", h.call(module, name, h.integer(1)), "model_states")), "universal")
     yield sound("client_state_nested_900_deep", "below the limit", edited(
         lambda folder: folder.insert("deep", b"]" * 900 + b"a" * 899, "model_states")),
         "universal")
