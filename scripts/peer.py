@@ -30,7 +30,7 @@ and docs/errata_matrix.md is written (peer_errata.py). The regular expression is
 'row script'; the exit status is 0 if every cell is filled and none an error, else 2.
 
 With --evidence torch and DeepSpeed meet what goes wrong with checkpoints (a rank that dies while it
-saves, a wrong byte, a full disk), and isoshard meets the same: docs/EVIDENCE.md, two minutes
+saves, a wrong byte, a full disk), and isoshard meets the same: docs/EVIDENCE.md, some minutes
 (peer_evidence.py). The regular expression is matched on 'E1 torn_save'.
 
 Without --venv an environment is made in build/peer/venv (5 GB, a few minutes). Further versions of
