@@ -3,8 +3,8 @@
     killed_writes.py FOLDER SOURCE TIMES SECONDS
 
 torch.save writes 48 MB over a good file of the same size; ds_to_universal converts SOURCE, the tag
-folder of a checkpoint. TIMES each, or as many as SECONDS allow. Counted is what lies under the final
-name afterwards.
+folder of a checkpoint. TIMES each, or as many as SECONDS allow, and six at least. Counted is what
+lies under the final name afterwards.
 """
 import contextlib
 import os
@@ -17,7 +17,7 @@ import time
 import torch
 from world import FOLDER, deepspeed, say, to_universal
 
-NUMEL = 12 << 20
+NUMEL, LEAST = 12 << 20, 6
 ROLLS = random.Random(20261130)
 
 
@@ -50,8 +50,8 @@ def rounds(work, prepare, judge, times, budget_s):
     prepare()
     seconds = lasting(work)
     judge()  # what the whole work leaves
-    for _ in range(times):
-        if time.monotonic() > ends:
+    for turn in range(times):
+        if turn >= LEAST and time.monotonic() > ends:
             break
         prepare()
         killed(work, seconds)
