@@ -5,6 +5,7 @@
     peer.py --report-only [--out DIR]
     peer.py --export | --parallel [--venv DIR] [--program PATH] [--cases REGEX]
     peer.py --errata [--report-only] [--versions …] [--cases REGEX] [--out DIR]
+    peer.py --evidence [--venv DIR] [--program PATH] [--cases REGEX]
 
 Real engines in real processes (CPU, gloo, one process a rank) load what isoshard wrote from the
 checkpoints of traces/deepspeed. Each case becomes a line of OUT/results.jsonl, the last run of a
@@ -28,6 +29,10 @@ With --errata no file of ours takes part: every script of traces/repro is run un
 and docs/errata_matrix.md is written (peer_errata.py). The regular expression is then matched on
 'row script'; the exit status is 0 if every cell is filled and none an error, else 2.
 
+With --evidence torch and DeepSpeed meet what goes wrong with checkpoints (a rank that dies while it
+saves, a wrong byte, a full disk), and isoshard meets the same: docs/EVIDENCE.md, some minutes
+(peer_evidence.py). The regular expression is matched on 'E1 torn_save'.
+
 Without --venv an environment is made in build/peer/venv (5 GB, a few minutes). Further versions of
 DeepSpeed are laid over it (`pip install --target`) in the folder beside it. Not part of
 scripts/test. Exit status: 0 every fact about our files is right, 1 one is not, 2 could not run.
@@ -45,6 +50,7 @@ import sys
 import time
 
 import peer_errata
+import peer_evidence
 import peer_facts
 import peer_plan
 import peer_report
@@ -144,7 +150,12 @@ def main(arguments):
     parser.add_argument("--export", action="store_true", help="only what transformers loads")
     parser.add_argument("--parallel", action="store_true", help="only tp, ep and pp")
     parser.add_argument("--errata", action="store_true", help="run traces/repro instead")
+    parser.add_argument("--evidence", action="store_true", help="run traces/evidence instead")
     options = parser.parse_args(arguments)
+    if options.evidence:
+        options.python = os.path.abspath(make_environment(options.venv))
+        options.program = os.path.abspath(options.program)
+        return peer_evidence.run(options)
     if options.export:
         return with_transformers(options, "peer_hf.py")
     if options.parallel:
