@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "checkpoint/deepspeed/source.h"
 #include "checkpoint/manifest.h"
@@ -11,6 +12,7 @@
 #include "core/error.h"
 #include "reshard/agreement.h"
 #include "reshard/manifest_check.h"
+#include "reshard/rank_values.h"
 #include "reshard/report_text.h"
 #include "reshard/weights_inventory.h"
 
@@ -33,12 +35,15 @@ class Verifier {
 
   Verification run() {
     if (find_place()) {
+      if (options_.deep && !single_file_) result_.deep = drop_pages(storage_, place_.folder);
       read_manifest();
       read_state();
       if (state_) read_everything();
       if (manifest_) judging([this] { compare_manifest(); });
       if (manifest_holds_ && result_.digest) judging([this] { compare_certificate(); });
       if (result_.read_whole) judging([this] { compare_copies(); });
+      if (options_.replicas) judging([this] { compare_replicas(); });
+      if (options_.deep) read_again();
       if (state_) look_for_oddities();
       say_what_is_not_verified();
     }
@@ -75,7 +80,10 @@ class Verifier {
   void compare_certificate();
   void tell_history(const json& certificate);
   void compare_sections(const json& digests);
+  void compare_with_source(const json& certificate);
   void compare_copies();
+  void compare_replicas();
+  void read_again();
   void look_for_oddities();
   void look_for_model_files();
   void look_at_weights();
@@ -91,6 +99,8 @@ class Verifier {
   bool manifest_holds_ = false;
   std::optional<ShardedState> state_;
   FileCrcs file_crcs_;  // empty unless all was read
+  std::vector<TensorSet> replica_sets_;
+  std::vector<LeafCrc> leaf_crcs_;  // likewise
 };
 
 void Verifier::judge(const Error& error) {
@@ -185,6 +195,14 @@ void Verifier::describe() {
 void Verifier::read_everything() {
   StreamOptions stream = options_.stream;
   stream.digest = digested_leaves(*state_);
+  if (options_.replicas) {
+    replica_sets_ = replica_sets(*state_);
+    for (const TensorSet& set : replica_sets_)
+      stream.digest.insert(stream.digest.end(), set.leaves.begin(), set.leaves.end());
+    std::ranges::sort(stream.digest);
+    const auto repeated = std::ranges::unique(stream.digest);
+    stream.digest.erase(repeated.begin(), repeated.end());
+  }
   stream.whole_files = every_file(*state_);
   judging([&] {
     const StreamResult read = digest_leaves(storage_, *state_, stream);
@@ -192,6 +210,7 @@ void Verifier::read_everything() {
     file_crcs_ = file_crcs(*state_, stream, read);
     result_.digest = make_digest(*state_, read.leaves);
     result_.read_whole = true;
+    leaf_crcs_ = read.leaves;
   });
   for (const checkpoint::SourceFile& file : state_->files) {
     if (!file.torch || !result_.read_whole) continue;
@@ -255,6 +274,29 @@ void Verifier::compare_certificate() {
     return;
   }
   compare_sections(certificate[at]);
+  if (options_.deep) compare_with_source(certificate);
+}
+
+// What it calls equal to the source has the source's digest, which it names too.
+void Verifier::compare_with_source(const json& certificate) {
+  const json sections = certificate.value("sections", json::object());
+  const json source = certificate.value(json::json_pointer("/source/digests"), json::object());
+  if (!sections.is_object() || !source.is_object()) return;
+  std::vector<std::string> wrong;
+  size_t equal = 0;
+  for (const SectionDigest& section : result_.digest->sections) {
+    if (section.hex.empty() || sections.value(section.section, json()) != json("equal")) continue;
+    const json said = source.value(section.section, json());
+    if (said == json("iso1:" + section.hex))
+      ++equal;
+    else if (said.is_string() && said.get<std::string>().starts_with("iso1:"))
+      wrong.push_back(section.section + ": the source had " + said.get<std::string>());
+  }
+  if (equal > 0)
+    result_.certificate += "; " + count_of(equal, "section") + " as the source had them";
+  if (wrong.empty()) return;
+  find(Verdict::kCorrupt,
+       with_details("The certificate calls sections equal to the source that are not.", wrong));
 }
 
 // What its makers knew and went on from: the folder is as it was made, not better.
@@ -300,11 +342,63 @@ void Verifier::compare_copies() {
   std::vector<std::string> orphans;
   const std::vector<CopyPair> pairs = copy_pairs(*state_, &orphans);
   result_.copies = reshard::compare_copies(*state_, pairs, options_.stream.workers);
-  for (const std::string& text : tell_differences(*state_, result_.copies, orphans))
+  CopyReport told = result_.copies;
+  if (options_.replicas) {  // compare_replicas() tells these
+    std::erase_if(told.differences,
+                  [](const CopyDifference& d) { return d.pair.kind == CopyPair::Kind::kReplica; });
+  }
+  for (const std::string& text : tell_differences(*state_, told, orphans))
     find(Verdict::kSuspect, text);
   for (const std::string& reason : result_.copies.uncompared) {
     result_.not_verified.push_back("a copy: " + reason);
   }
+}
+
+// From the disk once more: bytes that come out otherwise each time have no CRC to blame.
+void Verifier::read_again() {
+  if (!result_.deep) result_.deep.emplace();
+  if (!result_.read_whole) return;
+  if (!single_file_) drop_pages(storage_, place_.folder);
+  StreamOptions stream = options_.stream;
+  stream.digest = digested_leaves(*state_);
+  stream.whole_files = every_file(*state_);
+  judging([&] {
+    const StreamResult read = digest_leaves(storage_, *state_, stream);
+    const FileCrcs again = file_crcs(*state_, stream, read);
+    for (const auto& [path, crc] : file_crcs_) {
+      const auto second = again.find(path);
+      if (second != again.end() && second->second == crc) continue;
+      find(Verdict::kCorrupt, "Read twice, " + quote(path) +
+                                  " gave other bytes the second time: look for a failing disk or "
+                                  "memory, or for a program that writes to it now.");
+    }
+    result_.deep->twice = make_digest(*state_, read.leaves).root == result_.digest->root;
+    if (!result_.deep->twice)
+      find(Verdict::kCorrupt, "Read twice, the second digest differs from the first.");
+  });
+  if (single_file_) return;
+  std::set<std::string> known;
+  for (const checkpoint::SourceFile& file : state_->files) {
+    if (file.inside) known.insert(file.relative);
+  }
+  judging([&] { result_.deep->other_files = read_other_files(storage_, place_.folder, known); });
+}
+
+// Copy by copy; also where the folder as a whole was refused, for that may be the reason.
+void Verifier::compare_replicas() {
+  ReplicaReport report;
+  const int workers = options_.stream.workers;
+  if (state_) {
+    if (!result_.read_whole) replica_sets_ = replica_sets(*state_);
+    judging([&] { compare_sets(*state_, replica_sets_, leaf_crcs_, workers, &report); });
+    if (result_.read_whole) add_pairs(*state_, result_.copies, workers, &report);
+  }
+  if (place_.kind != SourcePlace::Kind::kWeights)
+    judging([&] { compare_rank_values(storage_, place_.folder, &report); });
+  ReplicaTexts texts = tell_replicas(report);
+  for (const std::string& text : texts.findings) find(Verdict::kSuspect, text);
+  for (std::string& text : texts.notices) result_.notices.push_back(std::move(text));
+  result_.replicas = std::move(report);
 }
 
 void Verifier::look_for_oddities() {
@@ -372,8 +466,8 @@ void Verifier::say_what_is_not_verified() {
   }
   if (flavour == Flavour::kZero3) {
     list.push_back(
-        "buffers of ranks above 0, and padding: their bytes fit their CRCs, their values "
-        "are not looked at");
+        std::string(options_.replicas ? "padding" : "buffers of ranks above 0, and padding") +
+        ": their bytes fit their CRCs, their values are not looked at");
   }
   if (flavour == Flavour::kZero0 && result_.copies.pairs[0] == 0 && state_->stepped) {
     list.push_back(
@@ -383,40 +477,6 @@ void Verifier::say_what_is_not_verified() {
 }
 
 }  // namespace
-
-std::optional<Verdict> verdict_of(ErrorCode code) {
-  switch (code) {
-    case ErrorCode::kCorrupt:
-    case ErrorCode::kMismatch:
-      return Verdict::kCorrupt;
-    case ErrorCode::kIncomplete:
-    case ErrorCode::kNotFound:
-      return Verdict::kIncomplete;
-    case ErrorCode::kHostile:
-    case ErrorCode::kLimit:
-      return Verdict::kHostile;
-    default:
-      return std::nullopt;
-  }
-}
-
-const char* name(Verdict verdict) {
-  switch (verdict) {
-    case Verdict::kVerified:
-      return "VERIFIED";
-    case Verdict::kComplete:
-      return "COMPLETE";
-    case Verdict::kSuspect:
-      return "SUSPECT";
-    case Verdict::kIncomplete:
-      return "INCOMPLETE";
-    case Verdict::kCorrupt:
-      return "CORRUPT";
-    case Verdict::kHostile:
-      break;
-  }
-  return "HOSTILE";
-}
 
 Verification verify(Storage& storage, const std::string& source, const VerifyOptions& options) {
   return Verifier(storage, source, options).run();

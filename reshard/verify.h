@@ -10,7 +10,9 @@
 
 #include "checkpoint/deepspeed/reader.h"
 #include "reshard/copies.h"
+#include "reshard/deep_reading.h"
 #include "reshard/digest.h"
+#include "reshard/replicas.h"
 
 namespace isoshard::reshard {
 
@@ -37,6 +39,8 @@ struct Verification {
   int64_t records = 0;      // of zip archives, each with the right CRC
   bool read_whole = false;  // the pass came to its end
   CopyReport copies;
+  std::optional<ReplicaReport> replicas;  // --replicas
+  std::optional<DeepReading> deep;        // --deep
   std::optional<Digest> digest;
   std::string manifest;     // what became of the manifest
   std::string certificate;  // and of the certificate; empty when there is none
@@ -47,6 +51,8 @@ struct Verification {
 };
 
 struct VerifyOptions {
+  bool replicas = false;  // copy by copy: who differs
+  bool deep = false;      // everything read from the disk, twice
   checkpoint::ReadOptions read;
   StreamOptions stream;
 };

@@ -5,6 +5,7 @@
 
 #include "core/error.h"
 #include "reshard/report_text.h"
+#include "tools/replica_report.h"
 #include "tools/session.h"
 
 namespace isoshard::tools {
@@ -50,6 +51,11 @@ void print_text(const Verification& v) {
   } else if (v.files > 0) {
     print("read", "the headers of " + count_of(v.files, "file") + "; not all payloads");
   }
+  if (v.replicas) {
+    print("replicas", replica_table(*v.replicas));
+    for (const std::string& text : v.replicas->uncompared) print("not compared", text);
+  }
+  if (v.deep) print("deep", deep_text(*v.deep));
   if (v.digest) print("digest", "iso1:" + v.digest->root);
   print("manifest", v.manifest);
   print("certificate", v.certificate);
@@ -91,13 +97,30 @@ void print_json(Session* session, const std::string& source, const Verification&
     object["findings"].push_back({{"verdict", name(finding.verdict)}, {"text", finding.text}});
   }
   if (!session->expect.empty()) object["expect"] = session->expect;
+  if (v.deep) object["deep"] = deep_json(*v.deep);
+  if (v.replicas) {
+    object["replicas"] = replica_counts(*v.replicas);
+    object["not_compared"] = v.replicas->uncompared;
+    for (const reshard::ReplicaDifference& difference : v.replicas->differences)
+      session->print_json(replica_json(difference));
+  }
   session->print_json(object);
 }
 
-void run_verify(Session* session, const std::string& source) {
+struct VerifyFlags {
+  std::string source;
+  bool replicas = false;
+  bool deep = false;
+};
+
+void run_verify(Session* session, const VerifyFlags& flags) {
+  const std::string& source = flags.source;
   if (!session->also.empty()) session->storage.lay_over(source, session->also);
   session->source = source;
-  reshard::VerifyOptions options{.read = session->read, .stream = session->stream_options()};
+  reshard::VerifyOptions options{.replicas = flags.replicas || flags.deep,
+                                 .deep = flags.deep,
+                                 .read = session->read,
+                                 .stream = session->stream_options()};
   const Verification v = reshard::verify(session->storage, source, options);
   if (session->json) {
     print_json(session, source, v);
@@ -115,13 +138,20 @@ void run_verify(Session* session, const std::string& source) {
 }  // namespace
 
 void add_verify(CLI::App* app, Session* session) {
-  auto source = std::make_shared<std::string>();
+  auto flags = std::make_shared<VerifyFlags>();
   CLI::App* verb = app->add_subcommand(
       "verify", "A verdict: VERIFIED, COMPLETE, SUSPECT, INCOMPLETE, CORRUPT or HOSTILE");
-  verb->add_option("SOURCE", *source)->required();
+  verb->add_option("SOURCE", flags->source)->required();
+  verb->add_flag("--replicas", flags->replicas,
+                 "Compare what is stored more than once copy by copy, bit for bit, and say which "
+                 "copy is alone");
+  verb->add_flag("--deep", flags->deep,
+                 "The strictest form, for audits: --replicas; every file from the disk (its pages "
+                 "dropped first) and twice, to the same digest; the files that no reader needs; a "
+                 "certificate's digests against the source's. Reads all bytes twice");
   add_expect_flag(verb, session);
   add_source_flags(verb, session);
-  verb->callback([session, source] { run_verify(session, *source); });
+  verb->callback([session, flags] { run_verify(session, *flags); });
 }
 
 }  // namespace isoshard::tools
