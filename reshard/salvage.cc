@@ -50,6 +50,7 @@ class Stock {
   SalvagedTensor judge(const std::string& name, const std::string& state, int leaf) const;
   bool take_replica(SalvagedTensor* tensor, int leaf);
   void add(SalvagedTensor tensor, const std::string& folder);
+  void lose_unknown_tie(SalvagedTensor* tensor) const;
   void add_weight(int parameter);
   void add_state(int parameter, int leaf);
   void add_buffer(checkpoint::BufferState* buffer);
@@ -164,6 +165,21 @@ bool Stock::take_copy(SalvagedTensor* tensor, const ParameterState& parameter) {
   return false;
 }
 
+// Stage 3: only rank 0's model file says which names are tied. Without it such a name looks like a
+// parameter without elements, and nothing may stand for it.
+void Stock::lose_unknown_tie(SalvagedTensor* tensor) const {
+  const SurveyedFile* first = files_[static_cast<size_t>(state_.model_files[0])];
+  const bool empty = numel(tensor->shape) == 0 &&
+                     state_.parameters[static_cast<size_t>(tensor->parameter)].group < 0;
+  if (state_.flavour != checkpoint::Flavour::kZero3 || !empty || !first || first->has_header())
+    return;
+  tensor->status = Status::kLost;
+  tensor->leaf = -1;
+  tensor->lost = {{0, 0, first->name,
+                   first->why + "; the others do not say which name this one is tied to, or "
+                                "whether it has no elements"}};
+}
+
 void Stock::add_weight(int number) {
   const ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
   SalvagedTensor tensor = judge(parameter.name, "weight", parameter.weight);
@@ -172,6 +188,7 @@ void Stock::add_weight(int number) {
   const bool master =
       optimized && !salvage_.model_files_only && state_.leaf(parameter.weight).state != "param";
   tensor.kind = master ? "master" : optimized ? "model" : "frozen";
+  lose_unknown_tie(&tensor);
   if (tensor.status != Status::kExported && !take_replica(&tensor, parameter.weight))
     take_copy(&tensor, parameter);
   if (salvage_.model_files_only && tensor.status == Status::kExported &&

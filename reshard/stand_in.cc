@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "checkpoint/deepspeed/fields.h"
+#include "checkpoint/deepspeed/zero_files.h"
 #include "checkpoint/format/crc.h"
 #include "checkpoint/torch_builder.h"
 #include "core/error.h"
@@ -27,6 +28,7 @@ using checkpoint::ZipRecord;
 namespace {
 
 constexpr int64_t kNumberBytes = 64;  // the storage of a 0-d tensor
+constexpr int64_t kMostElements = int64_t{1} << 48;
 
 // A sibling's bytes where they are a number that its CRC proves; empty otherwise.
 std::string number_of(const TorchFile& sibling, const ZipRecord& record) {
@@ -74,6 +76,7 @@ class PartitionHeader {
                            .requires_grad = view.requires_grad}));
       paddings.push_back(builder_.pickle.integer(padding));
       slices.push_back(slice_map(group, offsets, std::max<int64_t>(sizes.partition, 1)));
+      resize_states(group, sizes.partition);
     }
     replace("single_partition_of_fp32_groups", std::move(masters));
     replace("group_paddings", std::move(paddings));
@@ -94,6 +97,23 @@ class PartitionHeader {
     builder_.replace(0, fields_.need(optimizer_, key), builder_.pickle.list(std::move(items)));
   }
 
+  // The sibling may be of another tensor-parallel rank, with more elements or fewer.
+  void resize_states(size_t group, int64_t partition) {
+    const NodeId base = fields_.need(optimizer_, "base_optimizer_state");
+    const NodeId entry = checkpoint::find_index(fields_.pickle(), fields_.need(base, "state"),
+                                                static_cast<int64_t>(group));
+    if (entry == kNoNode) return;
+    for (const auto& [state, view] :
+         checkpoint::sort_optimizer_state(fields_, entry, "state").tensors) {
+      const int storage = builder_.add_storage(StorageFill{
+          .dtype = view.dtype, .numel = partition, .runs = {}, .copy = {}, .literal = {}});
+      builder_.replace(
+          0, fields_.need(entry, state),
+          builder_.tensor(
+              {.shape = {partition}, .storage = storage, .requires_grad = view.requires_grad}));
+    }
+  }
+
   // Where each parameter begins in the flat buffer, and where the last one ends.
   std::vector<int64_t> offsets_of(size_t group) const {
     const auto& shapes = model_.param_shapes[group];
@@ -107,6 +127,10 @@ class PartitionHeader {
         if (i < list.size()) gap = fields_.integer(list[i], "param_alignment_paddings");
       }
       result.push_back(result.back() + numel(shapes[i].second) + gap);
+      if (gap < 0 || result.back() > kMostElements)
+        fields_.fail("The parameters of a group are impossibly large.", "param_shapes",
+                     "at most " + std::to_string(kMostElements) + " elements",
+                     std::to_string(result.back()));
     }
     return result;
   }

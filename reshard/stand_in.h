@@ -3,7 +3,9 @@
 // payloads only those are real that `damage` does not name.
 #pragma once
 
+#include <map>
 #include <memory>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -100,7 +102,7 @@ class StandInStorage : public Storage {
  private:
   Storage& base_;
   std::string folder_;
-  std::vector<std::pair<std::string, std::shared_ptr<const Pieces>>> files_;
+  std::map<std::string, std::shared_ptr<const Pieces>> files_;  // by path
 };
 
 }  // namespace isoshard::reshard

@@ -60,33 +60,32 @@ void Pieces::read_at(int64_t offset, std::span<std::byte> target) const {
 }
 
 void StandInStorage::put(const std::string& name, std::shared_ptr<const Pieces> contents) {
-  std::erase_if(files_, [&](const auto& file) { return file.first == name; });
-  files_.emplace_back(name, std::move(contents));
+  files_[checkpoint::join(folder_, name)] = std::move(contents);
 }
 
 std::unique_ptr<ReadableFile> StandInStorage::open_read(const std::string& path) {
-  for (const auto& [name, contents] : files_) {
-    if (checkpoint::join(folder_, name) == path) return std::make_unique<PieceFile>(path, contents);
-  }
+  const auto stands = files_.find(path);
+  if (stands != files_.end()) return std::make_unique<PieceFile>(path, stands->second);
   return base_.open_read(path);
 }
 
 std::vector<DirectoryEntry> StandInStorage::list(const std::string& directory) {
   std::vector<DirectoryEntry> entries = base_.list(directory);
   if (directory != folder_) return entries;
-  for (const auto& [name, contents] : files_) {
-    std::erase_if(entries, [&](const DirectoryEntry& entry) { return entry.name == name; });
-    entries.push_back(
-        {.name = name, .kind = DirectoryEntry::Kind::kFile, .size_bytes = contents->size_bytes});
+  std::erase_if(entries, [&](const DirectoryEntry& entry) {
+    return files_.contains(checkpoint::join(folder_, entry.name));
+  });
+  for (const auto& [path, contents] : files_) {
+    entries.push_back({.name = checkpoint::base_name(path),
+                       .kind = DirectoryEntry::Kind::kFile,
+                       .size_bytes = contents->size_bytes});
   }
   std::ranges::sort(entries, {}, &DirectoryEntry::name);
   return entries;
 }
 
 bool StandInStorage::is_file(const std::string& path) {
-  const bool stands = std::ranges::any_of(
-      files_, [&](const auto& file) { return checkpoint::join(folder_, file.first) == path; });
-  return stands || base_.is_file(path);
+  return files_.contains(path) || base_.is_file(path);
 }
 
 std::unique_ptr<WritableFile> StandInStorage::create(const std::string& path) { written(path); }

@@ -27,7 +27,7 @@ using Health = SurveyedFile::Health;
 namespace {
 
 constexpr int64_t kStepBytes = 1 << 20, kNumberBytes = 64;
-constexpr size_t kMostStandIns = 100'000;
+constexpr size_t kMostMissing = 10'000;
 constexpr const char* kNext =
     "docs/KNOWN_GAPS.md says what salvage leaves out; bring the damaged files from another copy";
 
@@ -115,19 +115,20 @@ Survey::Survey(Storage& storage, std::string folder, const checkpoint::ReadOptio
   }
   std::vector<Look> looks(names.size());
   parallel_for(names.size(), options.workers, [&](size_t i) { looks[i] = look(names[i]); });
-  for (const Look& each : looks) files_.push_back(each.file);
+  for (const Look& each : looks) add(each.file);
   for (Look& each : looks) put_together(&each);
   expect_files(inventory);
   stand_in_for_lost();
 }
 
 const SurveyedFile* Survey::find(const std::string& name) const {
-  const auto found = std::ranges::find(files_, name, &SurveyedFile::name);
-  return found == files_.end() ? nullptr : &*found;
+  const auto found = numbers_.find(name);
+  return found == numbers_.end() ? nullptr : &files_[found->second];
 }
 
-SurveyedFile& Survey::file(const std::string& name) {
-  return *std::ranges::find(files_, name, &SurveyedFile::name);
+void Survey::add(SurveyedFile file) {
+  numbers_[file.name] = files_.size();
+  files_.push_back(std::move(file));
 }
 
 void Survey::refuse_uncovered(const Inventory& inventory) const {
@@ -156,6 +157,8 @@ Survey::Look Survey::look(const std::string& name) {
         error.info().code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
     result.file.why = one_line(error.info());
     result.torn.reset();
+    result.file.torch.reset();
+    result.file.damage.clear();
   }
   return result;
 }
@@ -254,15 +257,15 @@ void Survey::put_together(Look* look) {
 void Survey::expect(const std::string& name, Place place) {
   places_[name] = place;
   if (find(name) != nullptr) return;
-  if (places_.size() > kMostStandIns)
+  if (++missing_ > kMostMissing)
     throw Error(ErrorInfo{.code = ErrorCode::kLimit,
                           .what = "More files are missing than any checkpoint has.",
                           .file = folder_,
-                          .expected = "at most " + std::to_string(kMostStandIns),
+                          .expected = "at most " + std::to_string(kMostMissing),
                           .next = kNext});
   SurveyedFile missing{.name = name, .health = Health::kMissing, .damage = {}, .torch = nullptr};
   missing.why = "the file is missing";
-  files_.push_back(std::move(missing));
+  add(std::move(missing));
 }
 
 // Which files there must be, as the first model file with a header says.
@@ -327,7 +330,8 @@ const SurveyedFile* Survey::sibling_of(const Place& place) const {
   return other;
 }
 
-ModelStates Survey::model_of(int mp) const {
+const ModelStates& Survey::model_of(int mp) {
+  if (const auto known = models_.find(mp); known != models_.end()) return known->second;
   for (const auto& [name, place] : places_) {
     const SurveyedFile* model = find(name);
     if (place.optim || place.mp != mp || !model->torch) continue;
@@ -335,7 +339,7 @@ ModelStates Survey::model_of(int mp) const {
     only.folder = folder_;
     only.files.push_back(
         {model->torch->path(), name, std::const_pointer_cast<TorchFile>(model->torch), nullptr});
-    return checkpoint::read_model_states(only, 0);
+    return models_[mp] = checkpoint::read_model_states(only, 0);
   }
   throw Error(ErrorCode::kIncomplete, "No model file of a model-parallel rank can be read.");
 }
@@ -380,6 +384,22 @@ void Survey::replace(SurveyedFile* file, const Place& place) {
   file->torch = std::make_shared<TorchFile>(shown_, checkpoint::join(folder_, file->name));
 }
 
+// Of an uneven split a rank's shapes are its own: another rank's header then fits nowhere.
+void Survey::refuse_borrowed_shapes(const ErrorInfo& info) const {
+  if (info.code != ErrorCode::kCorrupt && info.code != ErrorCode::kMismatch) return;
+  for (const auto& [name, place] : places_) {
+    const SurveyedFile* model = find(name);
+    if (place.optim || stage3_ || model->has_header()) continue;
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what =
+                              "The model file of a tensor-parallel rank is lost, and its shapes "
+                              "are not those of another rank.",
+                          .file = model->torch->path(),
+                          .found = model->why + "; with another rank's shapes: " + one_line(info),
+                          .next = "bring that file from another copy"});
+  }
+}
+
 checkpoint::ShardedState Survey::read() {
   for (;;) {
     try {
@@ -389,6 +409,7 @@ checkpoint::ShardedState Survey::read() {
       const std::string name = checkpoint::base_name(info.file);
       const auto place = places_.find(name);
       const bool own = info.code == ErrorCode::kCorrupt || info.code == ErrorCode::kHostile;
+      refuse_borrowed_shapes(info);
       if (!own || place == places_.end() || !find(name)->has_header()) throw;
       SurveyedFile& wrong = file(name);
       wrong.health = info.code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;

@@ -74,14 +74,19 @@ class Survey {
   void stand_in_for_lost();
   void replace(SurveyedFile* file, const Place& place);
   const SurveyedFile* sibling_of(const Place& place) const;
-  checkpoint::ModelStates model_of(int mp) const;
-  SurveyedFile& file(const std::string& name);
+  const checkpoint::ModelStates& model_of(int mp);
+  void add(SurveyedFile file);
+  void refuse_borrowed_shapes(const ErrorInfo& info) const;
+  SurveyedFile& file(const std::string& name) { return files_[numbers_.at(name)]; }
 
   Storage& base_;
   std::string folder_;
   checkpoint::ReadOptions options_;
   StandInStorage shown_;
   std::vector<SurveyedFile> files_;
+  std::map<std::string, size_t> numbers_;          // by name, in files_
+  std::map<int, checkpoint::ModelStates> models_;  // by mp rank, for shapes alone
+  size_t missing_ = 0;
   std::map<std::string, Place> places_;  // of files that the checkpoint consists of
   bool stage3_ = false;
   int ranks_ = 1;  // of the partition group
