@@ -165,7 +165,7 @@ Survey::Look Survey::look(const std::string& name) {
 
 void Survey::look_into(Look* look, const std::string& path) {
   try {
-    look->file.torch = std::make_shared<TorchFile>(base_, path);
+    look->file.torch = std::make_shared<TorchFile>(base_, path, &shelf_);
     bool whole = true;
     for (const ZipRecord& record : look->file.torch->zip().records) {
       if (!is_storage(record) || record.size_bytes == 0) continue;
@@ -381,7 +381,7 @@ void Survey::replace(SurveyedFile* file, const Place& place) {
                      : sibling_stand_in(file->name, *sibling->torch, file->why);
   file->damage = {{0, made.contents->size_bytes, file->why}};
   shown_.put(file->name, std::move(made.contents));
-  file->torch = std::make_shared<TorchFile>(shown_, checkpoint::join(folder_, file->name));
+  file->torch = std::make_shared<TorchFile>(shown_, checkpoint::join(folder_, file->name), &shelf_);
 }
 
 // Of an uneven split a rank's shapes are its own: another rank's header then fits nowhere.

@@ -83,6 +83,7 @@ class Survey {
   std::string folder_;
   checkpoint::ReadOptions options_;
   StandInStorage shown_;
+  checkpoint::PickleShelf shelf_;  // ranks often have the same pickle
   std::vector<SurveyedFile> files_;
   std::map<std::string, size_t> numbers_;          // by name, in files_
   std::map<int, checkpoint::ModelStates> models_;  // by mp rank, for shapes alone
