@@ -212,11 +212,9 @@ void Survey::check_records(Look* look) {
 // The storage of a 0-d tensor in a sibling's file: ranks share their step.
 std::string Survey::borrowed_number(const std::string& name, size_t key, int64_t size_bytes) const {
   const FileName own = checkpoint::parse_file_name(name);
-  bool alone = true;
   for (const SurveyedFile& other : files_) {
     const FileName kin = checkpoint::parse_file_name(other.name);
     if (other.name == name || kin.kind != own.kind || kin.mp != own.mp || !other.torch) continue;
-    alone = false;
     for (const ZipRecord& record : other.torch->zip().records) {
       if (record.name != "data/" + std::to_string(key) || record.size_bytes != size_bytes) continue;
       if (!why_unproven(other.torch->file(), record).empty()) continue;
@@ -225,7 +223,7 @@ std::string Survey::borrowed_number(const std::string& name, size_t key, int64_t
       return bytes;
     }
   }
-  return alone ? std::string(static_cast<size_t>(size_bytes), '\0') : "";
+  return std::string(static_cast<size_t>(size_bytes), '\0');
 }
 
 void Survey::put_together(Look* look) {

@@ -212,6 +212,25 @@ class Salvage(ProgramCase):
         report = self.check(source, truth, set())
         self.assertEqual({file["health"] for file in report["files"]}, {"torn"})
 
+    def test_every_record_of_every_rank(self):
+        source, tag, truth = self.damaged("sp2_z1_dp2")
+        lost = set()
+        for each in truth.files:
+            for record, (begin, end, _) in record_ends(tag / each).items():
+                if record.startswith("data/") and begin < end:
+                    flip(tag / each, begin)
+                    lost.add((each, record[5:]))
+        expected = truth.expected(lost)
+        left = [key for key in expected if expected[key][0] == "exported"]
+        if left:
+            self.check(source, truth, lost)
+        else:
+            result = self.run_program(2, "salvage", source, self.out)
+            self.assertIn("no tensor is whole", result.stderr)
+            self.assertFalse(self.out.exists())
+        listing = self.run_program(1, "salvage", source, self.place / "none", "--dry-run").stdout
+        self.assertIn("CRC wrong at record data/0", listing)
+
     def test_both_of_two_copies(self):
         source, tag, truth = self.damaged("z1_bf16_dp2")
         lost = set()

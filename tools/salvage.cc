@@ -86,7 +86,7 @@ void run_salvage(Session* session, const SalvageFlags& flags) {
   Salvage salvage = reshard::take_stock(session->storage, flags.source, read, flags.partial);
   std::vector<checkpoint::FileBlueprint> files =
       reshard::salvage_files(&salvage, options.max_shard_bytes);
-  if (files.empty())
+  if (files.empty() && !flags.dry_run)
     throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
                           .what = "Nothing can be salvaged: no tensor is whole.",
                           .file = salvage.state.folder,
