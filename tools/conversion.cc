@@ -20,24 +20,6 @@ std::string existing_parent(Session* session, const std::string& target) {
   return folder;
 }
 
-void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
-  const FreeSpace space = session->storage.free_space(existing_parent(session, target));
-  const auto files = static_cast<int64_t>(plan.targets.size()) + 2;
-  const bool bytes_short = space.bytes < plan.bytes_to_write(),
-             inodes_short = space.inodes >= 0 && space.inodes < 2 * files;
-  if (!bytes_short && !inodes_short) return;
-  throw Error(ErrorInfo{.code = ErrorCode::kNoSpace,
-                        .what = bytes_short ? "The target's file system has too little space."
-                                            : "The target's file system has too few inodes.",
-                        .file = target,
-                        .expected = std::to_string(plan.bytes_to_write()) + " bytes in " +
-                                    std::to_string(files) + " files",
-                        .found = std::to_string(space.bytes) + " bytes and " +
-                                 std::to_string(space.inodes) + " inodes free",
-                        .safe = "nothing was written",
-                        .next = "free some space, or name a target elsewhere"});
-}
-
 void print_plan(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
   const FreeSpace space = session->storage.free_space(existing_parent(session, target));
   nlohmann::json object = {{"kind", "plan"},
@@ -60,6 +42,24 @@ void print_plan(Session* session, const reshard::ReshardPlan& plan, const std::s
 }
 
 }  // namespace
+
+void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
+  const FreeSpace space = session->storage.free_space(existing_parent(session, target));
+  const auto files = static_cast<int64_t>(plan.targets.size()) + 2;
+  const bool bytes_short = space.bytes < plan.bytes_to_write(),
+             inodes_short = space.inodes >= 0 && space.inodes < 2 * files;
+  if (!bytes_short && !inodes_short) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kNoSpace,
+                        .what = bytes_short ? "The target's file system has too little space."
+                                            : "The target's file system has too few inodes.",
+                        .file = target,
+                        .expected = std::to_string(plan.bytes_to_write()) + " bytes in " +
+                                    std::to_string(files) + " files",
+                        .found = std::to_string(space.bytes) + " bytes and " +
+                                 std::to_string(space.inodes) + " inodes free",
+                        .safe = "nothing was written",
+                        .next = "free some space, or name a target elsewhere"});
+}
 
 bool is_inside(const std::string& inner, const std::string& outer) {
   return inner == outer || inner.rfind(outer + "/", 0) == 0;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "reshard/convert.h"
+#include "reshard/plan.h"
 #include "tools/session.h"
 
 namespace isoshard::tools {
@@ -33,6 +34,9 @@ struct ConvertFlags {
 void run_convert(Session* session, const ConvertFlags& flags);
 
 void add_conversion_flags(CLI::App* verb, ConversionFlags* flags);
+
+// Refuses a target whose file system has too little room for the plan.
+void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target);
 
 // Whether a canonical path is the other or lies inside it.
 bool is_inside(const std::string& inner, const std::string& outer);

@@ -108,6 +108,7 @@ const char* kHelp = R"(isoshard: the same state, whatever the shards
   isoshard reshard SOURCE TARGET --to dp=4[,sp=,tp=,ep=,pp=,stage=]
   isoshard migrate SOURCE TARGET --to autoep --names FILE
   isoshard export SOURCE TARGET    a folder that from_pretrained loads
+  isoshard salvage SOURCE TARGET   what still verifies of a damaged one, and a list of the rest
   isoshard doctor CHECKPOINT       known faults of other programs; --clean: what was left behind
   isoshard show SOURCE NAME        one tensor: values, and which bytes of which file hold them
   isoshard plan convert …          or reshard, export: bytes, files, memory, before any work

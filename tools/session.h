@@ -59,6 +59,7 @@ void add_inspect(CLI::App* app, Session* session);
 void add_show(CLI::App* app, Session* session);
 void add_verify(CLI::App* app, Session* session);
 void add_doctor(CLI::App* app, Session* session);
+void add_salvage(CLI::App* app, Session* session);
 void add_diff(CLI::App* app, Session* session);
 void add_digest(CLI::App* app, Session* session);
 void add_convert(CLI::App* app, Session* session);

@@ -8,6 +8,7 @@ void add_verbs(CLI::App* app, Session* session) {
   add_show(app, session);
   add_verify(app, session);
   add_doctor(app, session);
+  add_salvage(app, session);
   add_diff(app, session);
   add_digest(app, session);
   add_convert(app, session);

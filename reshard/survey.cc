@@ -1,0 +1,420 @@
+// See survey.h.
+#include "reshard/survey.h"
+
+#include <algorithm>
+
+#include "checkpoint/cancel.h"
+#include "checkpoint/deepspeed/names.h"
+#include "checkpoint/deepspeed/source.h"
+#include "checkpoint/format/crc.h"
+#include "core/error.h"
+#include "core/polynomial.h"
+#include "reshard/parallel.h"
+
+namespace isoshard::reshard {
+
+using checkpoint::Fields;
+using checkpoint::FileName;
+using checkpoint::Inventory;
+using checkpoint::kNoNode;
+using checkpoint::ModelStates;
+using checkpoint::TorchFile;
+using checkpoint::TornFile;
+using checkpoint::TornStorage;
+using checkpoint::ZipRecord;
+using Health = SurveyedFile::Health;
+
+namespace {
+
+constexpr int64_t kStepBytes = 1 << 20, kNumberBytes = 64;
+constexpr size_t kMostMissing = 10'000;
+constexpr const char* kNext =
+    "docs/KNOWN_GAPS.md says what salvage leaves out; bring the damaged files from another copy";
+
+std::string one_line(const ErrorInfo& info) {
+  std::string text = info.what;
+  if (!info.entry.empty()) text += " " + info.entry;
+  if (!info.expected.empty()) text += ", expected " + info.expected;
+  if (!info.found.empty()) text += ", found " + info.found;
+  return text;
+}
+
+// Why a record is not proven; empty where its CRC is right.
+std::string why_unproven(const ReadableFile& file, const ZipRecord& record) {
+  checkpoint::RawCrcs crcs;
+  std::vector<std::byte> bytes;
+  try {
+    for (int64_t at = 0; at < record.size_bytes; at += kStepBytes) {
+      checkpoint::throw_if_cancelled();
+      bytes.resize(static_cast<size_t>(std::min(kStepBytes, record.size_bytes - at)));
+      file.read_at(record.data_offset + at, bytes);
+      crcs.update(bytes);
+    }
+  } catch (const Error& error) {
+    if (error.info().code == ErrorCode::kInterrupted) throw;
+    return "record " + record.name + " cannot be read: " + one_line(error.info());
+  }
+  const auto found =
+      static_cast<uint32_t>(crc32_polynomial().finish(crcs.crc32, record.size_bytes));
+  if (found == record.crc32) return "";
+  return "CRC wrong at record " + record.name + ": " + checkpoint::hex16(record.crc32).substr(8) +
+         " is recorded, its bytes give " + checkpoint::hex16(found).substr(8);
+}
+
+bool is_storage(const ZipRecord& record) { return record.name.starts_with("data/"); }
+
+// The same as read_torn_file() gives, of a file whose directory is whole.
+TornFile torn_form(const TorchFile& file) {
+  TornFile result{.prefix = file.zip().prefix, .pickle = {}, .storages = {}};
+  for (const ZipRecord& record : file.zip().records) {
+    if (record.name != "data.pkl") continue;
+    result.pickle.resize(static_cast<size_t>(record.size_bytes));
+    file.file().read_at(record.data_offset, std::as_writable_bytes(std::span(result.pickle)));
+  }
+  for (int64_t bytes : checkpoint::storage_sizes(result.pickle, file.path()))
+    result.storages.push_back({bytes, std::nullopt, ""});
+  for (const ZipRecord& record : file.zip().records) {
+    if (is_storage(record))
+      result.storages.at(static_cast<size_t>(std::stol(record.name.substr(5)))).record = record;
+  }
+  return result;
+}
+
+}  // namespace
+
+const char* name(Health health) {
+  switch (health) {
+    case Health::kWhole:
+      return "whole";
+    case Health::kDamaged:
+      return "damaged";
+    case Health::kTorn:
+      return "torn";
+    case Health::kLost:
+      return "lost";
+    case Health::kHostile:
+      return "hostile";
+    case Health::kMissing:
+      break;
+  }
+  return "missing";
+}
+
+Survey::Survey(Storage& storage, std::string folder, const checkpoint::ReadOptions& options)
+    : base_(storage), folder_(std::move(folder)), options_(options), shown_(storage, folder_) {
+  options_.prove = false;
+  options_.tag.clear();
+  const Inventory inventory = checkpoint::take_inventory(storage, folder_);
+  refuse_uncovered(inventory);
+  std::vector<std::string> names;
+  for (const auto& [mp, model] : inventory.model) names.push_back(model);
+  for (const auto* ranks : {&inventory.model_of_rank, &inventory.optim}) {
+    for (const auto& [mp, by_rank] : *ranks) {
+      for (const auto& [rank, file] : by_rank) names.push_back(file);
+    }
+  }
+  std::vector<Look> looks(names.size());
+  parallel_for(names.size(), options.workers, [&](size_t i) { looks[i] = look(names[i]); });
+  for (const Look& each : looks) add(each.file);
+  for (Look& each : looks) put_together(&each);
+  expect_files(inventory);
+  stand_in_for_lost();
+}
+
+const SurveyedFile* Survey::find(const std::string& name) const {
+  const auto found = numbers_.find(name);
+  return found == numbers_.end() ? nullptr : &files_[found->second];
+}
+
+void Survey::add(SurveyedFile file) {
+  numbers_[file.name] = files_.size();
+  files_.push_back(std::move(file));
+}
+
+void Survey::refuse_uncovered(const Inventory& inventory) const {
+  const std::string found = !inventory.layers.empty()    ? inventory.layers[0]
+                            : !inventory.experts.empty() ? inventory.experts[0]
+                            : !inventory.expert_optim.empty()
+                                ? inventory.expert_optim.begin()->second
+                                : "";
+  if (found.empty()) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                        .what = "Pipelines and experts are not salvaged yet.",
+                        .file = folder_,
+                        .expected = "ZeRO stages 0 to 3, with or without tensor-parallel ranks",
+                        .found = found,
+                        .next = kNext});
+}
+
+Survey::Look Survey::look(const std::string& name) {
+  Look result;
+  result.file.name = name;
+  try {
+    look_into(&result, checkpoint::join(folder_, name));
+  } catch (const Error& error) {
+    if (error.info().code == ErrorCode::kInterrupted) throw;
+    result.file.health =
+        error.info().code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
+    result.file.why = one_line(error.info());
+    result.torn.reset();
+    result.file.torch.reset();
+    result.file.damage.clear();
+  }
+  return result;
+}
+
+void Survey::look_into(Look* look, const std::string& path) {
+  try {
+    look->file.torch = std::make_shared<TorchFile>(base_, path, &shelf_);
+    bool whole = true;
+    for (const ZipRecord& record : look->file.torch->zip().records) {
+      if (!is_storage(record) || record.size_bytes == 0) continue;
+      const std::string why = why_unproven(look->file.torch->file(), record);
+      if (why.empty()) continue;
+      look->file.damage.push_back(
+          {record.data_offset, record.data_offset + record.size_bytes, why});
+      whole = whole && record.size_bytes > kNumberBytes;
+    }
+    if (!look->file.damage.empty()) {
+      look->file.health = Health::kDamaged;
+      look->file.why = look->file.damage[0].why;
+    }
+    if (!whole) look->torn = torn_form(*look->file.torch);
+  } catch (const Error& error) {
+    const ErrorCode code = error.info().code;
+    if (code != ErrorCode::kCorrupt && code != ErrorCode::kIncomplete) throw;
+    look->file.torch.reset();
+    look->file.health = Health::kTorn;
+    look->file.why = one_line(error.info());
+    look->bytes = base_.open_read(path);
+    look->torn = checkpoint::read_torn_file(*look->bytes);
+  }
+  const std::string prefix = look->torn ? look->torn->prefix : look->file.torch->zip().prefix;
+  const std::string stem = look->file.name.substr(0, look->file.name.rfind('.'));
+  if (prefix != stem && prefix != "archive" && !options_.allow_renamed)
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kMismatch,
+        .what = "The file was saved under another name (--allow-renamed takes it as it is):",
+        .file = path,
+        .entry = quote(prefix)});
+  if (look->torn) check_records(look);
+}
+
+// Of a file that needs a stand-in: which of its records are proven.
+void Survey::check_records(Look* look) {
+  if (!look->bytes) look->bytes = base_.open_read(checkpoint::join(folder_, look->file.name));
+  for (TornStorage& storage : look->torn->storages) {
+    if (!storage.record || storage.size_bytes == 0) continue;
+    storage.why = why_unproven(*look->bytes, *storage.record);
+  }
+}
+
+// The storage of a 0-d tensor in a sibling's file: ranks share their step.
+std::string Survey::borrowed_number(const std::string& name, size_t key, int64_t size_bytes) const {
+  const FileName own = checkpoint::parse_file_name(name);
+  for (const SurveyedFile& other : files_) {
+    const FileName kin = checkpoint::parse_file_name(other.name);
+    if (other.name == name || kin.kind != own.kind || kin.mp != own.mp || !other.torch) continue;
+    for (const ZipRecord& record : other.torch->zip().records) {
+      if (record.name != "data/" + std::to_string(key) || record.size_bytes != size_bytes) continue;
+      if (!why_unproven(other.torch->file(), record).empty()) continue;
+      std::string bytes(static_cast<size_t>(size_bytes), '\0');
+      other.torch->file().read_at(record.data_offset, std::as_writable_bytes(std::span(bytes)));
+      return bytes;
+    }
+  }
+  return std::string(static_cast<size_t>(size_bytes), '\0');
+}
+
+void Survey::put_together(Look* look) {
+  if (!look->torn) return;
+  SurveyedFile& own = file(look->file.name);
+  std::vector<StorageSource> storages;
+  for (size_t key = 0; key < look->torn->storages.size(); ++key) {
+    const TornStorage& from = look->torn->storages[key];
+    StorageSource storage{.size_bytes = from.size_bytes,
+                          .record = from.record ? &*from.record : nullptr,
+                          .literal = {},
+                          .why = from.why};
+    if (!from.why.empty() && from.size_bytes <= kNumberBytes)
+      storage.literal = borrowed_number(own.name, key, from.size_bytes);
+    storages.push_back(std::move(storage));
+  }
+  StandIn made = make_stand_in(own.name, look->torn->pickle, storages, look->bytes);
+  own.damage = std::move(made.damage);
+  shown_.put(own.name, std::move(made.contents));
+  try {
+    own.torch = std::make_shared<TorchFile>(shown_, checkpoint::join(folder_, own.name));
+  } catch (const Error& error) {
+    own.torch.reset();
+    own.health = error.info().code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
+    own.why = one_line(error.info());
+  }
+}
+
+void Survey::expect(const std::string& name, Place place) {
+  places_[name] = place;
+  if (find(name) != nullptr) return;
+  if (++missing_ > kMostMissing)
+    throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                          .what = "More files are missing than any checkpoint has.",
+                          .file = folder_,
+                          .expected = "at most " + std::to_string(kMostMissing),
+                          .next = kNext});
+  SurveyedFile missing{.name = name, .health = Health::kMissing, .damage = {}, .torch = nullptr};
+  missing.why = "the file is missing";
+  add(std::move(missing));
+}
+
+// Which files there must be, as the first model file with a header says.
+void Survey::expect_files(const Inventory& inventory) {
+  const SurveyedFile* first = nullptr;
+  std::string reasons;
+  for (const SurveyedFile& each : files_) {
+    const FileName::Kind kind = checkpoint::parse_file_name(each.name).kind;
+    if (kind == FileName::Kind::kOptim) continue;
+    if (each.torch && !first) first = &each;
+    if (!each.torch && reasons.size() < 500) reasons += quote(each.name) + ": " + each.why + " ";
+  }
+  if (first == nullptr)
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what = "No model file can be read; it has the names and shapes, without "
+                                  "which partitions say nothing.",
+                          .file = folder_,
+                          .expected = "one with a whole header",
+                          .found = reasons,
+                          .next = "bring a model file of this very save; that of an earlier step "
+                                  "is refused"});
+  checkpoint::ShardedState only;
+  only.folder = folder_;
+  only.files.push_back({first->torch->path(), first->name,
+                        std::const_pointer_cast<TorchFile>(first->torch), nullptr});
+  const ModelStates model = checkpoint::read_model_states(only, 0);
+  const Fields fields(*first->torch);
+  for (const char* key : {"folding", "ds_autoep_layers"}) {
+    if (fields.maybe(fields.root(), key) != kNoNode)
+      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                            .what = "Experts are not salvaged yet.",
+                            .file = first->torch->path(),
+                            .entry = key,
+                            .next = kNext});
+  }
+  stage3_ = inventory.stage3();
+  ranks_ = static_cast<int>(model.dp_world);
+  const auto mp_ranks = static_cast<int>(
+      std::max<int64_t>(model.mp_world, static_cast<int64_t>(inventory.mp_ranks())));
+  std::string prefix;
+  for (const auto& [mp, by_rank] : inventory.optim)
+    prefix = checkpoint::parse_file_name(by_rank.begin()->second).prefix;
+  for (int mp = 0; mp < mp_ranks; ++mp) {
+    if (!stage3_) expect(checkpoint::model_file_name(mp), {false, mp, 0});
+    for (int rank = 0; rank < ranks_; ++rank) {
+      if (stage3_) expect(checkpoint::model_file_name_of_rank(rank, mp), {false, mp, rank});
+      if (model.has_param_shapes)
+        expect(checkpoint::optim_file_name(prefix, rank, mp), {true, mp, rank});
+    }
+  }
+}
+
+// A file with a header of the same kind: of the same mp rank if there is one.
+const SurveyedFile* Survey::sibling_of(const Place& place) const {
+  const SurveyedFile* other = nullptr;
+  for (const auto& [name, there] : places_) {
+    const SurveyedFile* candidate = find(name);
+    if (there.optim != place.optim || !candidate->has_header() || !candidate->torch) continue;
+    if (there.mp == place.mp) return candidate;
+    if (other == nullptr) other = candidate;
+  }
+  return other;
+}
+
+const ModelStates& Survey::model_of(int mp) {
+  if (const auto known = models_.find(mp); known != models_.end()) return known->second;
+  for (const auto& [name, place] : places_) {
+    const SurveyedFile* model = find(name);
+    if (place.optim || place.mp != mp || !model->torch) continue;
+    checkpoint::ShardedState only;
+    only.folder = folder_;
+    only.files.push_back(
+        {model->torch->path(), name, std::const_pointer_cast<TorchFile>(model->torch), nullptr});
+    return models_[mp] = checkpoint::read_model_states(only, 0);
+  }
+  throw Error(ErrorCode::kIncomplete, "No model file of a model-parallel rank can be read.");
+}
+
+// Models first: partitions are laid out by their shapes.
+void Survey::stand_in_for_lost() {
+  const bool any_optim = std::ranges::any_of(places_, [&](const auto& each) {
+    return each.second.optim && find(each.first)->has_header();
+  });
+  const bool wants_optim =
+      std::ranges::any_of(places_, [](const auto& each) { return each.second.optim; });
+  if (wants_optim && !any_optim && stage3_)
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what = "No optimizer file can be read: at stage 3 they alone hold the "
+                                  "weights.",
+                          .file = folder_,
+                          .expected = "one with a whole header",
+                          .next = "bring one from another copy"});
+  options_.model_files_only = wants_optim && !any_optim;
+  for (const bool optim : {false, true}) {
+    for (const auto& [name, place] : places_) {
+      if (place.optim == optim && !file(name).torch && !(optim && !any_optim))
+        replace(&file(name), place);
+    }
+  }
+}
+
+void Survey::replace(SurveyedFile* file, const Place& place) {
+  const SurveyedFile* sibling = sibling_of(place);
+  if (sibling == nullptr)
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what = "No file of its kind is left to say what a lost file held.",
+                          .file = checkpoint::join(folder_, file->name),
+                          .found = file->why,
+                          .next = kNext});
+  StandIn made = place.optim && !stage3_
+                     ? partition_stand_in(file->name, *sibling->torch, model_of(place.mp),
+                                          {.rank = place.rank, .ranks = ranks_}, file->why)
+                     : sibling_stand_in(file->name, *sibling->torch, file->why);
+  file->damage = {{0, made.contents->size_bytes, file->why}};
+  shown_.put(file->name, std::move(made.contents));
+  file->torch = std::make_shared<TorchFile>(shown_, checkpoint::join(folder_, file->name), &shelf_);
+}
+
+// Of an uneven split a rank's shapes are its own: another rank's header then fits nowhere.
+void Survey::refuse_borrowed_shapes(const ErrorInfo& info) const {
+  if (info.code != ErrorCode::kCorrupt && info.code != ErrorCode::kMismatch) return;
+  for (const auto& [name, place] : places_) {
+    const SurveyedFile* model = find(name);
+    if (place.optim || stage3_ || model->has_header()) continue;
+    throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
+                          .what =
+                              "The model file of a tensor-parallel rank is lost, and its shapes "
+                              "are not those of another rank.",
+                          .file = model->torch->path(),
+                          .found = model->why + "; with another rank's shapes: " + one_line(info),
+                          .next = "bring that file from another copy"});
+  }
+}
+
+checkpoint::ShardedState Survey::read() {
+  for (;;) {
+    try {
+      return checkpoint::read_checkpoint(shown_, folder_, options_);
+    } catch (const Error& error) {
+      const ErrorInfo& info = error.info();
+      const std::string name = checkpoint::base_name(info.file);
+      const auto place = places_.find(name);
+      const bool own = info.code == ErrorCode::kCorrupt || info.code == ErrorCode::kHostile;
+      refuse_borrowed_shapes(info);
+      if (!own || place == places_.end() || !find(name)->has_header()) throw;
+      SurveyedFile& wrong = file(name);
+      wrong.health = info.code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
+      wrong.why = one_line(info);
+      replace(&wrong, place->second);
+    }
+  }
+}
+
+}  // namespace isoshard::reshard

@@ -1,0 +1,96 @@
+// The files of a damaged tag folder, each looked at alone: which header is whole, which record's
+// CRC is right. Then the folder is shown to the ordinary reader with stand-ins (stand_in.h) for
+// files that are torn or lost, so that everything that it checks across files is still checked.
+#pragma once
+
+#include <map>
+#include <memory>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "checkpoint/deepspeed/inventory.h"
+#include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/format/torn_file.h"
+#include "reshard/stand_in.h"
+
+namespace isoshard::reshard {
+
+struct SurveyedFile {
+  enum class Health {
+    kWhole,    // its header and every record's CRC
+    kDamaged,  // its header; records in `damage` are not proven
+    kTorn,     // the directory is gone or does not fit; found again by local headers
+    kLost,     // damaged beyond that, or refused
+    kHostile,
+    kMissing,
+  };
+  std::string name;  // in the folder
+  Health health = Health::kWhole;
+  std::string why;  // it is not whole
+  std::vector<Damage> damage;
+  std::shared_ptr<const checkpoint::TorchFile> torch;  // as the reader sees it
+  bool has_header() const { return health <= Health::kTorn; }
+};
+
+const char* name(SurveyedFile::Health health);
+
+class Survey {
+ public:
+  // Throws the Error that says why nothing can be made of the folder: no model file with names and
+  // shapes, a form that salvage does not cover, or what reading the disk throws.
+  Survey(Storage& storage, std::string folder, const checkpoint::ReadOptions& options);
+
+  // Reads the folder; a file whose contents prove wrong on the way is given up, and told.
+  checkpoint::ShardedState read();
+
+  const std::vector<SurveyedFile>& files() const { return files_; }
+  const SurveyedFile* find(const std::string& name) const;
+  bool model_files_only() const { return options_.model_files_only; }
+
+ private:
+  struct Place {
+    bool optim = false;
+    int mp = 0;
+    int rank = 0;  // of the partition group
+  };
+  // What a file's records give, before siblings have lent their numbers.
+  struct Look {
+    SurveyedFile file;
+    std::optional<checkpoint::TornFile> torn;  // needs a stand-in
+    std::shared_ptr<const ReadableFile> bytes;
+  };
+
+  void refuse_uncovered(const checkpoint::Inventory& inventory) const;
+  Look look(const std::string& name);
+  void look_into(Look* look, const std::string& path);
+  void check_records(Look* look);
+  void put_together(Look* look);
+  // Zeros where no rank has it. It counts as lost.
+  std::string borrowed_number(const std::string& name, size_t key, int64_t size_bytes) const;
+  void expect_files(const checkpoint::Inventory& inventory);
+  void expect(const std::string& name, Place place);
+  void stand_in_for_lost();
+  void replace(SurveyedFile* file, const Place& place);
+  const SurveyedFile* sibling_of(const Place& place) const;
+  const checkpoint::ModelStates& model_of(int mp);
+  void add(SurveyedFile file);
+  void refuse_borrowed_shapes(const ErrorInfo& info) const;
+  SurveyedFile& file(const std::string& name) { return files_[numbers_.at(name)]; }
+
+  Storage& base_;
+  std::string folder_;
+  checkpoint::ReadOptions options_;
+  StandInStorage shown_;
+  checkpoint::PickleShelf shelf_;  // ranks often have the same pickle
+  std::vector<SurveyedFile> files_;
+  std::map<std::string, size_t> numbers_;          // by name, in files_
+  std::map<int, checkpoint::ModelStates> models_;  // by mp rank, for shapes alone
+  size_t missing_ = 0;
+  std::map<std::string, Place> places_;  // of files that the checkpoint consists of
+  bool stage3_ = false;
+  int ranks_ = 1;  // of the partition group
+};
+
+}  // namespace isoshard::reshard
