@@ -5,7 +5,8 @@ what to do next. No control characters, and nothing of the library's or the lang
     from message_check import problems
     self.assertEqual(problems(result.stderr, result.stdout, published=target.exists()), [])
 
-Python's standard library only. Not verified: that `next` helps; people judge that.
+Run by itself it takes a good message apart and demands that each spoiled one is told. Python's
+standard library only. Not verified: that `next` helps; people judge that.
 """
 
 import errno
@@ -46,13 +47,14 @@ def parts(text):
     return found
 
 
-def names_the_cause(told):
+def names_the_cause(told, of_content):
     """A failed call by number, name and words; or what was expected or found."""
     what, found = told.get("what", ""), told.get("found", "")
     said = ERRNO.search(found)
     if said is None:
         # Of a part of a file whose form is wrong the sentence itself says how it differs.
-        if not (told.get("expected") or found or told.get("entry") or ALONE.search(what)):
+        named = told.get("expected") or found or told.get("entry") or ALONE.search(what)
+        if not named and not of_content:
             yield "neither an errno nor what was expected or found"
         return
     if getattr(errno, said[2] or "", None) != int(said[1]):
@@ -79,19 +81,21 @@ def agrees_with_json(told, answer):
             yield f"{label} differs between JSON and text: {errors[0].get(key)!r}"
 
 
-def problems(text, answer=None, published=None):
+def problems(text, answer=None, published=None, of_content=False):
     """What is wrong with a failure's message: [] if nothing is. `answer`: stdout of a run with
-    --json. `published`: whether the target is there, which `safe now` must not deny."""
+    --json. `published`: whether the target is there, which `safe now` must not deny.
+    `of_content`: the input itself is refused, and its sentence says how its form is wrong."""
     told, wrong = parts(text), []
     if text.count("isoshard: ") != 1:
         return [f"{text.count('isoshard: ')} messages instead of one"]
     what, safe, after = (told.get(key, "") for key in ("what", "safe now", "next"))
-    if len(what.split()) < 3 or not what.rstrip().endswith((".", "!", "?")) or what != what.strip():
+    sentence = what.split("\n")[0]  # a list may follow
+    if len(sentence.split()) < 3 or not sentence.endswith((".", "!", "?")):
         wrong.append("no sentence that names the operation")
     places = told.get("file") or told.get("entry") or re.search(r"\brank\b", text)
     if not places and "interrupted by signal" not in what:  # which concerns no file
         wrong.append("neither a path nor a rank")
-    wrong += names_the_cause(told)
+    wrong += names_the_cause(told, of_content)
     if len(safe.split()) < 3:
         wrong.append("not said what is safe now")
     if published and "nothing was published" in safe:
@@ -107,3 +111,45 @@ def problems(text, answer=None, published=None):
     if answer is not None:
         wrong += agrees_with_json(told, answer)
     return wrong
+
+
+GOOD = """isoshard: Writing to the file failed: no space left on device.
+  file:     /x/out/a.pt
+  entry:    byte 12
+  expected: room for 512 more bytes
+  found:    errno 28, ENOSPC; 0 bytes free
+  safe now: the source was only read; nothing was published
+  next:     free space on this file system, or choose a target on another one
+"""
+SPOILED = (
+    ("isoshard: ", "", "0 messages"),
+    ("/x/out", "isoshard: /x/out", "2 messages"),
+    ("Writing to the file failed: no space left on device.", "ENOSPC", "names the operation"),
+    ("  file:     /x/out/a.pt\n  entry:    byte 12\n", "", "neither a path nor a rank"),
+    ("28, ENOSPC", "28, EIO", "errno 28 is called EIO"),
+    ("28, ENOSPC", "28", "errno 28 is called None"),
+    ("no space left", "something is wrong", "not told in words"),
+    ("the source was only read; nothing was published", "", "what is safe now"),
+    ("nothing was published", "it is published", "promises a target"),
+    ("free space on this file system, or choose a target on another one", "", "what to do next"),
+    ("byte 12", "byte \x1b[31m", "control characters"),
+    ("byte 12", "std::bad_alloc", "noise"),
+)
+
+
+def self_test():
+    told = {key: parts(GOOD).get(label, "") for label, key in KEYS.items()}
+    answer = json.dumps({"schema": 1, "kind": "error", "code": "no_space", **told})
+    assert problems(GOOD, answer, published=False) == [], problems(GOOD, answer, False)
+    assert any("denies" in each for each in problems(GOOD, answer, published=True))
+    for old, new, expected in SPOILED:
+        assert old in GOOD, old
+        found = problems(GOOD.replace(old, new), published=False)
+        assert any(expected in each for each in found), (expected, found)
+    for spoiled in ("", answer.replace("byte 12", "byte 13"), answer.replace('"code"', '"x"')):
+        assert problems(GOOD, spoiled, published=False), spoiled
+    print(f"message_check.py: a good message, and {len(SPOILED) + 4} spoiled ones")
+
+
+if __name__ == "__main__":
+    self_test()

@@ -156,7 +156,7 @@ class Judge:
         self.check(run.err.count("isoshard: ") == 1, f"{verb}: not one message", run)
         self.check(error.get("code") == row.code, f"{verb}: code {error.get('code')}, not "
                    f"{row.code}", run)
-        for wrong in problems(run.err, run.out):
+        for wrong in problems(run.err, run.out, of_content=True):
             self.check(False, f"{verb}: {wrong}", run)
         text = " ".join(error.get(key, "") for key in ("what", "file", "entry", "expected",
                                                        "found"))

@@ -97,6 +97,7 @@ isoshard::Error memory_exhausted(const std::string& source) {
       .file = source,
       .found = limited ? "a limit of " + std::to_string(limit.rlim_cur) + " bytes (ulimit -v)"
                        : "no limit is set: the machine has no more",
+      .safe = "the source was only read; a target is there whole or not at all",
       .next = "give --workers 1, raise the limit, or use a machine with more memory"});
 }
 
