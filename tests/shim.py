@@ -7,7 +7,7 @@ concerns the source's files, or the target's. After every case: exit status 0 an
 whole (its digest is the source's, `verify` agrees, the pointer names it), or 2 and it is absent, or
 whole where the message says so; the message passes tests/message_check.py, by text and by JSON; no
 hidden folder is left; the source has the same bytes. ISOSHARD_CASES: so many calls a fault at most
-(default 60, a third of it here, evenly spread; `all`: every call). Python's standard library only.
+(default 60, a sixth of it here, evenly spread; `all`: every call). Python's standard library only.
 
 Not verified: EINTR without end, which would be repeated without end; sanitized builds for memory.
 """
@@ -24,7 +24,7 @@ from message_check import problems  # noqa: E402
 from program_case import CONFIG, run_tests  # noqa: E402
 
 STRUCK = {}  # what was struck → [cases, refused, done all the same]
-EACH = MOST if MOST > 60 else max(4, MOST // 3)
+EACH = MOST if MOST > 60 else max(4, MOST // 6)
 
 
 def some(count, most=EACH):
