@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
 """Makes a ZeRO checkpoint of a GPT-like model in DeepSpeed 0.19.8's file format, untrained.
 
-    make_checkpoint.py OUT [--stage 3] [--parameters 207e6] [--dp 8] [--hidden 1024] [--sparse]
+    make_checkpoint.py OUT [--stage 3] [--parameters 207e6] [--dp 8] [--hidden 1024]
+                       [--sparse | --without-torch]
 
 OUT is the save folder: OUT/latest and OUT/global_step3/. Needs torch, but not DeepSpeed; values are
-random, padding is zero. With --sparse no torch is needed either: every storage is a hole, so that
-the files have their full size and take no room. DeepSpeed's own tools read both kinds, which
-scripts/bench shows for the first. Prints one JSON object: parameters, files, bytes.
+random, padding is zero. Without torch: --without-torch has random bits for values; with --sparse
+every storage is a hole, so that the files have their full size and take no room. DeepSpeed's own
+tools read them, which scripts/bench shows for torch's. Prints one JSON object: parameters, files,
+bytes.
 """
 import argparse
 import collections
@@ -14,6 +16,7 @@ import json
 import math
 import os
 
+import random_torch_file
 import sparse_torch_file
 
 VOCABULARY, POSITIONS = 50304, 1024
@@ -90,7 +93,8 @@ class Maker:
     def __init__(self, options):
         self.folder = os.path.join(options.out, TAG)
         self.stage, self.dp, self.sparse = options.stage, options.dp, options.sparse
-        self.torch = sparse_torch_file.Torch() if options.sparse else Torch()
+        self.torch = (sparse_torch_file.Torch() if options.sparse else
+                      random_torch_file.Torch() if options.without_torch else Torch())
         self.classes = sparse_torch_file.deepspeed_classes()
         self.torch.register()
         self.shapes = parameter_shapes(options.parameters, options.hidden)
@@ -267,7 +271,9 @@ def main():
     parser.add_argument("--parameters", type=float, default=207e6, help="about this many")
     parser.add_argument("--dp", type=int, default=8, help="ranks")
     parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--sparse", action="store_true", help="storages are holes; no torch")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--sparse", action="store_true", help="storages are holes; no torch")
+    kind.add_argument("--without-torch", action="store_true", help="storages are random bits")
     options = parser.parse_args()
     maker = Maker(options)
     maker.make()

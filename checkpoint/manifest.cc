@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <new>
 #include <string_view>
 
 #include "checkpoint/manifest_events.h"
@@ -36,7 +37,7 @@ class Sha256 {
     unsigned char digest[EVP_MAX_MD_SIZE];
     unsigned length = 0;
     ready_ = ready_ && EVP_DigestFinal_ex(context_.get(), digest, &length) == 1;
-    CHECK(ready_, "SHA-256 is not available");
+    if (!ready_) throw std::bad_alloc();  // nothing else of it can fail
     constexpr char kDigits[] = "0123456789abcdef";
     std::string result = "sha256:";
     for (unsigned i = 0; i < length; ++i) {

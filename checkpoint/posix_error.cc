@@ -88,6 +88,7 @@ void fail_system(int error, const SystemFailure& failure) {
                  .what = std::string(failure.operation) + " failed: " + reason + ".",
                  .file = failure.path,
                  .next = is_known ? known->next : "look into the kernel log (dmesg) for the cause"};
+  if (failure.at_byte >= 0) info.entry = "byte " + std::to_string(failure.at_byte);
   const char* symbol = strerrorname_np(error);
   info.found = "errno " + std::to_string(error) + (symbol ? std::string(", ") + symbol : "");
   if (info.code == ErrorCode::kNoSpace) add_space(error, failure, &info);

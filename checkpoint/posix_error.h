@@ -14,6 +14,7 @@ struct SystemFailure {
   const char* operation;  // how the message begins: "Writing to the file"
   const std::string& path;
   int64_t needed_bytes = -1;  // -1: not known
+  int64_t at_byte = -1;       // of the file; -1: not a matter of one place
 };
 
 // Throws the Error that explains `error`, an errno.

@@ -57,7 +57,11 @@ class PosixReadableFile final : public ReadableFile {
         return ::pread(descriptor_.number(), target.data() + done, target.size() - done,
                        offset + static_cast<int64_t>(done));
       });
-      if (count < 0) fail_system(errno, {"Reading from the file", path_});
+      if (count < 0) {
+        fail_system(errno, {.operation = "Reading from the file",
+                            .path = path_,
+                            .at_byte = offset + static_cast<int64_t>(done)});
+      }
       if (count == 0) fail_short(offset + static_cast<int64_t>(target.size()));
       done += static_cast<size_t>(count);
     }
@@ -129,7 +133,8 @@ class PosixWritableFile final : public WritableFile {
         fail_system(count < 0 ? errno : EIO,
                     {.operation = "Writing to the file",
                      .path = path_,
-                     .needed_bytes = static_cast<int64_t>(bytes.size() - done)});
+                     .needed_bytes = static_cast<int64_t>(bytes.size() - done),
+                     .at_byte = offset + static_cast<int64_t>(done)});
       }
       done += static_cast<size_t>(count);
     }

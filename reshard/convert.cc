@@ -166,7 +166,7 @@ class Conversion {
     }
     result_.source = make_digest(state_, result_.stream.leaves);
     if (options_.verify != VerifyMode::kStream)
-      reread();
+      read_back();
     else
       trust_stream();
     write_papers();
@@ -214,6 +214,24 @@ class Conversion {
                       ? "copy the files beside the source yourself"
                       : "write " + quote(options_.latest_text) + " into " + options_.latest_path +
                             " yourself, or give the command again with --overwrite";
+      throw Error(std::move(info));
+    }
+  }
+
+  // A moment ago it was written here: there is no file that the user could restore, and the next
+  // output of this machine may be no better.
+  void read_back() {
+    try {
+      reread();
+    } catch (const Error& error) {
+      ErrorInfo info = error.info();
+      const bool differs = info.code == ErrorCode::kCorrupt || info.code == ErrorCode::kMismatch ||
+                           info.code == ErrorCode::kIncomplete || info.code == ErrorCode::kHostile;
+      if (!differs) throw;
+      info.what = "The output does not read back as it was written. " + info.what;
+      info.next =
+          "look for disk, network or memory failures in the kernel log (dmesg), then give the "
+          "command again, or choose a target on another disk";
       throw Error(std::move(info));
     }
   }

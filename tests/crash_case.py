@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import hostile as h
+from message_check import problems
 from program_case import ASKED, CONFIG, ProgramCase
 
 MOST = 10**9 if ASKED == "all" else max(10, min(int(ASKED), 60))
@@ -72,7 +73,7 @@ class Job:
 
     def __init__(self, place, source, arguments, output, pointer=None):
         self.place, self.source, self.output = place, source, output
-        self.command = [arguments[0], source, *arguments[1:], "--quiet"]
+        self.command = [arguments[0], source, *arguments[1:], "--quiet", "--json"]
         self.pointer = pointer
         self.before = fingerprint(source if source.is_dir() else source.parent)
         self.expected = sections(source)
@@ -120,6 +121,19 @@ class Crash(ProgramCase):
             self.place / "out" / "latest_universal",
         )
 
+    def mount(self, *options):
+        point = self.place / "mount"
+        point.mkdir(exist_ok=True)
+        result = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", point],
+            capture_output=True,
+            text=True,
+        )
+        if result.returncode != 0:
+            self.skipTest(f"mount is not permitted here: {result.stderr.strip()}")
+        self.addCleanup(subprocess.run, ["umount", "-l", point], capture_output=True)
+        return point
+
     def large_job(self):
         """48 MB of weights: recorded checkpoints are too small to be met half-way by a clock."""
         numel = 1 << 20
@@ -133,6 +147,11 @@ class Crash(ProgramCase):
         source.write_bytes(h.torch_file(h.weights(names), storages))
         out = self.place / "out" / "fp32"
         return Job(self.place, source, ["convert", out, "--to", "fp32"], out)
+
+    def told(self, job, result):
+        """One message with all its parts, by text and as JSON, that is true of what is there."""
+        found = problems(result.stderr, result.stdout, published=job.output.exists())
+        self.assertEqual(found, [], result.stderr)
 
     def check(self, job, again=False, allowed=()):
         """Absent or whole; the source untouched; the same command runs through."""

@@ -37,6 +37,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "traces" / "refused"))
 import cases  # noqa: E402
+from message_check import problems  # noqa: E402
 from program_case import CONFIG, MEMORY, run_tests  # noqa: E402
 from tracing import TracedCase, status_of, traced  # noqa: E402
 
@@ -158,8 +159,8 @@ class Judge:
         self.check(run.err.count("isoshard: ") == 1, f"{verb}: not one message", run)
         self.check(error.get("code") == row.code, f"{verb}: code {error.get('code')}, not "
                    f"{row.code}", run)
-        for key in ("what", "file", "safe", "next"):
-            self.check(error.get(key), f"{verb}: the message has no {key}", run)
+        for wrong in problems(run.err, run.out, of_content=True):
+            self.check(False, f"{verb}: {wrong}", run)
         text = " ".join(error.get(key, "") for key in ("what", "file", "entry", "expected",
                                                        "found"))
         self.check(row.words in text, f"{verb}: no {row.words!r} in the message", run)

@@ -3,7 +3,10 @@
 #include <unistd.h>
 
 #include <csignal>
+#include <cstdlib>
+#include <exception>
 #include <iostream>
+#include <new>
 #include <string_view>
 #include <vector>
 
@@ -94,6 +97,7 @@ isoshard::Error memory_exhausted(const std::string& source) {
       .file = source,
       .found = limited ? "a limit of " + std::to_string(limit.rlim_cur) + " bytes (ulimit -v)"
                        : "no limit is set: the machine has no more",
+      .safe = "the source was only read; a target is there whole or not at all",
       .next = "give --workers 1, raise the limit, or use a machine with more memory"});
 }
 
@@ -124,6 +128,54 @@ not, 70 our own bug. Read and written: ZeRO 0 to 3, BF16_Optimizer, Ulysses, Aut
 MoE, pipelines. docs/SUPPORT.md says what is not, and is refused by name.
 )";
 
+bool asks_for_json(int argc, char** argv) {
+  return std::any_of(argv, argv + argc,
+                     [](const char* a) { return std::string_view(a) == "--json"; });
+}
+
+// Whether --json was given, for a handler that has no way to be told.
+bool& wants_json() {
+  static bool wants = false;
+  return wants;
+}
+
+// Where memory does not even suffice for a message: one that is there already, with the same parts.
+int fail_without_memory() {
+  const auto say = [](int file, std::string_view text) {
+    static_cast<void>(!::write(file, text.data(), text.size()));
+  };
+  say(STDERR_FILENO,
+      "isoshard: Memory is exhausted.\n  entry:    the whole command\n"
+      "  found:    not even room for a longer message\n"
+      "  safe now: the source was only read; a target is there whole or not at all\n"
+      "  next:     raise the limit (ulimit -v) or use a machine with more memory; isoshard doctor "
+      "--clean beside the target removes what was left\n");
+  if (!wants_json()) return isoshard::tools::kCouldNot;
+  say(STDOUT_FILENO,
+      R"line({"schema":1,"kind":"error","code":"limit","what":"Memory is exhausted.",)line"
+      R"line("file":"","entry":"the whole command","expected":"",)line"
+      R"line("found":"not even room for a longer message",)line"
+      R"line("safe":"the source was only read; a target is there whole or not at all",)line"
+      R"line("next":"raise the limit (ulimit -v) or use a machine with more memory; isoshard )line"
+      R"line(doctor --clean beside the target removes what was left"})line"
+      "\n");
+  return isoshard::tools::kCouldNot;
+}
+
+// Memory may end in a destructor too (that of a JSON value needs some), and from there no exception
+// comes out.
+[[noreturn]] void on_terminate() {
+  try {
+    if (const std::exception_ptr failure = std::current_exception())
+      std::rethrow_exception(failure);
+  } catch (const std::bad_alloc&) {
+    std::_Exit(fail_without_memory());
+  } catch (...) {
+    // Our own bug: the abort below leaves what a debugger needs.
+  }
+  std::abort();
+}
+
 int run(int argc, char** argv, Session* session) {
   CLI::App app{"isoshard"};
   app.set_version_flag("--version", isoshard::tools::version_text());
@@ -148,9 +200,7 @@ int run(int argc, char** argv, Session* session) {
     const auto asked = app.get_subcommands();
     const std::string next =
         asked.empty() ? "isoshard help" : "isoshard " + asked[0]->get_name() + " --help";
-    const bool json =
-        std::any_of(argv, argv + argc, [](const char* a) { return std::string(a) == "--json"; });
-    if (json) {
+    if (wants_json()) {
       print_error(*session,
                   {.code = isoshard::ErrorCode::kUsage, .what = error.what(), .next = next});
     }
@@ -174,9 +224,7 @@ int run(int argc, char** argv, Session* session) {
   return session->status;
 }
 
-}  // namespace
-
-int main(int argc, char** argv) {
+int guarded_run(int argc, char** argv) {
   Session session;
   catch_signals();
   raise_file_limit();
@@ -217,11 +265,26 @@ int main(int argc, char** argv) {
               << "\n";
     return isoshard::tools::kOurBug;
   } catch (const std::bad_alloc&) {
+    // Until the command line is read, its words are all that is known.
+    session.json = wants_json();
+    if (session.source.empty() && argc > 2 && argv[2][0] != '-') session.source = argv[2];
     report(session, memory_exhausted(session.source));
     return isoshard::tools::kCouldNot;
   } catch (const std::exception& failure) {
     std::cerr << "isoshard: this is our own bug, please report this line:\n  unexpected: "
               << failure.what() << "\n";
     return isoshard::tools::kOurBug;
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  wants_json() = asks_for_json(argc, argv);
+  std::set_terminate(on_terminate);
+  try {
+    return guarded_run(argc, argv);
+  } catch (const std::bad_alloc&) {
+    return fail_without_memory();
   }
 }

@@ -74,6 +74,8 @@ SourcePlace tag_place(Storage& storage, const std::string& save_folder, const st
     throw Error(ErrorInfo{.code = ErrorCode::kNotFound,
                           .what = "The tag " + quote(tag) + " (from " + from + ") has no folder.",
                           .file = place.folder,
+                          .expected = "a folder of that name",
+                          .found = "none",
                           .next = "name another with --tag; " + tags_in(storage, save_folder)});
   }
   if (has_folder(storage.list(place.folder), "zero")) place.kind = SourcePlace::Kind::kUniversal;

@@ -228,12 +228,12 @@ int64_t item_bytes_of(const std::string& type_name) {
 
 std::vector<int64_t> storage_sizes(const std::string& bytes, const std::string& path) {
   const Pickle pickle = read_pickle(bytes, path);
-  if (const std::string hostile = find_hostile_global(pickle); !hostile.empty())
+  if (const HostileGlobal hostile = find_hostile_global(pickle); !hostile.name.empty())
     throw Error(ErrorInfo{.code = ErrorCode::kHostile,
                           .what = "The pickle names a function that would run a program or reach "
                                   "the system when loaded by Python.",
                           .file = path,
-                          .entry = "global " + quote(hostile),
+                          .entry = "global " + quote(hostile.name),
                           .safe = "nothing was executed: this program never runs a pickle",
                           .next = "do not load this file with torch; find out who wrote it"});
   const auto bad = [&] {
