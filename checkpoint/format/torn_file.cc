@@ -234,6 +234,7 @@ std::vector<int64_t> storage_sizes(const std::string& bytes, const std::string& 
                                   "the system when loaded by Python.",
                           .file = path,
                           .entry = "global " + quote(hostile.name),
+                          .found = hostile.called ? kCalledGlobal : "its name alone",
                           .safe = "nothing was executed: this program never runs a pickle",
                           .next = "do not load this file with torch; find out who wrote it"});
   const auto bad = [&] {
