@@ -10,8 +10,13 @@
 
 namespace isoshard::tools {
 
+inline constexpr const char* kResumeHelp =
+    "Go on from what an interrupted command has left, comparing all of it; when interrupted, keep "
+    "what was written";
+
 struct ConversionFlags {
   bool overwrite = false;
+  bool resume = false;
   bool no_latest = false;
   bool dry_run = false;
   bool force = false;
