@@ -75,6 +75,7 @@ std::shared_ptr<ComparedFile> TargetPool::begin(int number, const std::string& p
   } else {
     storage_.make_directories(path.substr(0, path.rfind('/')));
     std::unique_ptr<WritableFile> made = storage_.create(path);
+    target.created = true;  // by whoever comes here next, should something fail from here on
     made->set_size(layout.size_bytes());
     file = std::make_shared<ComparedFile>(std::move(made), nullptr);
   }

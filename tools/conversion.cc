@@ -259,9 +259,6 @@ void tell_resumed(Session* session, const reshard::ConvertResult& result) {
                human_bytes(resumed.bytes_equal) +
                " in these and others) were there already and are equal, " +
                human_bytes(result.stream.bytes_written) + " written");
-  if (resumed.bytes_wrong == 0) return;
-  session->notice("notice: " + std::to_string(resumed.bytes_wrong) +
-                  " bytes of what lay there were not what they must be, and were written anew");
 }
 
 nlohmann::json resumed_json(const reshard::ConvertResult& result) {
@@ -284,6 +281,10 @@ void finish_conversion(Session* session, const checkpoint::ShardedState& state,
   check_space(session, plan, options->target,
               options->leftover ? options->leftover->stored_bytes : 0);
   const reshard::ConvertResult result = reshard::convert(session->storage, state, plan, *options);
+  if (const int64_t wrong = result.stream.resumed.bytes_wrong; wrong > 0) {
+    session->notice("notice: " + std::to_string(wrong) +
+                    " bytes of what lay there were not what they must be, and were written anew");
+  }
   if (session->json) {
     nlohmann::json object = {{"kind", "conversion"},
                              {"target", options->target},
