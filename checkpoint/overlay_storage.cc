@@ -3,7 +3,7 @@
 
 #include <map>
 
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/error.h"
 
 namespace isoshard::checkpoint {

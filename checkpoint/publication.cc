@@ -2,86 +2,15 @@
 // rename, parent durable, and only then the old folder goes.
 #include "checkpoint/publication.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <atomic>
-#include <chrono>
-#include <cstdio>
-#include <span>
 
 #include "checkpoint/cancel.h"
+#include "checkpoint/hidden_name.h"
 #include "core/check.h"
 #include "core/error.h"
-#include "core/random.h"
-#include "core/utf8.h"
 
 namespace isoshard::checkpoint {
 namespace {
-
-constexpr const char* kStagingMark = ".isoshard-";
-constexpr const char* kTrashMark = ".trash-";
-constexpr size_t kNonceDigits = 32;
-constexpr size_t kNameBytes = 255 - 1 - 10 - kNonceDigits;  // what a hidden name has for the final
-
-struct SplitPath {
-  std::string parent;
-  std::string name;
-};
-
-SplitPath split(const std::string& path) {
-  const size_t end = path.find_last_not_of('/');
-  if (end == std::string::npos) return {.parent = path.empty() ? "." : "/", .name = ""};
-  const size_t slash = path.find_last_of('/', end);
-  if (slash == std::string::npos) return {.parent = ".", .name = path.substr(0, end + 1)};
-  const size_t last = path.find_last_not_of('/', slash);
-  return {.parent = last == std::string::npos ? "/" : path.substr(0, last + 1),
-          .name = path.substr(slash + 1, end - slash)};
-}
-
-std::string join(const std::string& folder, const std::string& name) {
-  return folder == "/" ? "/" + name : folder + "/" + name;
-}
-
-// 128 bits that no other process, thread or earlier call has: the one use of a clock.
-std::string nonce() {
-  static std::atomic<uint64_t> calls{0};
-  const auto since = [](auto now) { return static_cast<uint64_t>(now.time_since_epoch().count()); };
-  const uint64_t wall = since(std::chrono::system_clock::now());
-  const uint64_t steady = since(std::chrono::steady_clock::now());
-  const auto process = static_cast<uint64_t>(::getpid());
-  const uint64_t call = calls.fetch_add(1);
-  char digits[kNonceDigits + 1];
-  std::snprintf(digits, sizeof digits, "%016llx%016llx",
-                static_cast<unsigned long long>(keyed_random(wall, {process, call})),
-                static_cast<unsigned long long>(keyed_random(steady, {call, process, wall})));
-  return digits;
-}
-
-bool ends_in_nonce(const std::string& name, const std::string& mark) {
-  if (name.size() < mark.size() + kNonceDigits) return false;
-  const size_t digits_at = name.size() - kNonceDigits;
-  return name.compare(digits_at - mark.size(), mark.size(), mark) == 0 &&
-         name.find_first_not_of("0123456789abcdef", digits_at) == std::string::npos;
-}
-
-bool is_mark_and_nonce(const std::string& name, const std::string& mark) {
-  return name.size() == mark.size() + kNonceDigits && ends_in_nonce(name, mark);
-}
-
-// ".<name>.isoshard-<nonce>", the name without DeepSpeed's patterns and short enough.
-std::string hidden_name(std::string name) {
-  for (const char* pattern : {"zero_pp_rank_", "mp_rank_", "layer_"}) {
-    if (name.find(pattern) != std::string::npos) std::replace(name.begin(), name.end(), '_', '-');
-  }
-  size_t length = 0;
-  while (length < name.size()) {
-    const size_t next = length + decode_utf8(name, length).length;
-    if (next > kNameBytes) break;
-    length = next;
-  }
-  return "." + name.substr(0, length) + kStagingMark + nonce();
-}
 
 // The same failure with what is safe now, which only the caller's place in the protocol tells.
 [[noreturn]] void fail_again(const Error& error, const std::string& safe) {
@@ -111,9 +40,10 @@ std::string hidden_name(std::string name) {
 
 }  // namespace
 
-StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwrite)
+StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwrite,
+                           std::unique_ptr<LeftoverFolder> leftover)
     : storage_(storage), overwrite_(overwrite) {
-  const SplitPath parts = split(final_path);
+  const SplitPath parts = split_path(final_path);
   if (parts.name.empty() || parts.name == "." || parts.name == "..") {
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "The target must end in the name of a folder.",
@@ -130,13 +60,15 @@ StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwr
   if (is_taken && !overwrite_) {
     fail_taken(final_path_, "The target exists; it was not touched.", false);
   }
-  const std::string staging_path = join(parent_path_, hidden_name(parts.name));
+  const std::string staging_path = join_path(parent_path_, hidden_name(parts.name));
   try {
     make_parents();
     note_hidden_folder(staging_path);
     storage_.make_directory(staging_path);
     staging_path_ = staging_path;
     is_taken ? probe_exchange() : probe_rename();
+    if (leftover != nullptr && !in_place_) take_up(std::move(leftover));
+    if (lock_ == nullptr) lock_ = lock_new_folder(storage_, staging_path_);
   } catch (...) {
     remove_staging();
     throw;
@@ -158,13 +90,18 @@ void StagedFolder::refuse_other(const std::string& name) const {
 }
 
 StagedFolder::~StagedFolder() {
-  if (!published_) remove_staging();
+  if (!published_ && !kept_) remove_staging();
+}
+
+void StagedFolder::keep() {
+  CHECK(!in_place_, "a folder with its final name is not kept unfinished");
+  kept_ = true;
 }
 
 void StagedFolder::make_parents() {
   std::vector<std::string> missing;  // innermost first
   for (std::string path = parent_path_; path != "." && path != "/" && !storage_.is_directory(path);
-       path = split(path).parent) {
+       path = split_path(path).parent) {
     missing.push_back(path);
   }
   for (; !missing.empty(); missing.pop_back()) {
@@ -181,8 +118,8 @@ void StagedFolder::make_parents() {
 
 // Hours of work must not end in a file system that cannot publish them.
 void StagedFolder::probe_exchange() {
-  const std::string a = join(staging_path_, "a");
-  const std::string b = join(staging_path_, "b");
+  const std::string a = join_path(staging_path_, "a");
+  const std::string b = join_path(staging_path_, "b");
   storage_.make_directory(a);
   storage_.make_directory(b);
   try {
@@ -202,9 +139,9 @@ void StagedFolder::probe_exchange() {
 // With something in it: some mounts (gcsfuse) rename empty folders only. Tried twice, so that one
 // passing failure does not decide.
 void StagedFolder::probe_rename() {
-  const std::string a = join(staging_path_, "a"), b = join(staging_path_, "b");
-  storage_.make_directories(join(a, "c"));
-  storage_.create(join(join(a, "c"), "d"))->close();
+  const std::string a = join_path(staging_path_, "a"), b = join_path(staging_path_, "b");
+  storage_.make_directories(join_path(a, "c"));
+  storage_.create(join_path(join_path(a, "c"), "d"))->close();
   for (int tries = 0;; ++tries) {
     try {
       CHECK(storage_.rename_if_absent(a, b), "a new folder holds a name already");
@@ -218,13 +155,27 @@ void StagedFolder::probe_rename() {
   storage_.remove_tree(b);
 }
 
+// Under a name of its own: who finds it by the old one finds nothing. A folder that is gone is no
+// failure, as the work can begin anew.
+void StagedFolder::take_up(std::unique_ptr<LeftoverFolder> leftover) {
+  storage_.remove_tree(staging_path_);
+  try {
+    resumed_ = storage_.rename_if_absent(leftover->path, staging_path_);
+    CHECK(resumed_, "a name that was free is taken: " + staging_path_);
+    lock_ = std::move(leftover->lock);
+  } catch (const Error& error) {
+    if (error.info().code != ErrorCode::kNotFound) throw;
+    storage_.make_directory(staging_path_);
+  }
+}
+
 void StagedFolder::begin_in_place() {
   storage_.remove_tree(staging_path_);
   staging_path_.clear();  // nothing to remove until the final folder is ours
   note_hidden_folder("");
   storage_.make_directory(final_path_);
   const std::string mark = kStagingMark + nonce();
-  storage_.create(join(final_path_, mark))->close();
+  storage_.create(join_path(final_path_, mark))->close();
   mark_ = mark;
   staging_path_ = final_path_;
   in_place_ = true;
@@ -233,7 +184,7 @@ void StagedFolder::begin_in_place() {
 }
 
 // The name is public: somebody may have put another folder there.
-bool StagedFolder::is_still_ours() const { return storage_.is_file(join(final_path_, mark_)); }
+bool StagedFolder::is_still_ours() const { return storage_.is_file(join_path(final_path_, mark_)); }
 
 void StagedFolder::end_in_place() {
   if (!is_still_ours()) {
@@ -245,7 +196,7 @@ void StagedFolder::end_in_place() {
                           .found = "none",
                           .next = "find out who writes there, then give the command again"});
   }
-  storage_.remove_file(join(final_path_, mark_));
+  storage_.remove_file(join_path(final_path_, mark_));
 }
 
 void StagedFolder::settle() {
@@ -260,7 +211,7 @@ void StagedFolder::sync_folders() {
     const std::string folder = folders[at];
     for (const DirectoryEntry& entry : storage_.list(folder)) {
       if (entry.kind == DirectoryEntry::Kind::kDirectory) {
-        folders.push_back(join(folder, entry.name));
+        folders.push_back(join_path(folder, entry.name));
       }
     }
   }
@@ -304,7 +255,7 @@ void StagedFolder::publish() {
     if (in_place_) storage_.sync_directory(final_path_);  // the mark does not come back
     storage_.sync_directory(parent_path_);
     for (auto made = made_parents_.rbegin(); made != made_parents_.rend(); ++made) {
-      storage_.sync_directory(split(*made).parent);
+      storage_.sync_directory(split_path(*made).parent);
     }
   } catch (const Error& error) {
     const std::string old = replaces ? "; the one it replaced is " + staging_path_ : "";
@@ -320,7 +271,7 @@ void StagedFolder::publish() {
 // status must agree with what a reader finds.
 void StagedFolder::replace_old() {
   CHECK(!in_place_, "nothing is replaced in place");
-  const std::string trash = join(parent_path_, kTrashMark + nonce());
+  const std::string trash = join_path(parent_path_, kTrashMark + nonce());
   left_behind_ = staging_path_;
   try {
     if (!storage_.rename_if_absent(staging_path_, trash)) return;
@@ -339,7 +290,7 @@ void StagedFolder::replace_old() {
 bool StagedFolder::clear_in_place() {
   if (!is_still_ours()) return false;
   for (const DirectoryEntry& entry : storage_.list(final_path_)) {
-    const std::string path = join(final_path_, entry.name);
+    const std::string path = join_path(final_path_, entry.name);
     if (entry.name == mark_) continue;
     entry.kind == DirectoryEntry::Kind::kDirectory ? storage_.remove_tree(path)
                                                    : storage_.remove_file(path);
@@ -367,7 +318,7 @@ void StagedFolder::remove_staging() noexcept {
 }
 
 bool remove_if_it_holds(Storage& storage, const std::string& folder, size_t entries) {
-  const std::string trash = join(split(folder).parent, kTrashMark + nonce());
+  const std::string trash = join_path(split_path(folder).parent, kTrashMark + nonce());
   if (!storage.rename_if_absent(folder, trash)) return false;
   if (storage.list(trash).size() != entries) {
     storage.rename_if_absent(trash, folder);
@@ -382,71 +333,6 @@ bool is_unfinished(Storage& storage, const std::string& folder) {
   return std::ranges::any_of(entries, [](const DirectoryEntry& entry) {
     return is_mark_and_nonce(entry.name, kStagingMark);
   });
-}
-
-namespace {
-
-// Writes a hidden sibling by `write` and puts it in the place of `path`.
-template <typename Write>
-void replace_file(Storage& storage, const std::string& path, const Write& write) {
-  const SplitPath parts = split(path);
-  const std::string temporary = join(parts.parent, hidden_name(parts.name));
-  const std::unique_ptr<WritableFile> file = storage.create(temporary);
-  try {
-    write(file.get());
-    file->sync();
-    file->close();
-    storage.rename_over(temporary, path);
-  } catch (...) {
-    try {
-      storage.remove_file(temporary);
-    } catch (const Error&) {
-      // The first failure is the one to report.
-    }
-    throw;
-  }
-  try {
-    storage.sync_directory(parts.parent);
-  } catch (const Error& error) {
-    fail_again(error, "the new text stands under its name, but a power failure may undo that");
-  }
-}
-
-constexpr int64_t kCopyBytes = 1 << 20;
-
-}  // namespace
-
-void replace_small_file(Storage& storage, const std::string& path, const std::string& text) {
-  replace_file(storage, path,
-               [&](WritableFile* file) { file->write_at(0, std::as_bytes(std::span(text))); });
-}
-
-void copy_file(Storage& storage, const std::string& from, const std::string& to) {
-  const std::unique_ptr<ReadableFile> source = storage.open_read(from);
-  replace_file(storage, to, [&](WritableFile* file) {
-    std::vector<std::byte> buffer;
-    for (int64_t at = 0; at < source->size_bytes(); at += kCopyBytes) {
-      throw_if_cancelled();
-      buffer.resize(static_cast<size_t>(std::min(kCopyBytes, source->size_bytes() - at)));
-      source->read_at(at, buffer);
-      file->write_at(at, buffer);
-    }
-  });
-}
-
-bool same_bytes(Storage& storage, const std::string& a, const std::string& b) {
-  const std::unique_ptr<ReadableFile> first = storage.open_read(a), second = storage.open_read(b);
-  if (first->size_bytes() != second->size_bytes()) return false;
-  std::vector<std::byte> x, y;
-  for (int64_t at = 0; at < first->size_bytes(); at += kCopyBytes) {
-    throw_if_cancelled();
-    x.resize(static_cast<size_t>(std::min(kCopyBytes, first->size_bytes() - at)));
-    y.resize(x.size());
-    first->read_at(at, x);
-    second->read_at(at, y);
-    if (x != y) return false;
-  }
-  return true;
 }
 
 std::vector<std::string> leftovers(Storage& storage, const std::string& parent) {

@@ -8,13 +8,18 @@
 // name, beside a mark `.isoshard-<nonce>`: a folder that holds one is unfinished. The manifest
 // comes when all else is durable, and the mark goes last.
 //
+// The folder's lock is held while it is written, so that others can tell it from a leftover.
+//
 // The hidden names never contain a name that DeepSpeed searches for (deepspeed/checkpoint/
 // reshape_utils.py, get_files walks through every folder), so an unfinished folder is never loaded.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "checkpoint/folder_lock.h"
+#include "checkpoint/leftover_folder.h"
 #include "core/storage.h"
 
 namespace isoshard::checkpoint {
@@ -24,10 +29,13 @@ class StagedFolder {
   // Makes the hidden folder, and the final path's parents where they are missing. Throws
   // Error(kExists) when the final path is taken and not `overwrite`, or by a file; with `overwrite`
   // throws before any work when the file system cannot exchange two folders.
-  // `storage` must outlive the object.
-  StagedFolder(Storage& storage, std::string final_path, bool overwrite);
+  // A `leftover` becomes the hidden folder, with what is in it, unless somebody else has taken it
+  // or folders cannot be renamed: resumed() says whether. `storage` must outlive the object.
+  StagedFolder(Storage& storage, std::string final_path, bool overwrite,
+               std::unique_ptr<LeftoverFolder> leftover = nullptr);
 
-  // Removes what was made, unless it was published. Parents made here go too while they are empty.
+  // Removes what was made, unless it was published or is kept. Parents made here go too while they
+  // are empty.
   ~StagedFolder();
 
   StagedFolder(const StagedFolder&) = delete;
@@ -35,7 +43,11 @@ class StagedFolder {
 
   const std::string& path() const { return staging_path_; }  // where to write
   bool in_place() const { return in_place_; }                // path() is the final path already
+  bool resumed() const { return resumed_; }                  // path() holds what a leftover held
   const std::string& final_path() const { return final_path_; }
+
+  // From now on the hidden folder stays, to be taken up again. Not in place.
+  void keep();
 
   // In place: makes durable what was written so far, before the manifest. Otherwise publish() does
   // it, once.
@@ -54,6 +66,7 @@ class StagedFolder {
   void make_parents();
   void probe_exchange();
   void probe_rename();
+  void take_up(std::unique_ptr<LeftoverFolder> leftover);
   void begin_in_place();
   void end_in_place();
   bool is_still_ours() const;
@@ -70,6 +83,9 @@ class StagedFolder {
   bool overwrite_;
   bool published_ = false;
   bool in_place_ = false;
+  bool resumed_ = false;
+  bool kept_ = false;
+  std::unique_ptr<FolderLock> lock_;       // of staging_path_
   std::string mark_;                       // in place: the name of the mark
   std::vector<std::string> made_parents_;  // outermost first
   std::string left_behind_;
@@ -77,13 +93,6 @@ class StagedFolder {
 
 // Whether a folder holds the mark of a publication in place that has not come to its end.
 bool is_unfinished(Storage& storage, const std::string& folder);
-
-// Replaces `path`, or makes it, in one step: readers see the old text or the new, never a mixture.
-void replace_small_file(Storage& storage, const std::string& path, const std::string& text);
-
-// The same with the bytes of another file; and whether two files hold the same bytes.
-void copy_file(Storage& storage, const std::string& from, const std::string& to);
-bool same_bytes(Storage& storage, const std::string& a, const std::string& b);
 
 // Deletes a folder whose name other programs know, if it holds just so many entries: it is moved
 // aside first, and back where it holds others, so that nothing is lost that came in meanwhile.

@@ -16,6 +16,7 @@
 #include "checkpoint/memory_storage.h"
 #include "checkpoint/object_store_case.h"
 #include "checkpoint/posix_storage.h"
+#include "checkpoint/small_file.h"
 #include "core/check.h"
 #include "core/error.h"
 

@@ -10,6 +10,7 @@
 #include "checkpoint/format/crc.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/check.h"
 #include "core/random.h"
 #include "core/utf8.h"

@@ -6,6 +6,7 @@
 #include "checkpoint/deepspeed/reshard_target.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/error.h"
 #include "core/random.h"
 #include "properties/crash_case.h"

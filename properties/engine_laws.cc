@@ -1,7 +1,7 @@
 // Laws of the files that ranks save. See training_laws.h.
 #include <map>
 
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/error.h"
 #include "properties/training_laws.h"
 

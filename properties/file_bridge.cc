@@ -3,7 +3,7 @@
 
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/reshard_target.h"
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "reshard/executor.h"
 
 namespace isoshard::properties {

@@ -5,6 +5,7 @@
 #include <bit>
 #include <map>
 
+#include "checkpoint/small_file.h"
 #include "core/cast.h"
 #include "core/error.h"
 #include "core/hex_float.h"

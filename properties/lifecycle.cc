@@ -7,7 +7,7 @@
 #include <new>
 
 #include "checkpoint/cancel.h"
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/error.h"
 #include "core/hex_float.h"
 #include "core/random.h"

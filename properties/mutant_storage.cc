@@ -4,7 +4,7 @@
 #include <optional>
 #include <utility>
 
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 
 namespace isoshard::properties {
 namespace {

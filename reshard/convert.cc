@@ -7,8 +7,10 @@
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/format/crc.h"
+#include "checkpoint/leftover_folder.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/cast.h"
 #include "core/check.h"
 #include "core/error.h"
@@ -129,6 +131,13 @@ void compare_hyper(const ShardedState& source, const ShardedState& target,
                     found.dump().substr(0, 200));
 }
 
+// The leftover is handed on whole: options are shared, and there is one of it.
+std::unique_ptr<checkpoint::LeftoverFolder> taken(
+    const std::shared_ptr<checkpoint::LeftoverFolder>& leftover) {
+  if (leftover == nullptr) return nullptr;
+  return std::make_unique<checkpoint::LeftoverFolder>(std::move(*leftover));
+}
+
 class Conversion {
  public:
   Conversion(Storage& storage, const ShardedState& state, const ReshardPlan& plan,
@@ -137,9 +146,21 @@ class Conversion {
         state_(state),
         plan_(plan),
         options_(options),
-        staged_(storage, options.target, options.overwrite) {}
+        staged_(storage, options.target, options.overwrite, taken(options.leftover)) {}
 
   ConvertResult run() {
+    try {
+      write_and_publish();
+    } catch (const Error& error) {
+      if (error.info().code == ErrorCode::kInterrupted) tell_how_to_go_on(error);
+      throw;
+    }
+    move_pointer();
+    return std::move(result_);
+  }
+
+ private:
+  void write_and_publish() {
     if (staged_.in_place()) {
       phase(
           "Folders cannot be renamed here: files get their final names, MANIFEST.json comes last");
@@ -150,6 +171,7 @@ class Conversion {
     stream.digest = digested_leaves(
         state_, options_.weights_only ? Sections::kWeightsAndBuffers : Sections::kAll);
     stream.sync_files = plan_.targets.size() <= 64;
+    if (staged_.resumed()) take_up(&stream);
     Agreement agreement(state_);
     SourceManifest manifest(storage_, state_);
     const bool look = options_.doubt != ConvertOptions::Doubt::kDoNotLook;
@@ -172,11 +194,37 @@ class Conversion {
     write_papers();
     phase("Publishing " + options_.target);
     staged_.publish();
-    move_pointer();
-    return std::move(result_);
   }
 
- private:
+  // The papers of the run that was interrupted go too: this one's come last, as always.
+  void take_up(StreamOptions* stream) {
+    std::set<std::string> files;
+    for (const TargetFile& target : plan_.targets) files.insert(target.path());
+    const int64_t removed = checkpoint::keep_only(storage_, staged_.path(), files);
+    phase("Going on from what an interrupted command has left" +
+          (removed == 0
+               ? ""
+               : "; removed from it what is no file of this one: " + std::to_string(removed)));
+    storage_.sync_everything(staged_.path());  // at once, where each file by itself takes longer
+    stream->resume = result_.resumed = true;
+  }
+
+  [[noreturn]] void tell_how_to_go_on(const Error& error) {
+    ErrorInfo info = error.info();
+    if (staged_.in_place()) throw Error(std::move(info));
+    if (!options_.resume) {
+      info.next =
+          "give the same command again; it starts from the beginning. One with --resume "
+          "keeps what it has written when it is interrupted";
+      throw Error(std::move(info));
+    }
+    staged_.keep();
+    info.safe = "nothing was published; the source was only read; what was written lies in " +
+                quote(staged_.path());
+    info.next = "give the same command again, with --resume: it goes on from there";
+    throw Error(std::move(info));
+  }
+
   void phase(const std::string& text) const {
     if (options_.phase) options_.phase(text);
   }

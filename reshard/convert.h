@@ -1,6 +1,7 @@
 // A conversion from plan to published folder: write, verify, manifest, certificate, rename.
 #pragma once
 
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
@@ -9,6 +10,10 @@
 #include "reshard/digest.h"
 #include "reshard/executor.h"
 
+namespace isoshard::checkpoint {
+struct LeftoverFolder;
+}
+
 namespace isoshard::reshard {
 
 enum class VerifyMode { kStream, kReread, kDisk };
@@ -16,6 +21,10 @@ enum class VerifyMode { kStream, kReread, kDisk };
 struct ConvertOptions {
   std::string target;  // the folder that appears
   bool overwrite = false;
+  // What is written is kept when a signal ends the run, to be gone on from. What such a run has
+  // left is gone on from: `leftover`, if there is one (convert() takes it).
+  bool resume = false;
+  std::shared_ptr<checkpoint::LeftoverFolder> leftover;
   bool weights_only = false;  // the target holds weights and buffers: nothing else is read
   // What to do with a source that does not agree with itself, which verify calls SUSPECT.
   enum class Doubt { kRefuse, kGoOn, kDoNotLook } doubt = Doubt::kRefuse;
@@ -35,6 +44,7 @@ struct ConvertResult {
   Digest source;  // of what was read
   Digest target;  // of what was written, read back (reread, disk)
   StreamResult stream;
+  bool resumed = false;             // stream.resumed says what was there
   std::vector<std::string> forced;  // options.forced, and what else was found and gone on from
   nlohmann::json certificate;
 };

@@ -2,19 +2,19 @@
 // directly; every removal goes through Storage.
 #include "reshard/doctor_sweep.h"
 
-#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
+#include <memory>
 #include <optional>
 #include <set>
 
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/source.h"
+#include "checkpoint/folder_lock.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "core/error.h"
@@ -61,20 +61,6 @@ void measure(Leftover* leftover) {
   const auto quiet = fs::file_time_type::clock::now() - newest;
   leftover->quiet_seconds =
       known ? std::chrono::duration_cast<std::chrono::seconds>(quiet).count() : 0;
-}
-
-// Whether other machines may write there.
-bool is_shared(const std::string& path) {
-  struct statfs system {};
-  if (statfs(path.c_str(), &system) != 0) return true;
-  constexpr uint32_t kLocal[] = {0xEF53 /* ext */,
-                                 0x58465342 /* xfs */,
-                                 0x9123683E /* btrfs */,
-                                 0x01021994 /* tmpfs */,
-                                 0x794C7630 /* overlay */,
-                                 0x2FC12FC1 /* zfs */,
-                                 0xF2F52010 /* f2fs */};
-  return std::ranges::find(kLocal, static_cast<uint32_t>(system.f_type)) == std::end(kLocal);
 }
 
 struct Process {
@@ -164,6 +150,15 @@ std::string why_dear(Storage& storage, const Leftover& leftover) {
   return "";
 }
 
+// Where its lock is held by another, that is why it must stay. Null also where there are no locks.
+std::unique_ptr<checkpoint::FolderLock> lock(Storage& storage, Leftover* leftover) {
+  if (leftover->kind == Leftover::Kind::kTemporary) return nullptr;  // a file
+  checkpoint::LockAnswer answer = checkpoint::lock_folder(storage, leftover->path);
+  if (answer.state == checkpoint::LockAnswer::State::kTheirs)
+    leftover->kept = "a process holds its lock: a command of isoshard is at work there";
+  return std::move(answer.lock);
+}
+
 void judge(Storage& storage, Leftover* leftover) {
   if (fs::is_symlink(leftover->path)) {
     leftover->kept = "a link, which isoshard does not leave behind: look at it yourself";
@@ -171,9 +166,10 @@ void judge(Storage& storage, Leftover* leftover) {
   }
   measure(leftover);
   const std::string path = storage.canonical(leftover->path);
-  const bool shared = is_shared(leftover->path);
+  const bool shared = checkpoint::is_shared_file_system(leftover->path);
   const int64_t limit = shared ? kQuietSharedSeconds : kQuietSeconds;
-  leftover->kept = holder_of(path, checkpoint::parent_folder(path));
+  static_cast<void>(lock(storage, leftover));
+  if (leftover->kept.empty()) leftover->kept = holder_of(path, checkpoint::parent_folder(path));
   if (leftover->kept.empty() && leftover->quiet_seconds < limit) {
     leftover->kept = "changed " + std::to_string(leftover->quiet_seconds) +
                      " s ago: a program may be at work" +
@@ -276,6 +272,8 @@ std::vector<Leftover> find_leftovers(Storage& storage, const std::string& source
 void remove_leftover(Storage& storage, Leftover* leftover) {
   if (leftover->kept.empty()) judge(storage, leftover);
   if (!leftover->kept.empty()) return;
+  const std::unique_ptr<checkpoint::FolderLock> held = lock(storage, leftover);
+  if (!leftover->kept.empty()) return;  // taken up meanwhile, to be gone on from
   switch (leftover->kind) {
     case Leftover::Kind::kTemporary:
       storage.remove_file(leftover->path);

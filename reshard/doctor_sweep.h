@@ -1,7 +1,9 @@
 // The start-up sweep: what interrupted commands of isoshard have left beside a checkpoint, what
 // each thing is, and whether it is dead.
 //
-// Publication (checkpoint/publication.h) takes no lock, so that "dead" is a conservative guess from
+// A command holds the lock of the folder that it writes (checkpoint/folder_lock.h): where that is
+// held, the folder stays, and it is held here while something is removed. As other machines do not
+// see the lock, and not every file system has it, "dead" is beside that a conservative guess from
 // outside: nothing in it changed for kQuietSeconds, no process of this machine that can be looked
 // at has it open or works in it, and no program of isoshard that runs here was given the folder as
 // an argument. On a file system that other machines may write to (NFS, Lustre, FUSE and their kin)

@@ -102,6 +102,7 @@ struct Buffers {
   std::vector<std::byte> source = std::vector<std::byte>(kChunkBytes);
   std::vector<std::byte> cast;
   std::vector<std::byte> check;  // of StreamOptions::casts
+  std::vector<std::byte> there;  // of StreamOptions::resume
 };
 
 // A leaf whose CRC after a cast is wanted.
@@ -166,6 +167,7 @@ class Executor {
     result.files = pool_.hashes();
     result.bytes_read = bytes_read_;
     result.bytes_written = pool_.bytes_written();
+    result.resumed = pool_.resumed();
     return result;
   }
 
@@ -426,7 +428,7 @@ void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool 
         piece.crcs.update(piece.bytes);
       }
     }
-    pool_.write(piece);
+    pool_.write(piece, &buffers->there);
     pool_.done(t.target_file, to - from);
   });
 }

@@ -34,11 +34,22 @@ struct StreamOptions {
   int workers = 2;
   int open_files = 256;     // most target files open at a time
   bool sync_files = false;  // sync each file as it is finished
+  // Files of the plan may lie there, whatever they hold: only what differs is written. Others may
+  // not.
+  bool resume = false;
   std::vector<int> digest;  // leaves whose CRC is taken on the way
   // Leaves in `digest`, each once at most, whose CRC after a cast is taken too.
   std::vector<LeafCast> casts;
   std::vector<int> whole_files;  // source files that are read whole, for their CRC
   std::function<void(int64_t done, int64_t total)> progress;  // called a few times a second
+};
+
+// With StreamOptions::resume: what lay there already.
+struct ResumeResult {
+  int64_t files_found = 0;
+  int64_t files_equal = 0;  // of those: nothing had to be written
+  int64_t bytes_equal = 0;  // holes that must be there included
+  int64_t bytes_wrong = 0;  // others stood there, where not just nothing did
 };
 
 struct StreamResult {
@@ -49,6 +60,7 @@ struct StreamResult {
   std::vector<FileHash> files;       // by target file; of the bytes handed to write
   int64_t bytes_read = 0;
   int64_t bytes_written = 0;
+  ResumeResult resumed;
 };
 
 // Writes the plan's files under `folder` (which exists). Every record of the source that is touched

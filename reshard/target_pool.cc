@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/check.h"
+#include "core/dtype.h"
 
 namespace isoshard::reshard {
 
@@ -17,6 +18,7 @@ TargetPool::TargetPool(Storage& storage, const ReshardPlan& plan, const std::str
   for (size_t i = 0; i < targets_.size(); ++i) {
     targets_[i].storages = std::vector<CrcSum>(plan.blueprints[i].storages.size());
   }
+  if (options.resume) note_covered();
 }
 
 void TargetPool::finish_untouched() {
@@ -25,28 +27,38 @@ void TargetPool::finish_untouched() {
   }
 }
 
+// With StreamOptions::resume: where pieces and literals will stand.
+void TargetPool::note_covered() {
+  for (const Transfer& transfer : plan_.transfers) {
+    const int64_t bytes = transfer.size_bytes / item_size_bytes(transfer.source_dtype) *
+                          item_size_bytes(transfer.target_dtype);
+    targets_[static_cast<size_t>(transfer.target_file)].covered.emplace_back(
+        transfer.target_offset, transfer.target_offset + bytes);
+  }
+  for (size_t i = 0; i < targets_.size(); ++i) {
+    const auto add = [&](const std::vector<Literal>& literals) {
+      for (const Literal& literal : literals) {
+        targets_[i].covered.emplace_back(
+            literal.offset_bytes,
+            literal.offset_bytes + static_cast<int64_t>(literal.bytes.size()));
+      }
+    };
+    add(plan_.targets[i].opening());
+    // Where they stand does not depend on the CRCs in them.
+    add(plan_.targets[i].closing(std::vector<uint32_t>(plan_.blueprints[i].storages.size())));
+  }
+}
+
 // The target's mutex is held.
-std::shared_ptr<WritableFile> TargetPool::acquire(int number) {
+std::shared_ptr<ComparedFile> TargetPool::acquire(int number) {
   Target& target = targets_[static_cast<size_t>(number)];
   if (target.open == nullptr) {
     const std::string path = folder_ + "/" + plan_.targets[static_cast<size_t>(number)].path();
-    if (target.created) {
-      target.open = storage_.open_write(path);
+    if (!target.created) {
+      target.open = begin(number, path);
     } else {
-      storage_.make_directories(path.substr(0, path.rfind('/')));
-      target.open = storage_.create(path);
-      target.open->set_size(plan_.targets[static_cast<size_t>(number)].size_bytes());
-      target.created = true;
-      for (const Literal& literal : plan_.targets[static_cast<size_t>(number)].opening()) {
-        write_literal(number, *target.open, literal);
-      }
-      for (size_t i = 0; i < target.storages.size(); ++i) {
-        const std::string& literal =
-            plan_.blueprints[static_cast<size_t>(number)].storages[i].literal;
-        checkpoint::RawCrcs crcs;
-        crcs.update(std::as_bytes(std::span(literal)));
-        if (!literal.empty()) target.storages[i].add(crc32_polynomial(), crcs.crc32, 0);
-      }
+      target.open = std::make_shared<ComparedFile>(
+          storage_.open_write(path), target.found ? storage_.open_read(path) : nullptr);
     }
     const std::lock_guard lock(mutex_);
     open_.push_back(number);
@@ -54,12 +66,77 @@ std::shared_ptr<WritableFile> TargetPool::acquire(int number) {
   return target.open;
 }
 
+std::shared_ptr<ComparedFile> TargetPool::begin(int number, const std::string& path) {
+  Target& target = targets_[static_cast<size_t>(number)];
+  const TargetFile& layout = plan_.targets[static_cast<size_t>(number)];
+  std::shared_ptr<ComparedFile> file;
+  if (options_.resume && storage_.is_file(path)) {
+    file = take_up(number, path);
+  } else {
+    storage_.make_directories(path.substr(0, path.rfind('/')));
+    std::unique_ptr<WritableFile> made = storage_.create(path);
+    target.created = true;  // by whoever comes here next, should something fail from here on
+    made->set_size(layout.size_bytes());
+    file = std::make_shared<ComparedFile>(std::move(made), nullptr);
+  }
+  target.created = true;
+  for (const Literal& literal : layout.opening()) write_literal(number, *file, literal);
+  if (target.found) clear_gaps(number, *file);
+  target.covered = Ranges();
+  for (size_t i = 0; i < target.storages.size(); ++i) {
+    const std::string& literal = plan_.blueprints[static_cast<size_t>(number)].storages[i].literal;
+    checkpoint::RawCrcs crcs;
+    crcs.update(std::as_bytes(std::span(literal)));
+    if (!literal.empty()) target.storages[i].add(crc32_polynomial(), crcs.crc32, 0);
+  }
+  return file;
+}
+
+// A file of another size is cut, or gets a hole at its end; what it holds is compared all the same.
+// A sync that failed once would succeed now, with the bytes in memory alone: they are read from the
+// disk therefore, as far as the system heeds that.
+std::unique_ptr<ComparedFile> TargetPool::take_up(int number, const std::string& path) {
+  Target& target = targets_[static_cast<size_t>(number)];
+  const int64_t size = plan_.targets[static_cast<size_t>(number)].size_bytes();
+  std::unique_ptr<WritableFile> file = storage_.open_write(path);
+  if (storage_.open_read(path)->size_bytes() != size) {
+    file->set_size(size);
+    target.resized = true;
+  }
+  storage_.drop_cache(path);
+  target.found = true;
+  return std::make_unique<ComparedFile>(std::move(file), storage_.open_read(path));
+}
+
+void TargetPool::clear_gaps(int number, ComparedFile& file) {
+  Ranges& covered = targets_[static_cast<size_t>(number)].covered;
+  std::sort(covered.begin(), covered.end());
+  std::vector<std::byte> buffer;
+  const auto clear = [&](int64_t from, int64_t to) {
+    if (from < to) count(number, file.put_zeros(from, to - from, &buffer));
+  };
+  int64_t at = 0;
+  for (const auto& [from, to] : covered) {
+    clear(at, from);
+    at = std::max(at, to);
+  }
+  clear(at, plan_.targets[static_cast<size_t>(number)].size_bytes());
+}
+
+void TargetPool::count(int number, const ComparedFile::Found& found) {
+  targets_[static_cast<size_t>(number)].written += found.written;
+  bytes_written_ += found.written;
+  bytes_equal_ += found.equal;
+  bytes_wrong_ += found.wrong;
+}
+
 // Closes the file that was opened first when too many are open. Skips those in use.
 void TargetPool::evict() {
-  std::vector<std::shared_ptr<WritableFile>> closing;
+  std::vector<std::shared_ptr<ComparedFile>> closing;
   {
     const std::lock_guard lock(mutex_);
-    while (static_cast<int>(open_.size()) > options_.open_files) {
+    const int most = options_.resume ? std::max(1, options_.open_files / 2) : options_.open_files;
+    while (static_cast<int>(open_.size()) > most) {
       const int number = open_.front();
       open_.pop_front();
       Target& target = targets_[static_cast<size_t>(number)];
@@ -75,12 +152,12 @@ void TargetPool::evict() {
   for (const auto& file : closing) file->close();
 }
 
-void TargetPool::write_literal(int number, WritableFile& file, const Literal& literal) {
+void TargetPool::write_literal(int number, ComparedFile& file, const Literal& literal) {
   Target& target = targets_[static_cast<size_t>(number)];
   const std::span<const std::byte> bytes = std::as_bytes(std::span(literal.bytes));
   if (bytes.empty()) return;
-  file.write_at(literal.offset_bytes, bytes);
-  bytes_written_ += static_cast<int64_t>(bytes.size());
+  std::vector<std::byte> buffer;
+  count(number, file.put(literal.offset_bytes, bytes, &buffer));
   checkpoint::RawCrcs crcs;
   crcs.update(bytes);
   const int64_t after = plan_.targets[static_cast<size_t>(number)].size_bytes() -
@@ -89,16 +166,27 @@ void TargetPool::write_literal(int number, WritableFile& file, const Literal& li
   target.jones.add(crc64_jones_polynomial(), crcs.jones, after);
 }
 
-void TargetPool::write(const Piece& piece) {
+void TargetPool::write(const Piece& piece, std::vector<std::byte>* buffer) {
   Target& target = targets_[static_cast<size_t>(piece.target)];
-  if (piece.zero) return;  // adds nothing to any sum, and the file has a hole there
-  std::shared_ptr<WritableFile> file;
+  // Adds nothing to any sum, and a new file has a hole there.
+  if (piece.zero && !options_.resume) return;
+  std::shared_ptr<ComparedFile> file;
   {
     const std::lock_guard lock(target.mutex);
     file = acquire(piece.target);
   }
-  file->write_at(piece.offset, piece.bytes);
-  bytes_written_ += piece.size_bytes;
+  if (piece.zero) {
+    count(piece.target, file->put_zeros(piece.offset, piece.size_bytes, buffer));
+  } else {
+    count(piece.target, file->put(piece.offset, piece.bytes, buffer));
+    add_to_sums(piece);
+  }
+  file.reset();
+  evict();
+}
+
+void TargetPool::add_to_sums(const Piece& piece) {
+  Target& target = targets_[static_cast<size_t>(piece.target)];
   const TargetFile& layout = plan_.targets[static_cast<size_t>(piece.target)];
   const auto& fill = plan_.blueprints[static_cast<size_t>(piece.target)]
                          .storages[static_cast<size_t>(piece.storage)];
@@ -108,8 +196,6 @@ void TargetPool::write(const Piece& piece) {
                                                           storage_end - end);
   target.ecma.add(crc64_ecma_polynomial(), piece.crcs.ecma, layout.size_bytes() - end);
   target.jones.add(crc64_jones_polynomial(), piece.crcs.jones, layout.size_bytes() - end);
-  file.reset();
-  evict();
 }
 
 void TargetPool::done(int target, int64_t bytes) {
@@ -120,7 +206,7 @@ void TargetPool::finish(int number) {
   Target& target = targets_[static_cast<size_t>(number)];
   const TargetFile& layout = plan_.targets[static_cast<size_t>(number)];
   const std::lock_guard lock(target.mutex);
-  const std::shared_ptr<WritableFile> file = acquire(number);
+  const std::shared_ptr<ComparedFile> file = acquire(number);
   std::vector<uint32_t> crcs;
   for (size_t i = 0; i < target.storages.size(); ++i) {
     const int64_t bytes = plan_.blueprints[static_cast<size_t>(number)].storages[i].size_bytes();
@@ -134,6 +220,15 @@ void TargetPool::finish(int number) {
   }
   target.open = nullptr;
   file->close();
+}
+
+ResumeResult TargetPool::resumed() const {
+  ResumeResult result{.bytes_equal = bytes_equal_, .bytes_wrong = bytes_wrong_};
+  for (const Target& target : targets_) {
+    result.files_found += target.found;
+    result.files_equal += target.found && !target.resized && target.written == 0;
+  }
+  return result;
 }
 
 std::vector<FileHash> TargetPool::hashes() const {

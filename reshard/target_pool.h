@@ -1,14 +1,19 @@
 // The files being written: created when first touched, a bounded number open at a time, finished
-// (descriptors, directory, CRCs) when their last transfer is done.
+// (descriptors, directory, CRCs) when their last transfer is done. With StreamOptions::resume,
+// files of an interrupted run may lie there: each is made to have its size, the dead run's bytes
+// are made durable and dropped from memory, so that comparing sees what the disk has, and every
+// byte of it is compared, also those that no piece and no literal covers, which must be zeros.
 #pragma once
 
 #include <atomic>
 #include <list>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "checkpoint/format/crc.h"
+#include "reshard/compared_file.h"
 #include "reshard/crc_sum.h"
 #include "reshard/executor.h"
 
@@ -35,25 +40,39 @@ class TargetPool {
     bool zero;
     std::span<const std::byte> bytes;
   };
-  void write(const Piece& piece);
+  // `buffer` is room for comparing, the caller's to use again.
+  void write(const Piece& piece, std::vector<std::byte>* buffer);
   // The counterpart of announce(); the last bytes finish the file.
   void done(int target, int64_t bytes);
 
   std::vector<FileHash> hashes() const;
   int64_t bytes_written() const { return bytes_written_; }
+  ResumeResult resumed() const;
 
  private:
+  using Ranges = std::vector<std::pair<int64_t, int64_t>>;  // [begin, end)
+
   struct Target {
     std::atomic<int64_t> pending{0};
     std::mutex mutex;  // creation and finishing
     bool created = false;
-    std::shared_ptr<WritableFile> open;
+    bool resized = false;
+    bool found = false;  // it lay there already; comparing goes on until it is finished
+    Ranges covered;      // by pieces and literals; with `resume`, until it is created
+    std::shared_ptr<ComparedFile> open;
+    std::atomic<int64_t> written{0};
     std::vector<CrcSum> storages;
     CrcSum ecma, jones;
   };
 
-  std::shared_ptr<WritableFile> acquire(int target);
-  void write_literal(int target, WritableFile& file, const Literal& literal);
+  void note_covered();
+  std::shared_ptr<ComparedFile> acquire(int target);
+  std::shared_ptr<ComparedFile> begin(int target, const std::string& path);
+  std::unique_ptr<ComparedFile> take_up(int target, const std::string& path);
+  void clear_gaps(int target, ComparedFile& file);
+  void write_literal(int target, ComparedFile& file, const Literal& literal);
+  void add_to_sums(const Piece& piece);
+  void count(int target, const ComparedFile::Found& found);
   void finish(int target);
   void evict();
 
@@ -64,7 +83,7 @@ class TargetPool {
   std::vector<Target> targets_;
   std::mutex mutex_;     // of the list of open files
   std::list<int> open_;  // least recently used first
-  std::atomic<int64_t> bytes_written_{0};
+  std::atomic<int64_t> bytes_written_{0}, bytes_equal_{0}, bytes_wrong_{0};
 };
 
 }  // namespace isoshard::reshard

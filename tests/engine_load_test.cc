@@ -7,7 +7,7 @@
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/universal_blueprint.h"
 #include "checkpoint/posix_storage.h"
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "engine/fp32_state_dict.h"
 #include "reshard/executor.h"
 #include "reshard/tensor_values.h"

@@ -4,7 +4,7 @@
 
 #include <gtest/gtest.h>
 
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "tests/engine_world.h"
 
 namespace isoshard {

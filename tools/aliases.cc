@@ -15,6 +15,8 @@ struct Ignored {
 };
 
 constexpr const char* kOverwriteHelp = "Not DeepSpeed's: exchange an existing target whole";
+constexpr const char* kAliasResumeHelp =
+    "Not DeepSpeed's: go on from what an interrupted command has left";
 constexpr const char* kForceHelp =
     "Not DeepSpeed's: go on from a source that does not agree with itself";
 
@@ -73,6 +75,7 @@ void add_deepspeed_aliases(CLI::App* app, Session* session) {
   verb->add_flag("--inject_missing_state", universal->inject,
                  "Go on without universal_checkpoint_info, as DeepSpeed does only when asked");
   verb->add_flag("--overwrite", universal->flags.common.overwrite, kOverwriteHelp);
+  verb->add_flag("--resume", universal->flags.common.resume, kAliasResumeHelp);
   verb->add_flag("--force", universal->flags.common.force, kForceHelp);
   add_common_flags(verb, session);
   verb->callback([session, universal] {
@@ -95,6 +98,7 @@ void add_deepspeed_aliases(CLI::App* app, Session* session) {
                  "Leave frozen parameters out");
   fp32->add_flag("-d,--debug", ignored->debug, "Changes nothing here");
   fp32->add_flag("--overwrite", weights->common.overwrite, kOverwriteHelp);
+  fp32->add_flag("--resume", weights->common.resume, kAliasResumeHelp);
   fp32->add_flag("--force", weights->common.force, kForceHelp);
   add_common_flags(fp32, session);
   fp32->callback([session, weights, safe, ignored] {

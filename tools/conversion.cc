@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "checkpoint/deepspeed/source.h"
+#include "checkpoint/leftover_folder.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "core/error.h"
@@ -20,7 +21,9 @@ std::string existing_parent(Session* session, const std::string& target) {
   return folder;
 }
 
-void print_plan(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
+void print_plan(Session* session, const reshard::ReshardPlan& plan,
+                const reshard::ConvertOptions& options) {
+  const std::string& target = options.target;
   const FreeSpace space = session->storage.free_space(existing_parent(session, target));
   nlohmann::json object = {{"kind", "plan"},
                            {"target", target},
@@ -32,6 +35,10 @@ void print_plan(Session* session, const reshard::ReshardPlan& plan, const std::s
                            {"buffer_bytes", session->stream_options().workers * (3 << 20)},
                            {"free_bytes", space.bytes}};
   if (space.inodes >= 0) object["free_inodes"] = space.inodes;
+  if (options.resume) {
+    object["resume_from"] = nullptr;
+    if (options.leftover) object["resume_from"] = options.leftover->path;
+  }
   if (session->json) {
     session->print_json(object);
     return;
@@ -43,22 +50,24 @@ void print_plan(Session* session, const reshard::ReshardPlan& plan, const std::s
 
 }  // namespace
 
-void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target) {
+void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target,
+                 int64_t there_bytes) {
   const FreeSpace space = session->storage.free_space(existing_parent(session, target));
   const auto files = static_cast<int64_t>(plan.targets.size()) + 2;
-  const bool bytes_short = space.bytes < plan.bytes_to_write(),
+  const int64_t bytes = std::max<int64_t>(0, plan.bytes_to_write() - there_bytes);
+  const bool bytes_short = space.bytes < bytes,
              inodes_short = space.inodes >= 0 && space.inodes < 2 * files;
   if (!bytes_short && !inodes_short) return;
-  throw Error(ErrorInfo{.code = ErrorCode::kNoSpace,
-                        .what = bytes_short ? "The target's file system has too little space."
-                                            : "The target's file system has too few inodes.",
-                        .file = target,
-                        .expected = std::to_string(plan.bytes_to_write()) + " bytes in " +
-                                    std::to_string(files) + " files",
-                        .found = std::to_string(space.bytes) + " bytes and " +
-                                 std::to_string(space.inodes) + " inodes free",
-                        .safe = "nothing was written",
-                        .next = "free some space, or name a target elsewhere"});
+  throw Error(
+      ErrorInfo{.code = ErrorCode::kNoSpace,
+                .what = bytes_short ? "The target's file system has too little space."
+                                    : "The target's file system has too few inodes.",
+                .file = target,
+                .expected = std::to_string(bytes) + " bytes in " + std::to_string(files) + " files",
+                .found = std::to_string(space.bytes) + " bytes and " +
+                         std::to_string(space.inodes) + " inodes free",
+                .safe = "nothing was written",
+                .next = "free some space, or name a target elsewhere"});
 }
 
 bool is_inside(const std::string& inner, const std::string& outer) {
@@ -74,6 +83,7 @@ void point_latest_universal(const ConversionFlags& flags, const std::string& tar
 
 void add_conversion_flags(CLI::App* verb, ConversionFlags* flags) {
   verb->add_flag("--overwrite", flags->overwrite, "Exchange an existing target whole");
+  verb->add_flag("--resume", flags->resume, kResumeHelp);
   verb->add_flag("--no-latest", flags->no_latest, "Leave the pointer file beside the target alone");
   verb->add_flag("--dry-run", flags->dry_run, "Print the plan and do nothing");
   verb->add_flag("--force", flags->force,
@@ -175,6 +185,7 @@ reshard::ConvertOptions conversion_options(Session* session, const ConversionFla
   options.target = target;
   while (options.target.size() > 1 && options.target.back() == '/') options.target.pop_back();
   options.overwrite = flags.overwrite;
+  options.resume = flags.resume;
   options.verify = flags.verify == "stream" ? reshard::VerifyMode::kStream
                    : flags.verify == "disk" ? reshard::VerifyMode::kDisk
                                             : reshard::VerifyMode::kReread;
@@ -187,25 +198,100 @@ reshard::ConvertOptions conversion_options(Session* session, const ConversionFla
   return options;
 }
 
+namespace {
+
+// A target that stands there is not what --resume goes on from.
+void refuse_to_resume(Session* session, const reshard::ConvertOptions& options) {
+  if (options.overwrite || !session->storage.is_directory(options.target)) return;
+  if (checkpoint::is_unfinished(session->storage, options.target)) {
+    throw Error(ErrorInfo{
+        .code = ErrorCode::kUnsupported,
+        .what = "The target was written under its final name, as folders cannot be renamed there, "
+                "and is unfinished: --resume cannot go on from it.",
+        .file = options.target,
+        .safe = "nothing was written",
+        .next = "when no command is at work there, delete it and give the command again"});
+  }
+  if (!session->storage.is_file(checkpoint::join(options.target, checkpoint::kManifestName)))
+    return;
+  const std::string pointer = options.latest_path.empty()
+                                  ? ""
+                                  : "; write " + quote(options.latest_text) + " into " +
+                                        quote(options.latest_path) + " if that is not there";
+  throw Error(ErrorInfo{.code = ErrorCode::kExists,
+                        .what = "The target is there, whole: there is nothing to go on from.",
+                        .file = options.target,
+                        .safe = "nothing was written",
+                        .next = "isoshard verify it" + pointer + "; --overwrite makes it anew"});
+}
+
+// What lies beside the target: taken up, or told.
+void look_for_leftovers(Session* session, reshard::ConvertOptions* options) {
+  const std::string parent = checkpoint::parent_folder(options->target);
+  if (!options->resume) {
+    for (const std::string& leftover : checkpoint::leftovers(session->storage, parent)) {
+      session->notice("notice: beside the target lies " + quote(leftover) +
+                      ", which an interrupted command has left (then delete it, or give --resume), "
+                      "or one still at work");
+    }
+    return;
+  }
+  refuse_to_resume(session, *options);
+  checkpoint::LeftoverSearch search =
+      checkpoint::find_leftover_folder(session->storage, options->target);
+  for (const std::string& text : search.passed_over)
+    session->notice("notice: --resume leaves alone " + text);
+  if (search.found == nullptr) {
+    session->say("nothing to resume: no interrupted command has left anything here to go on from");
+    return;
+  }
+  options->leftover = std::move(search.found);
+  session->say("resuming     " + quote(options->leftover->path) + ", " +
+               human_bytes(options->leftover->stored_bytes));
+}
+
+void tell_resumed(Session* session, const reshard::ConvertResult& result) {
+  if (!result.resumed) return;
+  const reshard::ResumeResult& resumed = result.stream.resumed;
+  session->say("resumed: " + std::to_string(resumed.files_equal) + " of " +
+               std::to_string(result.stream.files.size()) + " files (" +
+               human_bytes(resumed.bytes_equal) +
+               " in these and others) were there already and are equal, " +
+               human_bytes(result.stream.bytes_written) + " written");
+}
+
+nlohmann::json resumed_json(const reshard::ConvertResult& result) {
+  const reshard::ResumeResult& resumed = result.stream.resumed;
+  if (!result.resumed) return nullptr;
+  return {{"files_found", resumed.files_found},
+          {"files_equal", resumed.files_equal},
+          {"bytes_equal", resumed.bytes_equal},
+          {"bytes_wrong", resumed.bytes_wrong}};
+}
+
+}  // namespace
+
 void finish_conversion(Session* session, const checkpoint::ShardedState& state,
                        std::vector<checkpoint::FileBlueprint> files, const ConversionFlags& flags,
                        reshard::ConvertOptions* options) {
   const reshard::ReshardPlan plan = reshard::make_plan(state, std::move(files));
-  if (flags.dry_run) return print_plan(session, plan, options->target);
-  check_space(session, plan, options->target);
-  const std::string parent = checkpoint::parent_folder(options->target);
-  for (const std::string& leftover : checkpoint::leftovers(session->storage, parent)) {
-    session->notice(
-        "notice: beside the target lies " + quote(leftover) +
-        ", which an interrupted command has left (then delete it), or one still at work");
-  }
+  look_for_leftovers(session, options);
+  if (flags.dry_run) return print_plan(session, plan, *options);
+  check_space(session, plan, options->target,
+              options->leftover ? options->leftover->stored_bytes : 0);
   const reshard::ConvertResult result = reshard::convert(session->storage, state, plan, *options);
+  if (const int64_t wrong = result.stream.resumed.bytes_wrong; wrong > 0) {
+    session->notice("notice: " + std::to_string(wrong) +
+                    " bytes of what lay there were not what they must be, and were written anew");
+  }
   if (session->json) {
-    session->print_json({{"kind", "conversion"},
-                         {"target", options->target},
-                         {"bytes_read", result.stream.bytes_read},
-                         {"bytes_written", result.stream.bytes_written},
-                         {"certificate", result.certificate}});
+    nlohmann::json object = {{"kind", "conversion"},
+                             {"target", options->target},
+                             {"bytes_read", result.stream.bytes_read},
+                             {"bytes_written", result.stream.bytes_written},
+                             {"certificate", result.certificate}};
+    if (options->resume) object["resumed"] = resumed_json(result);
+    session->print_json(std::move(object));
     return;
   }
   for (const auto& [section, verdict] : result.certificate["sections"].items()) {
@@ -215,6 +301,7 @@ void finish_conversion(Session* session, const checkpoint::ShardedState& state,
         (verdict.is_string() ? verdict.get<std::string>() : verdict.dump()) +
         (digest && digest->absent.empty() ? "  iso1:" + digest->hex.substr(0, 16) + "…" : ""));
   }
+  tell_resumed(session, result);
   session->say("read " + human_bytes(result.stream.bytes_read) + ", wrote " +
                human_bytes(result.stream.bytes_written) + " in " +
                std::to_string(result.stream.files.size()) + " files");

@@ -11,8 +11,13 @@
 
 namespace isoshard::tools {
 
+inline constexpr const char* kResumeHelp =
+    "Go on from what an interrupted command has left, comparing all of it; when interrupted, keep "
+    "what was written";
+
 struct ConversionFlags {
   bool overwrite = false;
+  bool resume = false;
   bool no_latest = false;
   bool dry_run = false;
   bool force = false;
@@ -35,8 +40,10 @@ void run_convert(Session* session, const ConvertFlags& flags);
 
 void add_conversion_flags(CLI::App* verb, ConversionFlags* flags);
 
-// Refuses a target whose file system has too little room for the plan.
-void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target);
+// Refuses a target whose file system has too little room for the plan. `there_bytes`: what lies
+// there already, to be written into.
+void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target,
+                 int64_t there_bytes = 0);
 
 // Whether a canonical path is the other or lies inside it.
 bool is_inside(const std::string& inner, const std::string& outer);

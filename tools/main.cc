@@ -47,7 +47,8 @@ void on_signal(int number) {
   say(length > 0 ? "nothing was published" : "a target is there whole or not at all");
   say("\n  next:     ");
   if (length > 0) say("delete that folder, then ");
-  say("give the same command again\n");
+  say("give the same command again");
+  say(length > 0 ? "; or, where it takes --resume, give it with that\n" : "\n");
   std::_Exit(128 + number);
 }
 

@@ -5,7 +5,7 @@
 #include <cstdio>
 
 #include "checkpoint/deepspeed/source.h"
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/error.h"
 
 namespace isoshard::tools {

@@ -8,7 +8,7 @@
 #include <thread>
 
 #include "checkpoint/format/crc.h"
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/error.h"
 #include "core/hex_float.h"
 #include "core/random.h"

@@ -5,7 +5,7 @@
 
 #include "checkpoint/cancel.h"
 #include "checkpoint/format/crc.h"
-#include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/error.h"
 #include "properties/file_bridge.h"
 #include "tools/sample_model.h"
