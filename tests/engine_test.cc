@@ -262,7 +262,6 @@ TEST(Engine, AFaultAtEveryPointOfASaveLeavesOldOrNew) {
         old_states += found.old_state;
         new_states += found.new_state;
         EXPECT_TRUE(found.new_state || !error.info().what.empty()) << "said to be saved";
-        if (!disk_fault) EXPECT_EQ(error.info().entry, "rank " + std::to_string(rank) + " died");
         world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
           files.load_checkpoint(&trainer.state(), "/run", {});
           save(trainer, files, "again");
