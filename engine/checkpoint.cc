@@ -96,8 +96,8 @@ uint32_t crc_of(const std::string& text) {
   return checkpoint::crc32_of(std::as_bytes(std::span(text)));
 }
 
-// What a rank tells rank 0 of its files, and back. The CRC is of the list: what was altered on its
-// way must not be published as the hash of a file.
+// What a rank tells the others of its files, and back. The CRC is of the list: what was altered on
+// its way must not be published as the hash of a file.
 std::string text_of_files(const std::vector<checkpoint::ManifestFile>& files) {
   nlohmann::json list = nlohmann::json::array();
   for (const checkpoint::ManifestFile& file : files) {
@@ -107,8 +107,7 @@ std::string text_of_files(const std::vector<checkpoint::ManifestFile>& files) {
   return checkpoint::hex16(crc_of(text)) + text;
 }
 
-void take_files(size_t rank, const std::string& text,
-                std::vector<checkpoint::ManifestFile>* files) {
+std::vector<checkpoint::ManifestFile> files_of_text(size_t rank, const std::string& text) {
   const std::string list = text.size() > 16 ? text.substr(16) : "";
   if (text.substr(0, 16) != checkpoint::hex16(crc_of(list))) {
     throw Error(ErrorInfo{.code = ErrorCode::kCorrupt,
@@ -117,9 +116,11 @@ void take_files(size_t rank, const std::string& text,
                           .safe = kAsItWas,
                           .next = "save again"});
   }
+  std::vector<checkpoint::ManifestFile> files;
   for (const nlohmann::json& file : nlohmann::json::parse(list)) {
-    files->push_back({.path = file[0], .size_bytes = file[1], .hash = file[2]});
+    files.push_back({.path = file[0], .size_bytes = file[1], .hash = file[2]});
   }
+  return files;
 }
 
 }  // namespace
@@ -188,12 +189,12 @@ std::vector<std::string> CheckpointEngine::gathered(const std::string& text) {
   std::vector<Buffer> targets;
   for (int64_t& size : sizes) targets.push_back(buffer(std::span(&size, 1)));
   parallel_.world->all_gather(const_buffer(std::span(&own, 1)), targets);
-  std::vector<std::vector<uint8_t>> source(world);
-  source[0].assign(text.begin(), text.end());
-  if (parallel_.rank != 0) std::fill(sizes.begin(), sizes.end(), 0);
-  const std::vector<std::vector<uint8_t>> parts = exchange(*parallel_.world, source, sizes);
+  const std::vector<std::vector<uint8_t>> source(world,
+                                                 std::vector<uint8_t>(text.begin(), text.end()));
   std::vector<std::string> result;
-  for (const std::vector<uint8_t>& part : parts) result.emplace_back(part.begin(), part.end());
+  for (const std::vector<uint8_t>& part : exchange(*parallel_.world, source, sizes)) {
+    result.emplace_back(part.begin(), part.end());
+  }
   return result;
 }
 
@@ -261,6 +262,7 @@ std::shared_ptr<PendingSave> CheckpointEngine::begin_save(const TrainingState& s
   pending->save_dir_ = save_dir;
   pending->tag_ = from_rank(0, tag);
   pending->save_latest_ = options.save_latest;
+  pending->reread_ = options.reread;
   const std::string final_path = save_dir + "/" + pending->tag_;
   std::exception_ptr failure;
   try {
@@ -300,11 +302,19 @@ std::shared_ptr<PendingSave> CheckpointEngine::begin_save(const TrainingState& s
   return pending;
 }
 
+// What all ranks have said is there; every file is read by a rank that has not written it.
+void CheckpointEngine::check_files(const PendingSave& pending, const RankInventories& inventories) {
+  if (parallel_.rank == 0) check_names_and_sizes(storage_, pending.folder_, inventories);
+  if (!pending.reread_) return;
+  const size_t next = static_cast<size_t>(parallel_.rank + 1) % inventories.size();
+  check_contents(storage_, pending.folder_, next, inventories[next]);
+}
+
 // Rank 0: the manifest, and one rename.
-void CheckpointEngine::publish(PendingSave* pending, const std::vector<std::string>& parts) {
+void CheckpointEngine::publish(PendingSave* pending, const RankInventories& inventories) {
   checkpoint::Manifest manifest{.files = {}, .program_version = ISOSHARD_VERSION};
-  for (size_t rank = 0; rank < parts.size(); ++rank) {
-    take_files(rank, parts[rank], &manifest.files);
+  for (const std::vector<checkpoint::ManifestFile>& files : inventories) {
+    manifest.files.insert(manifest.files.end(), files.begin(), files.end());
   }
   const std::string text = checkpoint::to_json(manifest);
   if (pending->staged_->in_place()) pending->staged_->settle();
@@ -352,9 +362,18 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
     if (pending->failure_) std::rethrow_exception(pending->failure_);
   });
   const std::vector<std::string> parts = gathered(text_of_files(pending->written_));
+  RankInventories inventories(parts.size());
   attempt([&] {
-    if (leads) publish(pending, parts);
+    for (size_t i = 0; i < parts.size(); ++i) inventories[i] = files_of_text(i, parts[i]);
+    check_files(*pending, inventories);
   });
+  attempt([&] {
+    if (leads) publish(pending, inventories);
+  });
+  if (leads && !pending->staged_->left_behind().empty()) {
+    warn_("The checkpoint that this save replaced could not be removed: " +
+          quote(pending->staged_->left_behind()) + "; isoshard doctor --clean removes it.");
+  }
   safe = "the checkpoint is there; `latest` may be the one before";
   attempt([&] {
     if (!leads || !pending->save_latest_) return;

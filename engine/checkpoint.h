@@ -3,7 +3,8 @@
 // nothing is visible before every rank has finished, and what fails on one rank fails on all.
 //
 //   every rank  writes its files into a hidden folder beside the tag
-//   all         agree that none has failed, and hand rank 0 their hashes
+//   all         agree that none has failed, and hand each other their files' names, sizes, hashes
+//   rank 0      opens every file again; every rank reads those of the next (published_files.h)
 //   rank 0      manifest, one rename to the tag, then `latest`
 //
 // Collective: every rank of the world calls the same functions in the same order.
@@ -22,6 +23,7 @@
 #include "core/parallel_state.h"
 #include "core/storage.h"
 #include "core/training_state.h"
+#include "engine/published_files.h"
 #include "engine/rank_files.h"
 
 namespace isoshard::engine {
@@ -46,6 +48,9 @@ struct SaveOptions {
   bool save_latest = true;
   bool exclude_frozen_parameters = false;
   std::vector<SideFile> side_files = {};
+  // Every rank reads the next one's files before they are published. False: their names and sizes
+  // are looked at, and a file of the right size with other bytes is found by `verify` alone.
+  bool reread = true;
 };
 
 // A save that has begun: the rank's files as they were at the call. The run may go on, and change
@@ -71,6 +76,7 @@ class PendingSave {
   std::atomic<bool> finished_{false};
   std::exception_ptr failure_;
   bool save_latest_ = true;
+  bool reread_ = true;
 };
 
 struct LoadOptions {
@@ -129,7 +135,8 @@ class CheckpointEngine {
  private:
   void agree_on_tag(const std::string& tag);
   void commit(PendingSave* pending, const std::function<bool()>& wait);
-  void publish(PendingSave* pending, const std::vector<std::string>& parts);
+  void check_files(const PendingSave& pending, const RankInventories& inventories);
+  void publish(PendingSave* pending, const RankInventories& inventories);
   std::string tag_to_load(const std::string& load_dir, const LoadOptions& options);
   bool same_on_all_ranks(const std::string& text);
   // The rank that failed first in order of numbers, or −1. Collective.
@@ -137,7 +144,7 @@ class CheckpointEngine {
   std::string from_rank(int root, std::string text);
   void agree(const std::exception_ptr& failure, const std::string& act, const std::string& path,
              const std::string& safe);
-  // What every rank gives, by rank, on rank 0; empty texts elsewhere. Collective.
+  // What every rank gives, by rank. Collective.
   std::vector<std::string> gathered(const std::string& text);
 
   Storage& storage_;

@@ -2,8 +2,8 @@
 // and under every model of what disks lose, a reader finds exactly the old or exactly the new.
 //
 // Not verified here: what readers make of every outcome of a folder that has the mark of one that
-// is unfinished (they are given the first few of each job); faults that the job is told of
-// (sim/faults.h has those), and disks that lose what was synced.
+// is unfinished (they are given the first few of each job), and disks that lose what was synced.
+// Errors that the job is told of: error_case.h.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +19,7 @@ namespace isoshard::properties {
 struct CrashJob {
   std::string name;
   bool renames_folders = true;      // false: the job publishes in place
+  bool one_command = true;          // false: its places are replaced one by one, each by itself
   std::vector<std::string> places;  // folders and files that the job makes or replaces, each whole
   std::string pointer;              // the one of them whose text names a folder beside it, or ""
   // What is there and durable, and the job; `number` chooses sizes, stages, topologies.

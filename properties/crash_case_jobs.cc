@@ -4,6 +4,8 @@
 
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/reshard_target.h"
+#include "checkpoint/deepspeed/universal_blueprint.h"
+#include "checkpoint/deepspeed/weights_blueprint.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "checkpoint/small_file.h"
@@ -106,6 +108,7 @@ std::vector<CrashJob> publications() {
 // `latest` and larger files beside it.
 CrashJob replacement() {
   return {.name = "replace",
+          .one_command = false,
           .places = {"/top/config.json", "/top/tokenizer", "/top/latest"},
           .pointer = "/top/latest",
           .before =
@@ -207,21 +210,47 @@ std::vector<CrashJob> saves() {
   return {first, next, again, in_place, next_in_place};
 }
 
+checkpoint::ShardedState source_of(Storage& storage) {
+  return checkpoint::read_checkpoint(storage, "/run", {.workers = 1});
+}
+
+void convert_to(Storage& storage, const checkpoint::ShardedState& source,
+                const checkpoint::TargetFiles& files, reshard::ConvertOptions options) {
+  options.certificate = nlohmann::json::object();
+  options.overwrite = true;
+  options.stream.workers = 1;
+  reshard::convert(storage, source, reshard::make_plan(source, files.files), options);
+}
+
 void reshard_run(Storage& storage, const std::string& target, uint64_t number) {
-  const checkpoint::ShardedState source =
-      checkpoint::read_checkpoint(storage, "/run", {.workers = 1});
+  const checkpoint::ShardedState source = source_of(storage);
   const checkpoint::TargetFiles files = checkpoint::reshard_blueprints(
       source, {.data = 1 + static_cast<int>(number % 3)}, static_cast<int>(1 + number % 3),
       {.allow_dropped = {}, .splits = {}, .stages = {}});
   reshard::ConvertOptions options;
   options.target = target;
-  options.certificate = nlohmann::json::object();
-  options.overwrite = true;
-  options.stream.workers = 1;
   options.side_files = {{"/run/tokenizer", "/out/tokenizer"}};
   options.latest_path = "/out/latest";
   options.latest_text = target.substr(target.rfind('/') + 1);
-  reshard::convert(storage, source, reshard::make_plan(source, files.files), options);
+  convert_to(storage, source, files, options);
+}
+
+void universal_run(Storage& storage, uint64_t) {
+  const checkpoint::ShardedState source = source_of(storage);
+  reshard::ConvertOptions options;
+  options.target = "/out/universal";
+  options.latest_path = "/out/latest_universal";
+  options.latest_text = "universal";
+  convert_to(storage, source, checkpoint::universal_blueprints(source, {}), options);
+}
+
+void weights_run(Storage& storage, uint64_t number) {
+  const checkpoint::ShardedState source = source_of(storage);
+  reshard::ConvertOptions options;
+  options.target = "/out/weights";
+  options.weights_only = true;
+  convert_to(storage, source,
+             checkpoint::weights_blueprints(source, {.safetensors = number % 2 == 1}), options);
 }
 
 std::vector<CrashJob> conversions() {
@@ -246,7 +275,17 @@ std::vector<CrashJob> conversions() {
   };
   in_place.name = "convert_in_place";
   in_place.renames_folders = false;
-  return {convert, over, in_place};
+  CrashJob universal = convert, weights = convert;
+  universal.name = "universal";
+  universal.places = {"/out/universal", "/out/latest_universal"};
+  universal.pointer = "/out/latest_universal";
+  universal.work = universal_run;
+  weights.name = "weights";
+  weights.places = {"/out/weights"};
+  weights.pointer = "";
+  weights.work = weights_run;
+  weights.read_at = "/out/weights";
+  return {convert, over, in_place, universal, weights};
 }
 
 }  // namespace

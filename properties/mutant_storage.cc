@@ -4,7 +4,9 @@
 #include <optional>
 #include <utility>
 
+#include "checkpoint/publication.h"
 #include "checkpoint/small_file.h"
+#include "core/error.h"
 
 namespace isoshard::properties {
 namespace {
@@ -23,7 +25,8 @@ class MutantFile final : public WritableFile {
 
   void write_at(int64_t offset, std::span<const std::byte> bytes) override {
     if (!storage_.strikes_as(StorageMutant::Kind::kWriteBehindSync)) {
-      return file_->write_at(offset, bytes);
+      return unless_told(StorageMutant::Kind::kSwallowedWrite,
+                         [&] { file_->write_at(offset, bytes); });
     }
     run_held();
     held_ = Held{offset, {bytes.begin(), bytes.end()}};
@@ -32,16 +35,35 @@ class MutantFile final : public WritableFile {
   void sync() override {
     const int number = storage_.file_syncs_++;
     if (storage_.strikes_sync(StorageMutant::Kind::kLostFileSync, number)) return;
-    if (!storage_.strikes_sync(StorageMutant::Kind::kLateFileSync, number)) return file_->sync();
+    if (!storage_.strikes_sync(StorageMutant::Kind::kLateFileSync, number)) {
+      return unless_told(
+          StorageMutant::Kind::kRetriedSync, [&] { file_->sync(); }, [&] { file_->sync(); });
+    }
     storage_.late_.push_back(file_);
     is_late_ = true;
   }
   void close() override {
     run_held();
-    if (!is_late_) file_->close();
+    if (is_late_) return;
+    unless_told(StorageMutant::Kind::kSwallowedClose, [&] { file_->close(); });
   }
 
  private:
+  // The work, and what stands in for its error where the mutant keeps that to itself.
+  template <typename Work, typename Instead = void (*)()>
+  void unless_told(
+      StorageMutant::Kind kind, const Work& work, const Instead& instead = [] {}) {
+    try {
+      work();
+    } catch (const Error& error) {
+      if (storage_.strikes_as(StorageMutant::Kind::kMuteError)) {
+        throw Error(error.info().code, error.info().what);
+      }
+      if (!storage_.strikes_as(kind)) throw;
+      instead();
+    }
+  }
+
   struct Held {
     int64_t offset_bytes;
     std::vector<std::byte> bytes;
@@ -78,23 +100,51 @@ void MutantStorage::move_pointer(const std::string& folder) {
   }
 }
 
-std::unique_ptr<WritableFile> MutantStorage::create(const std::string& path) {
+std::string MutantStorage::at(const std::string& path) const {
+  const bool is_moved = !moved_from_.empty() && path.starts_with(moved_from_) &&
+                        (path.size() == moved_from_.size() || path[moved_from_.size()] == '/');
+  return is_moved ? moved_to_ + path.substr(moved_from_.size()) : path;
+}
+
+// The second file of a hidden folder is about to be made.
+void MutantStorage::publish_early(const std::string& path) {
+  const std::string folder = folder_of(path), hidden = name_of(folder);
+  const size_t mark = hidden.find(".isoshard-");
+  if (!is(Kind::kEarlyPublication) || hidden[0] != '.' || mark == std::string::npos) return;
+  const std::string target = folder_of(folder) + "/" + hidden.substr(1, mark - 1);
+  if (begun_ == folder && moved_from_.empty() && base_.rename_if_absent(folder, target)) {
+    strikes_as(Kind::kEarlyPublication);
+    moved_from_ = folder;
+    moved_to_ = target;
+  }
+  begun_ = folder;
+}
+
+std::unique_ptr<WritableFile> MutantStorage::create(const std::string& given_path) {
+  publish_early(given_path);
+  const std::string path = at(given_path);
   std::unique_ptr<WritableFile> file = base_.create(path);
   if (strikes_as(Kind::kLostMark, is_mark(path))) base_.remove_file(path);
   return std::make_unique<MutantFile>(*this, std::move(file));
 }
 
 bool MutantStorage::is_file(const std::string& path) {
-  return (is(Kind::kLostMark) && is_mark(path)) || base_.is_file(path);
+  return (is(Kind::kLostMark) && is_mark(path)) || base_.is_file(at(path));
+}
+
+void MutantStorage::remove_tree(const std::string& path) {
+  if (!strikes_as(Kind::kKeptStaging, name_of(path)[0] == '.')) base_.remove_tree(at(path));
 }
 
 void MutantStorage::remove_file(const std::string& path) {
   if (is_mark(path)) move_pointer(folder_of(path));
-  if (!is(Kind::kLostMark) || !is_mark(path)) base_.remove_file(path);
+  if (strikes_as(Kind::kKeptStaging, name_of(path)[0] == '.' && !is_mark(path))) return;
+  if (!is(Kind::kLostMark) || !is_mark(path)) base_.remove_file(at(path));
 }
 
 bool MutantStorage::rename_if_absent(const std::string& from, const std::string& to) {
   move_pointer(to);
+  if (!moved_from_.empty() && from == moved_from_) return true;
   const bool is_done = base_.rename_if_absent(from, to);
   run_late();
   return is_done;
@@ -117,6 +167,7 @@ void MutantStorage::rename_over(const std::string& from, const std::string& to) 
 }
 
 void MutantStorage::exchange(const std::string& a, const std::string& b) {
+  if (!moved_from_.empty() && a == moved_from_) return;
   const bool publishes = name_of(a)[0] == '.' && name_of(b)[0] != '.';
   if (publishes) move_pointer(b);
   if (!strikes_as(Kind::kTwoStepExchange, publishes)) {
@@ -129,7 +180,7 @@ void MutantStorage::exchange(const std::string& a, const std::string& b) {
 }
 
 void MutantStorage::sync_directory(const std::string& path) {
-  if (!strikes_sync(Kind::kLostFolderSync, folder_syncs_++)) base_.sync_directory(path);
+  if (!strikes_sync(Kind::kLostFolderSync, folder_syncs_++)) base_.sync_directory(at(path));
 }
 
 }  // namespace isoshard::properties

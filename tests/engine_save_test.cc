@@ -231,7 +231,8 @@ TEST(GuardedSave, ADiskThatFailsDoesNotTouchTheRun) {
       {FaultKind::kStaleHandle, "handle is stale"}};
   for (const auto& [kind, text] : words) {
     sim::Faults faults;  // in the second save, which ends the sooner for it
-    for (int64_t at = operations[1]; at < (operations[1] + operations[2]) / 2; ++at) {
+    const int64_t end = operations[1] + (operations[2] - operations[1]) / 3;
+    for (int64_t at = operations[1]; at < end; ++at) {
       faults.push_back({.kind = kind, .rank = 1, .operation = at});
     }
     const Told told = guarded(faults, false, nullptr);

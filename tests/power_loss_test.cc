@@ -153,7 +153,8 @@ TEST_P(PowerLossMutants, EveryOtherMistakeIsNoticedWhereItCanBeMade) {
                                              {Kind::kTwoStepReplace, "replacement in two steps"},
                                              {Kind::kRewrittenFile, "file written over"},
                                              {Kind::kLostMark, "no mark"},
-                                             {Kind::kWriteBehindSync, "write behind sync"}};
+                                             {Kind::kWriteBehindSync, "write behind sync"},
+                                             {Kind::kEarlyPublication, "published early"}};
   std::string survivors;
   for (const auto& [kind, name] : kinds) {
     if (check({.kind = kind}).strikes > 0) fight({.kind = kind}, name, &survivors);
