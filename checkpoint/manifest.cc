@@ -10,6 +10,7 @@
 #include "checkpoint/shallow_json.h"
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/utf8.h"
 
 namespace isoshard::checkpoint {
@@ -64,14 +65,15 @@ class ManifestReader {
     if (kind != kKind) {
       fail({"The file is no manifest of this program.", "kind", quote(kKind), quote(kind)});
     }
-    if (const int64_t schema = integer_member(json, "schema", ""); schema != kSchema) {
+    if (const int64_t schema = integer_member(json, "schema", "");
+        schema != kSchema && !mutant("manifest_any_schema")) {
       fail({"The manifest has a form that this version does not know.", "schema",
             std::to_string(kSchema), std::to_string(schema)});
     }
     check_self_hash(json);
     Manifest manifest{.files = {}, .program_version = string_member(json, "program_version", "")};
     for (const Json& entry : files_of(json)) add_file(entry, &manifest);
-    if (to_json(manifest) != text) {
+    if (to_json(manifest) != text && !mutant("manifest_form_unchecked")) {
       fail({"The manifest is not in the form in which it is written.", "",
             "sorted members and files, no others, indent 1, one newline at the end", ""});
     }
@@ -130,7 +132,8 @@ class ManifestReader {
     const std::string found = string_member(json, "self_hash", "");
     Json rest = json;
     rest.erase("self_hash");
-    if (const std::string expected = sha256(text_of(rest)); found != expected) {
+    if (const std::string expected = sha256(text_of(rest));
+        found != expected && !mutant("manifest_self_hash_unchecked")) {
       fail({"The manifest does not have the hash it carries: it was changed or damaged.",
             "self_hash", expected, quote(found)});
     }
@@ -147,12 +150,13 @@ class ManifestReader {
     if (!json.is_object()) fail({"An entry of the manifest is no JSON object.", index, "", ""});
     ManifestFile file{.path = string_member(json, "path", index), .size_bytes = 0, .hash = ""};
     const std::string entry = index + " " + quote(file.path);
-    if (const std::string reason = why_unsafe_name(file.path); !reason.empty()) {
+    if (const std::string reason = why_unsafe_name(file.path);
+        !reason.empty() && !mutant("manifest_unsafe_path")) {
       fail({"A path in the manifest is not safe: " + reason + ".", entry, "", ""});
     }
     file.size_bytes = integer_member(json, "size_bytes", entry);
     file.hash = string_member(json, "hash", entry);
-    if (!is_hash(file.hash)) {
+    if (!is_hash(file.hash) && !mutant("manifest_malformed_hash")) {
       fail({"A hash in the manifest is malformed.", entry, "algorithm:hex", quote(file.hash)});
     }
     if (!manifest->files.empty() && !(manifest->files.back().path < file.path)) {

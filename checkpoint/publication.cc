@@ -13,6 +13,7 @@
 #include "checkpoint/cancel.h"
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/random.h"
 #include "core/utf8.h"
 
@@ -72,12 +73,13 @@ bool is_mark_and_nonce(const std::string& name, const std::string& mark) {
 // ".<name>.isoshard-<nonce>", the name without DeepSpeed's patterns and short enough.
 std::string hidden_name(std::string name) {
   for (const char* pattern : {"zero_pp_rank_", "mp_rank_", "layer_"}) {
-    if (name.find(pattern) != std::string::npos) std::replace(name.begin(), name.end(), '_', '-');
+    if (name.find(pattern) != std::string::npos && !mutant("hidden_name_like_deepspeeds"))
+      std::replace(name.begin(), name.end(), '_', '-');
   }
   size_t length = 0;
   while (length < name.size()) {
     const size_t next = length + decode_utf8(name, length).length;
-    if (next > kNameBytes) break;
+    if (next > kNameBytes && !mutant("hidden_name_too_long")) break;
     length = next;
   }
   return "." + name.substr(0, length) + kStagingMark + nonce();
@@ -127,7 +129,7 @@ StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwr
   }
   const bool is_taken = storage_.is_directory(final_path_);
   if (!is_taken) refuse_other(parts.name);
-  if (is_taken && !overwrite_) {
+  if (is_taken && !overwrite_ && !mutant("existing_target_taken")) {
     fail_taken(final_path_, "The target exists; it was not touched.", false);
   }
   const std::string staging_path = join(parent_path_, hidden_name(parts.name));
@@ -158,7 +160,7 @@ void StagedFolder::refuse_other(const std::string& name) const {
 }
 
 StagedFolder::~StagedFolder() {
-  if (!published_) remove_staging();
+  if (!published_ && !mutant("staging_left_behind")) remove_staging();
 }
 
 void StagedFolder::make_parents() {
@@ -236,7 +238,7 @@ void StagedFolder::begin_in_place() {
 bool StagedFolder::is_still_ours() const { return storage_.is_file(join(final_path_, mark_)); }
 
 void StagedFolder::end_in_place() {
-  if (!is_still_ours()) {
+  if (!is_still_ours() && !mutant("in_place_foreign_folder")) {
     staging_path_.clear();  // theirs
     throw Error(ErrorInfo{.code = ErrorCode::kExists,
                           .what = "Another program has put its own folder under the target's name.",
@@ -281,7 +283,7 @@ void StagedFolder::show(bool replaces) {
   } catch (const Error& error) {
     fail_rename(error);
   }
-  if (!is_free) {
+  if (!is_free && !mutant("publish_taken_name_ignored")) {
     fail_taken(final_path_, "The target appeared while the new folder was written.", false);
   }
 }
@@ -291,7 +293,7 @@ void StagedFolder::publish() {
   throw_if_cancelled();
   const bool replaces = !in_place_ && overwrite_ && storage_.is_directory(final_path_);
   try {
-    storage_.sync_everything(staging_path_);
+    if (!mutant("publish_data_unsynced")) storage_.sync_everything(staging_path_);
     sync_folders();
     throw_if_cancelled();
     note_hidden_folder("");  // from here on the name may stand for the folder that is replaced
@@ -302,7 +304,7 @@ void StagedFolder::publish() {
   published_ = true;
   try {
     if (in_place_) storage_.sync_directory(final_path_);  // the mark does not come back
-    storage_.sync_directory(parent_path_);
+    if (!mutant("publish_name_unsynced")) storage_.sync_directory(parent_path_);
     for (auto made = made_parents_.rbegin(); made != made_parents_.rend(); ++made) {
       storage_.sync_directory(split(*made).parent);
     }
@@ -313,7 +315,7 @@ void StagedFolder::publish() {
                "that" +
                    old);
   }
-  if (replaces) replace_old();
+  if (replaces && !mutant("replaced_folder_left")) replace_old();
 }
 
 // The new folder is published whatever happens here, so a failure is told and not thrown: the exit
@@ -340,7 +342,7 @@ bool StagedFolder::clear_in_place() {
   if (!is_still_ours()) return false;
   for (const DirectoryEntry& entry : storage_.list(final_path_)) {
     const std::string path = join(final_path_, entry.name);
-    if (entry.name == mark_) continue;
+    if (entry.name == mark_ && !mutant("mark_removed_first")) continue;
     entry.kind == DirectoryEntry::Kind::kDirectory ? storage_.remove_tree(path)
                                                    : storage_.remove_file(path);
   }
@@ -358,7 +360,7 @@ void StagedFolder::remove_staging() noexcept {
     note_hidden_folder("");
     for (; !made_parents_.empty(); made_parents_.pop_back()) {
       const std::string& made = made_parents_.back();
-      if (!storage_.list(made).empty()) return;
+      if (!storage_.list(made).empty() || mutant("parents_not_removed")) return;
       if (!remove_if_it_holds(storage_, made, 0)) return;
     }
   } catch (...) {
@@ -394,7 +396,7 @@ void replace_file(Storage& storage, const std::string& path, const Write& write)
   const std::unique_ptr<WritableFile> file = storage.create(temporary);
   try {
     write(file.get());
-    file->sync();
+    if (!mutant("pointer_unsynced")) file->sync();
     file->close();
     storage.rename_over(temporary, path);
   } catch (...) {
@@ -406,7 +408,7 @@ void replace_file(Storage& storage, const std::string& path, const Write& write)
     throw;
   }
   try {
-    storage.sync_directory(parts.parent);
+    if (!mutant("pointer_name_unsynced")) storage.sync_directory(parts.parent);
   } catch (const Error& error) {
     fail_again(error, "the new text stands under its name, but a power failure may undo that");
   }
@@ -428,7 +430,7 @@ void copy_file(Storage& storage, const std::string& from, const std::string& to)
     for (int64_t at = 0; at < source->size_bytes(); at += kCopyBytes) {
       throw_if_cancelled();
       buffer.resize(static_cast<size_t>(std::min(kCopyBytes, source->size_bytes() - at)));
-      source->read_at(at, buffer);
+      source->read_at(mutant("copy_first_piece_only") ? 0 : at, buffer);
       file->write_at(at, buffer);
     }
   });
@@ -444,7 +446,7 @@ bool same_bytes(Storage& storage, const std::string& a, const std::string& b) {
     y.resize(x.size());
     first->read_at(at, x);
     second->read_at(at, y);
-    if (x != y) return false;
+    if (x != y && !mutant("same_bytes_by_size")) return false;
   }
   return true;
 }
@@ -453,7 +455,8 @@ std::vector<std::string> leftovers(Storage& storage, const std::string& parent) 
   std::vector<std::string> names;
   if (!storage.is_directory(parent)) return names;
   for (const DirectoryEntry& entry : storage.list(parent)) {
-    const bool is_staging = entry.name.front() == '.' && ends_in_nonce(entry.name, kStagingMark);
+    const bool is_staging = entry.name.front() == '.' && (mutant("leftovers_of_others") ||
+                                                          ends_in_nonce(entry.name, kStagingMark));
     const bool is_trash = is_mark_and_nonce(entry.name, kTrashMark);
     if (is_staging || is_trash) names.push_back(entry.name);
   }
