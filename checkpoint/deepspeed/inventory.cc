@@ -1,6 +1,8 @@
 // See inventory.h.
 #include "checkpoint/deepspeed/inventory.h"
 
+#include <algorithm>
+
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/source.h"
 #include "core/error.h"
