@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <fstream>
 
+#include "core/mutant.h"
 #include "core/random.h"
 #include "core/utf8.h"
 
@@ -22,12 +23,13 @@ constexpr size_t kNameBytes = 255 - 1 - 10 - kNonceDigits;  // what a hidden nam
 // What a hidden name says of the final one.
 std::string shown_part(std::string name) {
   for (const char* pattern : {"zero_pp_rank_", "mp_rank_", "layer_"}) {
-    if (name.find(pattern) != std::string::npos) std::replace(name.begin(), name.end(), '_', '-');
+    if (name.find(pattern) != std::string::npos && !mutant("hidden_name_like_deepspeeds"))
+      std::replace(name.begin(), name.end(), '_', '-');
   }
   size_t length = 0;
   while (length < name.size()) {
     const size_t next = length + decode_utf8(name, length).length;
-    if (next > kNameBytes) break;
+    if (next > kNameBytes && !mutant("hidden_name_too_long")) break;
     length = next;
   }
   return name.substr(0, length);

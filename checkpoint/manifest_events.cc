@@ -2,6 +2,7 @@
 #include "checkpoint/manifest_events.h"
 
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/utf8.h"
 
 namespace isoshard::checkpoint {
@@ -140,12 +141,13 @@ ManifestFault ManifestEvents::fault_of_entry() {
   const std::string index = "files[" + std::to_string(entries_) + "]";
   if (ManifestFault none = why_no_text(path_, "path", index); !none.what.empty()) return none;
   const std::string entry = index + " " + quote(path_.text);
-  if (const std::string reason = why_unsafe_name(path_.text); !reason.empty())
+  if (const std::string reason = why_unsafe_name(path_.text);
+      !reason.empty() && !mutant("manifest_unsafe_path"))
     return {"A path in the manifest is not safe: " + reason + ".", entry, "", ""};
   if (ManifestFault none = why_no_count(size_, "size_bytes", entry); !none.what.empty())
     return none;
   if (ManifestFault none = why_no_text(hash_, "hash", entry); !none.what.empty()) return none;
-  if (!is_manifest_hash(hash_.text))
+  if (!is_manifest_hash(hash_.text) && !mutant("manifest_malformed_hash"))
     return {"A hash in the manifest is malformed.", entry, "algorithm:hex", quote(hash_.text)};
   if (!listed.empty() && !(listed.back().path < path_.text))
     return {"The files of the manifest are not sorted, or one stands there twice.", entry, "", ""};

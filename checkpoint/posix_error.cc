@@ -9,6 +9,7 @@
 #include <limits>
 
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -91,12 +92,13 @@ void fail_system(int error, const SystemFailure& failure) {
   if (failure.at_byte >= 0) info.entry = "byte " + std::to_string(failure.at_byte);
   const char* symbol = strerrorname_np(error);
   info.found = "errno " + std::to_string(error) + (symbol ? std::string(", ") + symbol : "");
-  if (info.code == ErrorCode::kNoSpace) add_space(error, failure, &info);
+  if (info.code == ErrorCode::kNoSpace && !mutant("free_space_unsaid"))
+    add_space(error, failure, &info);
   throw Error(std::move(info));
 }
 
 const char* kernel_path(const std::string& path) {
-  if (path.find('\0') != std::string::npos) {
+  if (path.find('\0') != std::string::npos && !mutant("nul_path_cut")) {
     throw Error(ErrorInfo{.code = ErrorCode::kHostile,
                           .what = "A path contains a NUL character.",
                           .found = quote(path),

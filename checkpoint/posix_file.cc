@@ -11,6 +11,7 @@
 #include "checkpoint/posix_error.h"
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -18,7 +19,7 @@ namespace {
 constexpr int kStaleReopens = 3;
 
 void require_regular(mode_t mode, const std::string& path) {
-  if (S_ISREG(mode)) return;
+  if (S_ISREG(mode) || mutant("device_read")) return;
   if (S_ISDIR(mode)) fail_system(EISDIR, {"Opening the file", path});
   throw Error(ErrorInfo{.code = ErrorCode::kHostile,
                         .what = "What must be a file is none; it was not read.",
@@ -62,6 +63,7 @@ class PosixReadableFile final : public ReadableFile {
                             .path = path_,
                             .at_byte = offset + static_cast<int64_t>(done)});
       }
+      if (count == 0 && mutant("short_read_taken")) return;
       if (count == 0) fail_short(offset + static_cast<int64_t>(target.size()));
       done += static_cast<size_t>(count);
     }
@@ -75,7 +77,7 @@ class PosixReadableFile final : public ReadableFile {
     if (errno == EINVAL || errno == ENOTSUP) return offset;  // everything is data
     if (errno != ENXIO) fail_system(errno, {"Looking for data in the file", path_});
     // Past the end of a truncated file is no hole: its bytes are lost, not zeros.
-    if (size_now() < size_bytes_) fail_short(size_bytes_);
+    if (size_now() < size_bytes_ && !mutant("truncated_tail_is_hole")) fail_short(size_bytes_);
     return size_bytes_;
   }
 
@@ -136,7 +138,7 @@ class PosixWritableFile final : public WritableFile {
                      .needed_bytes = static_cast<int64_t>(bytes.size() - done),
                      .at_byte = offset + static_cast<int64_t>(done)});
       }
-      done += static_cast<size_t>(count);
+      done += mutant("short_write_taken") ? bytes.size() : static_cast<size_t>(count);
     }
   }
 
@@ -147,15 +149,18 @@ class PosixWritableFile final : public WritableFile {
   }
 
   void sync() override {
+    if (mutant("sync_error_once")) sync_error_ = 0;
     if (sync_error_ == 0 && ::fsync(number()) != 0) sync_error_ = errno;
-    if (sync_error_ != 0) fail_system(sync_error_, {"Making the file durable (fsync)", path_});
+    if (sync_error_ != 0 && !mutant("sync_error_forgotten"))
+      fail_system(sync_error_, {"Making the file durable (fsync)", path_});
   }
 
   void close() override {
     const int result = ::close(number());
     const int error = errno;
     descriptor_.release();  // Linux frees the number also when it reports an error.
-    if (result != 0) fail_system(error, {"Closing the file", path_});
+    if (result != 0 && !mutant("close_error_ignored"))
+      fail_system(error, {"Closing the file", path_});
   }
 
  private:
@@ -196,11 +201,14 @@ std::unique_ptr<ReadableFile> open_posix_read(const std::string& path) {
 
 std::unique_ptr<WritableFile> create_posix(const std::string& path) {
   return std::make_unique<PosixWritableFile>(
-      path, open_path(path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW, "Creating the file"));
+      path,
+      open_path(path, O_WRONLY | O_CREAT | (mutant("create_replaces") ? 0 : O_EXCL) | O_NOFOLLOW,
+                "Creating the file"));
 }
 
 std::unique_ptr<WritableFile> open_posix_write(const std::string& path) {
-  return std::make_unique<PosixWritableFile>(path, open_regular(path, O_WRONLY | O_NOFOLLOW));
+  return std::make_unique<PosixWritableFile>(
+      path, open_regular(path, O_WRONLY | (mutant("link_written_through") ? 0 : O_NOFOLLOW)));
 }
 
 }  // namespace isoshard::checkpoint

@@ -14,6 +14,7 @@
 #include "checkpoint/posix_error.h"
 #include "checkpoint/posix_file.h"
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -45,6 +46,7 @@ std::vector<std::string> names_in(Descriptor descriptor, const std::string& path
   ::closedir(stream);
   if (error != 0) fail_system(error, {"Listing the folder", path});
   std::sort(names.begin(), names.end());
+  if (mutant("list_unsorted")) std::reverse(names.begin(), names.end());
   return names;
 }
 
@@ -53,7 +55,7 @@ DirectoryEntry describe(const std::string& name, const struct stat& status, bool
   if (S_ISREG(status.st_mode)) {
     entry.kind = DirectoryEntry::Kind::kFile;
     entry.size_bytes = status.st_size;
-  } else if (S_ISDIR(status.st_mode) && !is_link) {
+  } else if (S_ISDIR(status.st_mode) && (!is_link || mutant("folder_over_link"))) {
     entry.kind = DirectoryEntry::Kind::kDirectory;
   }
   return entry;
@@ -99,7 +101,8 @@ void sweep(RemoveLevel& level, const std::string& path) {
   if (copy.number() < 0) fail_system(errno, {"Removing the folder", path});
   for (const std::string& name : names_in(std::move(copy), path)) {
     struct stat status {};
-    const bool is_there = ::fstatat(folder, name.c_str(), &status, AT_SYMLINK_NOFOLLOW) == 0;
+    const bool is_there = ::fstatat(folder, name.c_str(), &status,
+                                    mutant("remove_follows_links") ? 0 : AT_SYMLINK_NOFOLLOW) == 0;
     if (is_there && S_ISDIR(status.st_mode)) {
       level.folders.push_back(name);
       continue;
@@ -195,7 +198,8 @@ void PosixStorage::make_directory(const std::string& path) {
 }
 
 bool PosixStorage::rename_if_absent(const std::string& from, const std::string& to) {
-  if (::renameat2(AT_FDCWD, kernel_path(from), AT_FDCWD, kernel_path(to), RENAME_NOREPLACE) == 0) {
+  if (::renameat2(AT_FDCWD, kernel_path(from), AT_FDCWD, kernel_path(to),
+                  mutant("rename_replaces") ? 0 : RENAME_NOREPLACE) == 0) {
     return true;
   }
   if (errno == EEXIST) return false;
@@ -210,7 +214,9 @@ void PosixStorage::rename_over(const std::string& from, const std::string& to) {
 }
 
 void PosixStorage::exchange(const std::string& a, const std::string& b) {
-  if (::renameat2(AT_FDCWD, kernel_path(a), AT_FDCWD, kernel_path(b), RENAME_EXCHANGE) == 0) return;
+  if (::renameat2(AT_FDCWD, kernel_path(a), AT_FDCWD, kernel_path(b),
+                  mutant("exchange_by_rename") ? 0 : RENAME_EXCHANGE) == 0)
+    return;
   if (!cannot_rename_so(errno)) fail_system(errno, {"Exchanging two names", b});
   throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
                         .what = "This file system cannot exchange two names in one step.",

@@ -3,11 +3,13 @@
 
 #include <fcntl.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -42,6 +44,16 @@ class PosixStorageTest : public testing::Test {
   }
 
   std::string read(const std::string& name) { return read_small_file(storage_, at(name), 1 << 20); }
+
+  // Of this process's open file; -1 where /proc does not say.
+  int descriptor_of(const std::string& name) const {
+    for (int i = 3; i < 1024; ++i) {
+      std::error_code ignored;
+      const fs::path link = "/proc/self/fd/" + std::to_string(i);
+      if (fs::read_symlink(link, ignored) == fs::path(at(name))) return i;
+    }
+    return -1;
+  }
 
   ErrorInfo error_of(const std::function<void()>& action) {
     try {
@@ -167,9 +179,11 @@ TEST_F(PosixStorageTest, ATruncatedTailIsNotTakenForAHole) {
   const auto file = storage_.open_read(at("a"));
   fs::resize_file(at("a"), 10);
   const auto read = [&] {
-    // Where the file system knows no holes, reading is what finds the loss.
+    // Where the file system knows no holes, reading is what finds the loss; what is said to hold no
+    // data is never read.
     std::byte target[1];
-    file->read_at(file->next_data(5000), target);
+    const int64_t data = file->next_data(5000);
+    if (data < file->size_bytes()) file->read_at(data, target);
   };
   EXPECT_EQ(error_of(read).code, ErrorCode::kCorrupt);
 }
@@ -235,6 +249,7 @@ TEST_F(PosixStorageTest, ExchangeSwapsTwoFolders) {
   storage_.make_directories(at("a"));
   storage_.make_directories(at("b"));
   write("a/in_a", "");
+  write("b/in_b", "");
   try {
     storage_.exchange(at("a"), at("b"));
   } catch (const Error& error) {
@@ -242,6 +257,7 @@ TEST_F(PosixStorageTest, ExchangeSwapsTwoFolders) {
     GTEST_SKIP() << "this file system cannot exchange two names";
   }
   EXPECT_TRUE(storage_.is_file(at("b/in_a")));
+  EXPECT_TRUE(storage_.is_file(at("a/in_b")));
 }
 
 TEST_F(PosixStorageTest, ATreeIsRemovedWithoutFollowingLinks) {
@@ -305,14 +321,8 @@ TEST_F(PosixStorageTest, AFullDiskIsNamedWithNeededAndFreeBytes) {
   if (!fs::exists("/dev/full")) GTEST_SKIP() << "no /dev/full here";
   // A device is refused by open_write, so the descriptor of a file is made to lead to one.
   const auto file = storage_.create(at("a"));
+  const int number = descriptor_of("a");
   const int device = ::open("/dev/full", O_WRONLY | O_CLOEXEC);
-  int number = -1;
-  for (int i = 3; i < 64 && number < 0; ++i) {
-    std::error_code ignored;
-    if (fs::read_symlink("/proc/self/fd/" + std::to_string(i), ignored) == fs::path(at("a"))) {
-      number = i;
-    }
-  }
   if (device < 0 || number < 0) GTEST_SKIP() << "/dev/full or /proc cannot be used here";
   ASSERT_GE(::dup3(device, number, O_CLOEXEC), 0);
   ::close(device);
@@ -321,6 +331,43 @@ TEST_F(PosixStorageTest, AFullDiskIsNamedWithNeededAndFreeBytes) {
   EXPECT_EQ(info.what, "Writing to the file failed: no space left on device.");
   EXPECT_EQ(info.expected, "room for 5 more bytes");
   EXPECT_NE(info.found.find("bytes free"), std::string::npos);
+}
+
+// A limit of the process lets the first bytes through and refuses the rest.
+TEST_F(PosixStorageTest, AWriteThatIsCutShortIsNotTakenForAWhole) {
+  const auto file = storage_.create(at("a"));
+  struct rlimit before {};
+  ASSERT_EQ(::getrlimit(RLIMIT_FSIZE, &before), 0);
+  const auto handler = std::signal(SIGXFSZ, SIG_IGN);
+  const struct rlimit small { 3, before.rlim_max };
+  ASSERT_EQ(::setrlimit(RLIMIT_FSIZE, &small), 0);
+  const ErrorInfo info = error_of([&] { file->write_at(0, bytes_of("12345")); });
+  ::setrlimit(RLIMIT_FSIZE, &before);
+  std::signal(SIGXFSZ, handler);
+  EXPECT_EQ(info.what, "Writing to the file failed: the file would be larger than allowed.");
+  EXPECT_EQ(read("a"), "123");
+}
+
+TEST_F(PosixStorageTest, AnErrorOfCloseIsTold) {
+  const auto file = storage_.create(at("a"));
+  const int number = descriptor_of("a");
+  if (number < 0) GTEST_SKIP() << "/proc cannot be used here";
+  ::close(number);
+  EXPECT_NE(error_of([&] { file->close(); }).what.find("Closing the file"), std::string::npos);
+}
+
+// The kernel tells a lost write once: the next fsync would seem to succeed.
+TEST_F(PosixStorageTest, AFailedSyncStaysFailed) {
+  const auto file = storage_.create(at("a"));
+  const int number = descriptor_of("a");
+  int pipe[2] = {-1, -1};
+  if (number < 0 || ::pipe2(pipe, O_CLOEXEC) != 0) GTEST_SKIP() << "/proc cannot be used here";
+  const int kept = ::fcntl(number, F_DUPFD_CLOEXEC, 3);
+  ASSERT_GE(::dup3(pipe[1], number, O_CLOEXEC), 0);  // a pipe cannot be synced
+  EXPECT_NE(error_of([&] { file->sync(); }).what.find("fsync"), std::string::npos);
+  ASSERT_GE(::dup3(kept, number, O_CLOEXEC), 0);
+  EXPECT_NE(error_of([&] { file->sync(); }).what.find("fsync"), std::string::npos);
+  for (const int each : {pipe[0], pipe[1], kept}) ::close(each);
 }
 
 TEST_F(PosixStorageTest, AMissingPermissionIsNamed) {

@@ -8,6 +8,7 @@
 #include "checkpoint/hidden_name.h"
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -57,7 +58,7 @@ StagedFolder::StagedFolder(Storage& storage, std::string final_path, bool overwr
   }
   const bool is_taken = storage_.is_directory(final_path_);
   if (!is_taken) refuse_other(parts.name);
-  if (is_taken && !overwrite_) {
+  if (is_taken && !overwrite_ && !mutant("existing_target_taken")) {
     fail_taken(final_path_, "The target exists; it was not touched.", false);
   }
   const std::string staging_path = join_path(parent_path_, hidden_name(parts.name));
@@ -90,7 +91,7 @@ void StagedFolder::refuse_other(const std::string& name) const {
 }
 
 StagedFolder::~StagedFolder() {
-  if (!published_ && !kept_) remove_staging();
+  if (!published_ && !kept_ && !mutant("staging_left_behind")) remove_staging();
 }
 
 void StagedFolder::keep() {
@@ -187,7 +188,7 @@ void StagedFolder::begin_in_place() {
 bool StagedFolder::is_still_ours() const { return storage_.is_file(join_path(final_path_, mark_)); }
 
 void StagedFolder::end_in_place() {
-  if (!is_still_ours()) {
+  if (!is_still_ours() && !mutant("in_place_foreign_folder")) {
     staging_path_.clear();  // theirs
     throw Error(ErrorInfo{.code = ErrorCode::kExists,
                           .what = "Another program has put its own folder under the target's name.",
@@ -232,7 +233,7 @@ void StagedFolder::show(bool replaces) {
   } catch (const Error& error) {
     fail_rename(error);
   }
-  if (!is_free) {
+  if (!is_free && !mutant("publish_taken_name_ignored")) {
     fail_taken(final_path_, "The target appeared while the new folder was written.", false);
   }
 }
@@ -242,7 +243,7 @@ void StagedFolder::publish() {
   throw_if_cancelled();
   const bool replaces = !in_place_ && overwrite_ && storage_.is_directory(final_path_);
   try {
-    storage_.sync_everything(staging_path_);
+    if (!mutant("publish_data_unsynced")) storage_.sync_everything(staging_path_);
     sync_folders();
     throw_if_cancelled();
     note_hidden_folder("");  // from here on the name may stand for the folder that is replaced
@@ -253,7 +254,7 @@ void StagedFolder::publish() {
   published_ = true;
   try {
     if (in_place_) storage_.sync_directory(final_path_);  // the mark does not come back
-    storage_.sync_directory(parent_path_);
+    if (!mutant("publish_name_unsynced")) storage_.sync_directory(parent_path_);
     for (auto made = made_parents_.rbegin(); made != made_parents_.rend(); ++made) {
       storage_.sync_directory(split_path(*made).parent);
     }
@@ -264,7 +265,7 @@ void StagedFolder::publish() {
                "that" +
                    old);
   }
-  if (replaces) replace_old();
+  if (replaces && !mutant("replaced_folder_left")) replace_old();
 }
 
 // The new folder is published whatever happens here, so a failure is told and not thrown: the exit
@@ -291,7 +292,7 @@ bool StagedFolder::clear_in_place() {
   if (!is_still_ours()) return false;
   for (const DirectoryEntry& entry : storage_.list(final_path_)) {
     const std::string path = join_path(final_path_, entry.name);
-    if (entry.name == mark_) continue;
+    if (entry.name == mark_ && !mutant("mark_removed_first")) continue;
     entry.kind == DirectoryEntry::Kind::kDirectory ? storage_.remove_tree(path)
                                                    : storage_.remove_file(path);
   }
@@ -309,7 +310,7 @@ void StagedFolder::remove_staging() noexcept {
     note_hidden_folder("");
     for (; !made_parents_.empty(); made_parents_.pop_back()) {
       const std::string& made = made_parents_.back();
-      if (!storage_.list(made).empty()) return;
+      if (!storage_.list(made).empty() || mutant("parents_not_removed")) return;
       if (!remove_if_it_holds(storage_, made, 0)) return;
     }
   } catch (...) {
@@ -339,7 +340,8 @@ std::vector<std::string> leftovers(Storage& storage, const std::string& parent) 
   std::vector<std::string> names;
   if (!storage.is_directory(parent)) return names;
   for (const DirectoryEntry& entry : storage.list(parent)) {
-    const bool is_staging = entry.name.front() == '.' && ends_in_nonce(entry.name, kStagingMark);
+    const bool is_staging = entry.name.front() == '.' && (mutant("leftovers_of_others") ||
+                                                          ends_in_nonce(entry.name, kStagingMark));
     const bool is_trash = is_mark_and_nonce(entry.name, kTrashMark);
     if (is_staging || is_trash) names.push_back(entry.name);
   }

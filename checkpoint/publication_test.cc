@@ -278,6 +278,21 @@ TEST_P(Publication, ASmallFileIsMadeAndReplaced) {
   EXPECT_EQ(names(), "folder latest ");
 }
 
+// Of more than one piece, and of a rest.
+TEST_P(Publication, ALargeFileIsCopiedPieceByPiece) {
+  std::string text;
+  for (int i = 0; text.size() < (5u << 19); ++i) text += std::to_string(i) + ' ';
+  write(*storage_, at("a"), text);
+  copy_file(*storage_, at("a"), at("b"));
+  EXPECT_TRUE(read_small_file(*storage_, at("b"), 1 << 23) == text);
+  EXPECT_TRUE(same_bytes(*storage_, at("a"), at("b")));
+  text.back() = 'x';
+  write(*storage_, at("c"), text);
+  EXPECT_FALSE(same_bytes(*storage_, at("a"), at("c")));
+  write(*storage_, at("d"), text + 'x');
+  EXPECT_FALSE(same_bytes(*storage_, at("c"), at("d")));
+}
+
 TEST_P(Publication, LeftoversAreOnlyNamesThatAreOurs) {
   const std::string nonce = "0123456789abcdef0123456789abcdef";
   for (const std::string& name :

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -35,7 +36,7 @@ class Watch final : public nlohmann::json_sax<json> {
   bool end_array() override { return end(); }
   bool key(string_t& text) override {
     if (!charge(kKeyBytes, text.size())) return false;
-    if (keys_.back().insert(text).second) return true;
+    if (keys_.back().insert(text).second || mutant("json_key_twice")) return true;
     key_twice_ = text.substr(0, 100);
     why_ = "the key " + quote(key_twice_) + " twice in one object";
     return false;
@@ -55,7 +56,8 @@ class Watch final : public nlohmann::json_sax<json> {
   bool start() {
     if (!charge(kValueBytes, 0)) return false;
     keys_.emplace_back();
-    if (keys_.size() <= static_cast<size_t>(limits_.levels)) return true;
+    if (keys_.size() <= static_cast<size_t>(limits_.levels) || mutant("json_depth_unlimited"))
+      return true;
     why_ = "nested deeper than " + std::to_string(limits_.levels) + " levels";
     return false;
   }

@@ -5,6 +5,7 @@
 #include <numeric>
 
 #include "core/check.h"
+#include "core/mutant.h"
 
 namespace isoshard {
 namespace {
@@ -43,7 +44,8 @@ std::string check_piece(const MapPiece& piece, int64_t whole, int64_t shard) {
   const bool fits = piece.source_offset >= 0 && piece.dest_offset >= 0 &&
                     last_element(piece.shape, piece.source_offset, piece.source_stride, &source) &&
                     last_element(piece.shape, piece.dest_offset, piece.dest_stride, &dest) &&
-                    source < whole && dest < shard && *count <= shard;
+                    (source < whole || mutant("affine_bounds_dropped")) && dest < shard &&
+                    *count <= shard;
   return fits ? "" : "a piece " + to_string(piece.shape) + " leaves its tensor";
 }
 
@@ -75,7 +77,7 @@ bool tile(std::vector<std::pair<int64_t, int64_t>> ranges, int64_t total) {
   std::sort(ranges.begin(), ranges.end());
   int64_t next = 0;
   for (const auto& [begin, count] : ranges) {
-    if (begin != next) return false;
+    if (begin != next && !mutant("affine_hole_allowed")) return false;
     next += count;
   }
   return next == total;
@@ -113,7 +115,7 @@ std::vector<MapRun> shard_runs(const RankMap& rank) {
   for (size_t i = 1; i < result.size(); ++i) {
     MapRun& before = result[last];
     if (before.source + before.count == result[i].source &&
-        before.dest + before.count == result[i].dest)
+        (before.dest + before.count == result[i].dest || mutant("affine_join_ignores_target")))
       before.count += result[i].count;
     else
       result[++last] = result[i];
@@ -151,7 +153,7 @@ AffineMap split_map(const Shape& shape, size_t dim, const Widths& widths) {
         sub_begin += sub[t];
       }
       MapPiece piece{.shape = shape,
-                     .source_offset = begin * stride[dim],
+                     .source_offset = begin * stride[mutant("affine_wrong_axis") ? 0 : dim],
                      .source_stride = stride,
                      .dest_offset = dest * dest_stride[dim],
                      .dest_stride = dest_stride,
@@ -206,7 +208,8 @@ std::string why_impossible(const AffineMap& map) {
       const std::vector<int>& at = piece.locations;
       if (at.empty() || !std::is_sorted(at.begin(), at.end()) || at.front() < 0 ||
           static_cast<size_t>(at.back()) >= map.ranks.size() ||
-          !std::binary_search(at.begin(), at.end(), static_cast<int>(rank)))
+          !(mutant("affine_extra_location") ||
+            std::binary_search(at.begin(), at.end(), static_cast<int>(rank))))
         return where + "a piece does not name the ranks that hold it";
       if (!first_has_it(map, piece)) return where + "a replica is not on the rank that it names";
     }
@@ -214,7 +217,7 @@ std::string why_impossible(const AffineMap& map) {
     for (const MapPiece& piece : part.pieces) {
       for (const MapRun& run : piece_runs(piece)) {
         dests.emplace_back(run.dest, run.count);
-        if (piece.locations.front() == static_cast<int>(rank))
+        if (piece.locations.front() == static_cast<int>(rank) || mutant("affine_replica_twice"))
           sources.emplace_back(run.source, run.count);
       }
     }

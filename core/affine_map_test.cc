@@ -27,6 +27,15 @@ TEST(AffineMap, SubParametersAreCutOneByOne) {
   EXPECT_EQ(why_impossible(map), "");
 }
 
+// Touching in the whole is not enough.
+TEST(AffineMap, RunsAreJoinedOnlyWhereTheyTouchOnBothSides) {
+  const RankMap rank{
+      {6}, {{{2}, 0, {1}, 0, {1}, {0}}, {{2}, 2, {1}, 4, {1}, {0}}, {{2}, 8, {1}, 2, {1}, {0}}}};
+  EXPECT_EQ(shard_runs(rank), (std::vector<MapRun>{{0, 0, 2}, {8, 2, 2}, {2, 4, 2}}));
+  const RankMap apart{{5}, {{{2}, 0, {1}, 0, {1}, {0}}, {{2}, 2, {1}, 3, {1}, {0}}}};
+  EXPECT_EQ(shard_runs(apart), (std::vector<MapRun>{{0, 0, 2}, {2, 3, 2}}));
+}
+
 TEST(AffineMap, ARankMayHoldNothing) {
   const AffineMap map = split_map({16, 32}, 0, {{8, 8, 0}});
   EXPECT_EQ(map.ranks[2].shard_shape, (Shape{0, 32}));

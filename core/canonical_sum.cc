@@ -6,6 +6,7 @@
 #include <bit>
 
 #include "core/check.h"
+#include "core/mutant.h"
 
 namespace isoshard {
 namespace {
@@ -30,7 +31,9 @@ std::vector<TreeNode> frontier(const std::vector<LeafRange>& owned) {
   for (const LeafRange& range : ranges) {
     for (LeafIndex at = range.begin; at < range.end;) {
       const int fits = std::bit_width(range.end - at) - 1;
-      const int level = at == 0 ? fits : std::min(fits, std::countr_zero(at));
+      const int level = mutant("frontier_of_leaves") ? 0
+                        : at == 0                    ? fits
+                                                     : std::min(fits, std::countr_zero(at));
       nodes.push_back({level, at >> level});
       at += LeafIndex{1} << level;
     }
@@ -50,9 +53,12 @@ void TreeSum::merge_top() {
 float* TreeSum::push(TreeNode node) {
   const LeafIndex first = node.first_leaf();
   if (!stack_.empty()) {
-    CHECK(stack_.back().last < first, "leaves come in ascending order, each once");
-    while (stack_.size() > 1 && common_level(stack_[stack_.size() - 2].first, stack_.back().first) <
-                                    common_level(stack_.back().first, first)) {
+    CHECK(stack_.back().last < first || mutant("sum_leaf_twice"),
+          "leaves come in ascending order, each once");
+    while (stack_.size() > 1 &&
+           (mutant("sum_in_order") ||
+            common_level(stack_[stack_.size() - 2].first, stack_.back().first) <
+                common_level(stack_.back().first, first))) {
       merge_top();
     }
   }
@@ -102,7 +108,8 @@ Partial PartialSum::finish() {
 
 void PartialCombiner::add(const Partial& partial) {
   for (size_t k = 0; k < partial.nodes.size(); ++k) {
-    if (partial.present[k] != 0) add(partial.nodes[k], partial.values.data() + k * width_);
+    if (partial.present[k] != 0 || mutant("sum_absent_is_zero"))
+      add(partial.nodes[k], partial.values.data() + k * width_);
   }
 }
 

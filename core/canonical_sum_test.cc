@@ -58,6 +58,20 @@ TEST(CanonicalSum, ALeafThatIsAbsentIsNotZero) {
   EXPECT_EQ(bits(root), bits(0.0f));
 }
 
+// Owners that have no leaf of a node say so; nothing is added for them.
+TEST(CanonicalSum, AnOwnerWithoutLeavesIsNotZero) {
+  PartialSum first({{1, 0}}, 1), second({{1, 1}}, 1);
+  *first.push_leaf(1) = -0.0f;
+  const Partial own = first.finish(), nothing = second.finish();
+  EXPECT_EQ(nothing.present, std::vector<uint8_t>{0});
+  PartialCombiner combiner(1);
+  combiner.add(own);
+  combiner.add(nothing);
+  float root = 1;
+  EXPECT_TRUE(combiner.finish({&root, 1}));
+  EXPECT_EQ(bits(root), bits(-0.0f));
+}
+
 TEST(CanonicalSum, FrontierHasTheFewestNodes) {
   EXPECT_EQ(frontier({{0, 341}}).size(), 5u);
   EXPECT_EQ(frontier({{0, 384}}).size(), 2u);

@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard {
 namespace {
@@ -40,11 +41,11 @@ float to_float(DType dtype, const std::byte* at) {
     case DType::kInt16:
       return static_cast<float>(load<int16_t>(at));
     case DType::kInt8:
-      return static_cast<float>(load<int8_t>(at));
+      return mutant("int8_unsigned") ? load<uint8_t>(at) : static_cast<float>(load<int8_t>(at));
     case DType::kUInt8:
       return static_cast<float>(load<uint8_t>(at));
     case DType::kBool:
-      return load<uint8_t>(at) ? 1.0f : 0.0f;
+      return mutant("bool_kept_as_byte") ? load<uint8_t>(at) : load<uint8_t>(at) ? 1.0f : 0.0f;
     default:
       break;
   }
@@ -56,8 +57,10 @@ float to_float(DType dtype, const std::byte* at) {
 uint32_t wide_from_bfloat16(uint16_t bits) { return static_cast<uint32_t>(bits) << 16; }
 
 uint16_t bfloat16_from_wide(uint32_t bits) {
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7FFFFFFFu) > 0x7F800000u ? 0x7FC0u : rounded);
+  const uint32_t half = mutant("bfloat16_truncates") ? 0u : 0x7FFFu + ((bits >> 16) & 1u);
+  const uint32_t rounded = (bits + half) >> 16;
+  return static_cast<uint16_t>(
+      (bits & 0x7FFFFFFFu) > 0x7F800000u && !mutant("bfloat16_nan_overflows") ? 0x7FC0u : rounded);
 }
 
 uint32_t wide_from_half(uint16_t bits) {
@@ -78,9 +81,11 @@ uint16_t half_from_wide(uint32_t bits) {
   // Adding 0.5 leaves a denormal's bits, rounded to nearest even, at the end of the mantissa.
   const uint32_t small =
       std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - (126u << 23);
-  const uint32_t finite = magnitude < (113u << 23) ? small : normal;
+  const uint32_t finite =
+      magnitude < (113u << 23) ? (mutant("half_denormal_flushed") ? 0u : small) : normal;
   const uint32_t infinite = magnitude > 0x7F800000u ? 0x7E00u : 0x7C00u;
-  return static_cast<uint16_t>(sign | (magnitude >= 0x47800000u ? infinite : finite));
+  return static_cast<uint16_t>(
+      sign | (magnitude >= 0x47800000u && !mutant("half_overflow_saturates") ? infinite : finite));
 }
 
 template <typename Source, typename Target, Target convert(Source)>
@@ -121,7 +126,7 @@ float float_from_half(uint16_t bits) {
   if (exponent == 0x1F) return std::bit_cast<float>(sign | 0x7F800000u | (mantissa << 13));
   if (exponent == 0) {
     if (mantissa == 0) return std::bit_cast<float>(sign);
-    exponent = 1;
+    exponent = mutant("half_denormal_exponent") ? 0 : 1;
     while ((mantissa & 0x400u) == 0) {
       mantissa <<= 1;
       --exponent;
@@ -148,7 +153,8 @@ uint16_t half_from_float(float value) {
   const uint32_t half_way = 1u << (shift - 1);
   const uint32_t rest = mantissa & ((1u << shift) - 1);
   mantissa >>= shift;
-  if (rest > half_way || (rest == half_way && (mantissa & 1u))) ++mantissa;
+  if (rest > half_way || (rest == half_way && (mutant("half_ties_up") || (mantissa & 1u))))
+    ++mantissa;
   // The carry out of the mantissa runs into the exponent, which is what rounding must do.
   const uint32_t base = exponent < -14 ? 0 : static_cast<uint32_t>(exponent + 14) << 10;
   return static_cast<uint16_t>(sign | (base + mantissa));

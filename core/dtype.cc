@@ -5,6 +5,7 @@
 
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard {
 namespace {
@@ -64,7 +65,8 @@ bool parse_dtype(const std::string& text, DType* dtype) {
 std::optional<int64_t> checked_numel(const Shape& shape) {
   int64_t product = 1;
   for (int64_t size : shape) {
-    if (size < 0 || __builtin_mul_overflow(product, size, &product) || product > (1ll << 58)) {
+    if (size < 0 || __builtin_mul_overflow(product, size, &product) ||
+        (product > (1ll << 58) && !mutant("numel_unlimited"))) {
       return std::nullopt;
     }
   }
@@ -94,7 +96,7 @@ Shape contiguous_stride(const Shape& shape) {
   int64_t step = 1;
   for (size_t i = shape.size(); i-- > 0;) {
     stride[i] = step;
-    step *= std::max<int64_t>(shape[i], 1);
+    step *= std::max<int64_t>(shape[i], mutant("stride_of_nothing") ? 0 : 1);
   }
   return stride;
 }

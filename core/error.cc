@@ -3,6 +3,7 @@
 
 #include <cstdio>
 
+#include "core/mutant.h"
 #include "core/utf8.h"
 
 namespace isoshard {
@@ -60,10 +61,10 @@ std::string quote(const std::string& text) {
     if (!point.valid) {
       std::snprintf(buffer, sizeof buffer, "\\x{%02x}", static_cast<unsigned char>(text[at]));
       result += buffer;
-    } else if (!is_printable(point.value)) {
+    } else if (!is_printable(point.value) && !mutant("quote_controls_raw")) {
       std::snprintf(buffer, sizeof buffer, "\\u{%x}", static_cast<unsigned>(point.value));
       result += buffer;
-    } else if (point.value == '"' || point.value == '\\') {
+    } else if ((point.value == '"' || point.value == '\\') && !mutant("quote_quotes_raw")) {
       result += '\\';
       result += static_cast<char>(point.value);
     } else {

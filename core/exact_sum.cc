@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "core/check.h"
+#include "core/mutant.h"
 
 namespace isoshard {
 namespace {
@@ -41,7 +42,7 @@ void ExactSum::carry() {
   int64_t carried = 0;
   for (int i = 0; i < kDigits; ++i) {
     int64_t& digit = words_[static_cast<size_t>(i)];
-    digit += carried;
+    digit += mutant("exact_sum_carry_lost") ? 0 : carried;
     if (i + 1 == kDigits) break;  // the highest digit keeps the sign
     carried = digit >> 32;
     digit -= carried * kBase;
@@ -58,7 +59,8 @@ ExactSum ExactSum::from_words(std::span<const int64_t> words) {
 }
 
 double ExactSum::value() const {
-  if (words_[kNaN] > 0 || (words_[kPlus] > 0 && words_[kMinus] > 0)) {
+  if (words_[kNaN] > 0 ||
+      (words_[kPlus] > 0 && words_[kMinus] > 0 && !mutant("exact_sum_opposite_infinities"))) {
     return std::numeric_limits<double>::quiet_NaN();
   }
   if (words_[kPlus] > 0) return std::numeric_limits<double>::infinity();
@@ -91,7 +93,9 @@ double ExactSum::value() const {
   if (cut > 0 && cut < 128) {
     const unsigned __int128 half = static_cast<unsigned __int128>(1) << (cut - 1);
     const unsigned __int128 rest = wide & ((half << 1) - 1);
-    if (rest > half || (rest == half && (sticky || (kept & 1) != 0))) ++kept;
+    if (rest > half ||
+        (rest == half && ((sticky && !mutant("exact_sum_sticky_dropped")) || (kept & 1) != 0)))
+      ++kept;
   }
   const double magnitude = std::ldexp(static_cast<double>(kept), lowest + std::max(cut, 0));
   return negative ? -magnitude : magnitude;

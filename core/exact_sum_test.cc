@@ -42,6 +42,15 @@ TEST(ExactSum, TwoTermsRoundAsTheProcessorDoes) {
   }
 }
 
+// What lies below all that is looked at decides a tie, as a third term would not do one by one.
+TEST(ExactSum, ASmallTermBreaksATie) {
+  ExactSum sum;
+  for (const double term : {1.0, 0x1p-53, 0x1p-900}) sum.add(term);
+  EXPECT_EQ(sum.value(), 1.0 + 0x1p-52);
+  sum.add(-0x1p-900);
+  EXPECT_EQ(sum.value(), 1.0);
+}
+
 TEST(ExactSum, CancelsWithoutARest) {
   ExactSum sum;
   for (const double term : {1e300, 1.0, -1e300, 1e-300, -1.0, -1e-300}) sum.add(term);

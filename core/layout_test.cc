@@ -74,6 +74,18 @@ void expect_agreement(const TensorLayout& layout) {
   ASSERT_EQ(next, layout.numel);
 }
 
+// What a rank is told of its own part is what the whole list says of it. A replicated tensor is on
+// every rank, whole.
+void expect_own_parts(const TensorLayout& layout) {
+  Fragments expected(static_cast<size_t>(layout.ranks));
+  for (const RankFragment& f : fragments(layout)) expected[static_cast<size_t>(f.rank)] = f;
+  for (int rank = 0; rank < layout.ranks; ++rank) {
+    RankFragment own = expected[static_cast<size_t>(rank)];
+    own.rank = rank;
+    ASSERT_EQ(fragment_on(layout, rank), own) << rank;
+  }
+}
+
 TEST(Layout, FragmentsAgreeWithLocateForEverySmallCase) {
   for (int ranks = 1; ranks <= 5; ++ranks) {
     for (int64_t numel = 0; numel <= 23; ++numel) {
@@ -86,6 +98,21 @@ TEST(Layout, FragmentsAgreeWithLocateForEverySmallCase) {
       }
     }
   }
+}
+
+TEST(Layout, ARanksOwnPartIsThatOfTheWholeList) {
+  for (int ranks = 1; ranks <= 5; ++ranks) {
+    for (int64_t numel = 0; numel <= 23; ++numel) {
+      expect_own_parts({numel, ranks, SlotShard{3, std::max<int64_t>(1, slot_size(numel, ranks))}});
+      for (int64_t before = 0; before <= 11; ++before) {
+        const FlatSizes sizes = flat_sizes(before + numel, ranks);
+        if (sizes.partition > 0)
+          expect_own_parts({numel, ranks, FlatShard{before, sizes.partition}});
+      }
+    }
+  }
+  const TensorLayout everywhere{.numel = 9, .ranks = 3, .placement = Replicated{4}};
+  EXPECT_EQ(fragment_on(everywhere, 2), (RankFragment{2, 0, 9, 4}));
 }
 
 TEST(Layout, OffsetsBeyondFourBillionElementsAreExact) {

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <limits>
 
+#include "core/mutant.h"
+
 namespace isoshard {
 
 std::vector<int> uniform_parts(int layers, int stages) {
@@ -11,7 +13,8 @@ std::vector<int> uniform_parts(int layers, int stages) {
   const int share = layers / stages, rest = layers % stages;
   for (int stage = 0; stage < stages; ++stage)
     parts[static_cast<size_t>(stage) + 1] =
-        parts[static_cast<size_t>(stage)] + share + (stage < rest ? 1 : 0);
+        parts[static_cast<size_t>(stage)] + share +
+        ((mutant("pipeline_remainder_last") ? stage >= stages - rest : stage < rest) ? 1 : 0);
   return parts;
 }
 
@@ -44,7 +47,8 @@ std::vector<int> balanced_parts(const std::vector<int64_t>& weights, int stages)
         const Cut& prefix = cuts[stage - 1][begin];
         const double own = before[end] - before[begin];
         const double most = std::max(prefix.most, own), least = std::min(prefix.least, own);
-        if (most - least > best.cost) continue;
+        if (most - least > best.cost || (mutant("pipeline_tie_first") && most - least == best.cost))
+          continue;
         best = {
             .cost = most - least, .most = most, .least = least, .last = static_cast<int>(begin)};
       }

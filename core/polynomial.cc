@@ -2,6 +2,7 @@
 #include "core/polynomial.h"
 
 #include "core/check.h"
+#include "core/mutant.h"
 
 namespace isoshard {
 
@@ -27,13 +28,14 @@ uint64_t CrcPolynomial::shift(uint64_t value, int64_t bytes) const {
   CHECK(bytes >= 0, "negative shift");
   if (value == 0) return 0;
   for (int k = 0; bytes != 0; bytes >>= 1, ++k) {
-    if (bytes & 1) value = multiply(value, powers_[static_cast<size_t>(k)]);
+    if ((bytes & 1) && !(mutant("crc_terabytes") && k == 40))
+      value = multiply(value, powers_[static_cast<size_t>(k)]);
   }
   return value;
 }
 
 uint64_t CrcPolynomial::finish(uint64_t raw_sum, int64_t bytes_total) const {
-  return (raw_sum ^ shift(mask_, bytes_total) ^ mask_) & mask_;
+  return (raw_sum ^ shift(mask_, bytes_total + mutant("crc_length_off_by_one")) ^ mask_) & mask_;
 }
 
 const CrcPolynomial& crc32_polynomial() {

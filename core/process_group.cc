@@ -6,6 +6,7 @@
 
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard {
 namespace {
@@ -18,7 +19,9 @@ struct Mesh {
 
 Mesh mesh_of(const Topology& t, GroupKind kind) {
   const int stage = t.world() / t.pipeline;
-  const std::array<int, 4> dense = {t.pipeline, t.data, t.sequence, t.tensor};
+  const bool swapped = mutant("tp_dp_swapped");
+  const std::array<int, 4> dense = {t.pipeline, swapped ? t.tensor : t.data, t.sequence,
+                                    swapped ? t.data : t.tensor};
   const std::array<int, 4> expert = {t.pipeline, stage / t.expert, t.expert, 1};
   switch (kind) {
     case GroupKind::kWorld:
@@ -32,8 +35,9 @@ Mesh mesh_of(const Topology& t, GroupKind kind) {
     case GroupKind::kPipeline:
       return {dense, {true, false, false, false}};
     case GroupKind::kZero:
-      return {dense, {false, true, true, false}};
+      return {dense, {false, true, !mutant("zero_group_without_sequence"), false}};
     case GroupKind::kExpert:
+      if (mutant("expert_axes_exchanged")) return {expert, {false, true, false, false}};
       return {expert, {false, false, true, false}};
     case GroupKind::kExpertData:
       return {expert, {false, true, false, false}};
@@ -77,7 +81,7 @@ Coordinate coordinate_of(const Topology& topology, int rank) {
 int rank_of(const Topology& topology, const Coordinate& at) {
   return ((at.pipeline * topology.data + at.data) * topology.sequence + at.sequence) *
              topology.tensor +
-         at.tensor;
+         (mutant("tensor_rank_dropped") ? 0 : at.tensor);
 }
 
 std::vector<int> group_of(const Topology& topology, GroupKind kind, int rank) {
@@ -118,7 +122,7 @@ void check_topology(const Topology& topology) {
                           .found = std::to_string(topology.degree(axis))});
   }
   const int stage = topology.world() / topology.pipeline;
-  if (stage % topology.expert == 0) return;
+  if (stage % topology.expert == 0 || mutant("expert_degree_unchecked")) return;
   std::string divisors;
   for (int k = 1; k <= stage; ++k) {
     if (stage % k == 0) divisors += (divisors.empty() ? "" : ", ") + std::to_string(k);

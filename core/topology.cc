@@ -7,6 +7,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard {
 namespace {
@@ -95,17 +96,18 @@ TargetSpec parse_target(const std::string& text, const std::string& option) {
       throw bad_target(text, option, part, "not a number.");
     if (large) value = part[equals + 1] == '-' ? -1 : std::numeric_limits<int>::max();
     const std::string key = part.substr(0, equals);
-    if (!seen.insert(key).second) throw bad_target(text, option, part, "the axis is said twice.");
+    if (!seen.insert(key).second && !mutant("target_axis_twice"))
+      throw bad_target(text, option, part, "the axis is said twice.");
     bool known = false;
     if (key == "stage") {
-      if (value < 0 || value > 3)
+      if (value < 0 || value > 3 + mutant("target_stage_four"))
         throw bad_target(text, option, part, "there is no such ZeRO stage; they are 0 to 3.");
       spec.stage = value;
       known = true;
     }
     for (Axis axis : kAxes) {
       if (key != name(axis)) continue;
-      if (value < 1 || value > 1000000)
+      if (value < 1 - mutant("target_degree_zero") || value > 1000000)
         throw bad_target(text, option, part, "the degree is not from 1 to 1000000.");
       degree_of(spec.topology, axis) = value;
       known = true;
@@ -120,12 +122,12 @@ Topology resolve(const TargetSpec& spec, const Topology& source) {
   Topology result = source;
   for (Axis axis : kAxes) {
     const int degree = spec.topology.degree(axis);
-    if (degree != 0) degree_of(result, axis) = degree;
+    if (degree != 0 || mutant("target_axis_reset")) degree_of(result, axis) = degree;
   }
   int64_t ranks = 1;
   for (Axis axis : kAxes) {
     ranks *= result.degree(axis);  // below 2^31 times at most a million
-    if (ranks <= std::numeric_limits<int>::max()) continue;
+    if (ranks <= std::numeric_limits<int>::max() || mutant("target_ranks_unlimited")) continue;
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "The target has more ranks than can be counted.",
                           .expected = "at most 2147483647 ranks in all",

@@ -90,8 +90,9 @@ TEST(Target, ADegreeOutOfRangeIsToldWithTheRange) {
 }
 
 TEST(Target, WhatCannotBeReadIsRefusedAndThePartIsNamed) {
-  for (const char* text : {"", "dp", "dp=", "dp=2,", ",dp=2", "dp=2x", "dp= 2", "dp=+2", "DP=2",
-                           "xp=2", "=2", "dp=2;sp=2", "dp=2.0", "dp==2"}) {
+  for (const char* text :
+       {"", "dp", "dp=", "dp=2,", ",dp=2", "dp=2x", "dp= 2", "dp=+2", "DP=2", "xp=2", "=2",
+        "dp=2;sp=2", "dp=2.0", "dp==2", "dp=2,dp=4", "stage=1,stage=1"}) {
     EXPECT_EQ(refusal(text).code, ErrorCode::kUsage) << text;
   }
   EXPECT_EQ(refusal("dp=2,xp=3").entry, "\"xp=3\"");

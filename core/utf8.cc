@@ -3,6 +3,8 @@
 
 #include <algorithm>
 
+#include "core/mutant.h"
+
 namespace isoshard {
 
 CodePoint decode_utf8(const std::string& text, size_t at) {
@@ -17,7 +19,9 @@ CodePoint decode_utf8(const std::string& text, size_t at) {
   }
   if (first >= 0xE0 && first < 0xF0 && tail(1) && tail(2)) {
     const uint32_t value = ((first & 0x0Fu) << 12) | ((byte(1) & 0x3Fu) << 6) | (byte(2) & 0x3Fu);
-    if (value >= 0x800 && (value < 0xD800 || value > 0xDFFF)) return {value, 3, true};
+    if ((value >= 0x800 || mutant("utf8_overlong")) &&
+        (value < 0xD800 || value > 0xDFFF || mutant("utf8_surrogates")))
+      return {value, 3, true};
   }
   if (first >= 0xF0 && first < 0xF5 && tail(1) && tail(2) && tail(3)) {
     const uint32_t value = ((first & 0x07u) << 18) | ((byte(1) & 0x3Fu) << 12) |
@@ -46,6 +50,7 @@ std::string why_unsafe_name(const std::string& name) {
     }
     const CodePoint point = decode_utf8(name, at);
     if (!point.valid) return "the name is not valid UTF-8";
+    if (mutant("name_control_characters")) return "";
     if (point.value < 0x20 || point.value == 0x7F || (point.value >= 0x80 && point.value < 0xA0)) {
       return "the name has a control character";
     }
@@ -55,7 +60,7 @@ std::string why_unsafe_name(const std::string& name) {
     const size_t end = std::min(name.find('/', begin), name.size());
     const std::string component = name.substr(begin, end - begin);
     if (component.empty()) return "the name has an empty component";
-    if (component == "." || component == "..")
+    if ((component == "." || component == "..") && !mutant("name_climbs"))
       return "the name has a '" + component + "' component";
     if (component.size() > 255) return "the name has a component longer than 255 bytes";
     begin = end + 1;

@@ -12,6 +12,7 @@
 #include "checkpoint/publication.h"
 #include "checkpoint/small_file.h"
 #include "core/check.h"
+#include "core/mutant.h"
 #include "core/random.h"
 #include "core/utf8.h"
 #include "engine/rank_load.h"
@@ -36,8 +37,9 @@ std::vector<std::string> tags_in(Storage& storage, const std::string& folder) {
 void check_tag(const std::string& tag) {
   std::string why = why_unsafe_name(tag);
   if (why.empty() && tag.find('/') != std::string::npos) why = "it names a folder inside another";
-  if (why.empty() && tag[0] == '.') why = "it begins with a dot";
-  if (tag == "latest" || tag == "latest_universal") why = "the pointer has this name";
+  if (why.empty() && tag[0] == '.' && !mutant("tag_with_dot")) why = "it begins with a dot";
+  if ((tag == "latest" || tag == "latest_universal") && !mutant("tag_named_latest"))
+    why = "the pointer has this name";
   if (why.empty()) return;
   throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                         .what = "This cannot be a tag.",
@@ -58,7 +60,7 @@ void check_replaceable(Storage& storage, const std::string& folder) {
       return;
     }
   }
-  if (empty) return;
+  if (empty || mutant("folder_of_others_replaced")) return;
   throw Error(ErrorInfo{.code = ErrorCode::kExists,
                         .what = "The tag's folder is there and is no checkpoint.",
                         .file = folder,
@@ -81,7 +83,8 @@ void check_side_files(const std::vector<SideFile>& files) {
          file.name.ends_with("_states.pt") || file.name == checkpoint::kManifestName)) {
       why = "a file of the checkpoint has such a name";
     }
-    if (why.empty() && !names.insert(file.name).second) why = "another side file has it";
+    if (why.empty() && !names.insert(file.name).second && !mutant("side_file_twice"))
+      why = "another side file has it";
     if (why.empty()) continue;
     throw Error(ErrorInfo{.code = ErrorCode::kUsage,
                           .what = "This cannot be a side file's name.",
@@ -161,7 +164,9 @@ int CheckpointEngine::first_failure(bool failed) {
   int64_t report = failed ? parallel_.topology.world() - parallel_.rank : 0;
   parallel_.world->all_reduce(buffer(std::span(&report, 1)), Reduction::kMax);
   CHECK(report >= 0 && report <= parallel_.topology.world(), "the ranks' status is none");
-  return report == 0 ? -1 : parallel_.topology.world() - static_cast<int>(report);
+  return report == 0 || mutant("status_ignored")
+             ? -1
+             : parallel_.topology.world() - static_cast<int>(report);
 }
 
 bool CheckpointEngine::same_on_all_ranks(const std::string& text) {
@@ -226,7 +231,8 @@ void CheckpointEngine::agree(const std::exception_ptr& failure, const std::strin
 
 void CheckpointEngine::agree_on_tag(const std::string& tag) {
   const TagValidation validation = tag_validation(config_);
-  if (validation != TagValidation::kIgnore && !same_on_all_ranks(tag)) {
+  if (validation != TagValidation::kIgnore && !same_on_all_ranks(tag) &&
+      !mutant("tag_mismatch_unchecked")) {
     const std::string text = "[rank=" + std::to_string(parallel_.rank) +
                              "] The checkpoint tag name " + quote(tag) +
                              " is not consistent across all ranks.";
@@ -341,6 +347,8 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
   const std::string final_path = pending->save_dir_ + "/" + pending->tag_;
   const char* safe = kAsItWas;
   std::exception_ptr failure;
+  const bool early = leads && mutant("publish_before_barrier");
+  if (early) publish(pending, {text_of_files(pending->written_)});
   const auto attempt = [&](auto work) {
     try {
       work();
@@ -350,7 +358,7 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
     agree(failure, "save", final_path, safe);
   };
   attempt([&] {
-    if (!wait() || !pending->finished()) {
+    if ((!wait() || !pending->finished()) && !mutant("unfinished_writer_published")) {
       throw Error(ErrorInfo{.code = ErrorCode::kIncomplete,
                             .what = "The writer of this rank's files has not finished in time.",
                             .file = final_path,
@@ -359,7 +367,8 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
                             .safe = kAsItWas,
                             .next = "see whether the writer lives; save again"});
     }
-    if (pending->failure_) std::rethrow_exception(pending->failure_);
+    if (pending->failure_ && !mutant("writer_failure_lost"))
+      std::rethrow_exception(pending->failure_);
   });
   const std::vector<std::string> parts = gathered(text_of_files(pending->written_));
   RankInventories inventories(parts.size());
@@ -368,6 +377,8 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
     check_files(*pending, inventories);
   });
   attempt([&] {
+    if (leads && mutant("latest_before_publish"))
+      checkpoint::replace_small_file(storage_, pending->save_dir_ + "/latest", pending->tag_);
     if (leads) publish(pending, inventories);
   });
   if (leads && !pending->staged_->left_behind().empty()) {
@@ -376,7 +387,7 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
   }
   safe = "the checkpoint is there; `latest` may be the one before";
   attempt([&] {
-    if (!leads || !pending->save_latest_) return;
+    if (!leads || !pending->save_latest_ || mutant("latest_not_moved")) return;
     checkpoint::replace_small_file(storage_, pending->save_dir_ + "/latest", pending->tag_);
   });
 }
@@ -419,6 +430,7 @@ LoadResult CheckpointEngine::load_checkpoint(TrainingState* state, const std::st
   } catch (const std::exception&) {
     failure = std::current_exception();
   }
+  if (mutant("failed_load_changes_state")) *state = loaded;
   agree(failure, "load", load_dir, safe);
   *state = std::move(loaded);
   return result;

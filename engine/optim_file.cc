@@ -2,6 +2,7 @@
 #include <map>
 
 #include "checkpoint/deepspeed/names.h"
+#include "core/mutant.h"
 #include "core/zero_rules.h"
 #include "engine/expert_files.h"
 #include "engine/folding.h"
@@ -28,7 +29,9 @@ class OptimFile : public RankWriter {
     }
     const std::string prefix = state_.dtype == DType::kBFloat16 ? "bf16_" : "";
     return builder_.finish(
-        checkpoint::optim_file_name(prefix, place_.zero_rank(), place_.mp_rank()),
+        checkpoint::optim_file_name(
+            prefix, mutant("optimizer_of_data_rank") ? place_.at.data : place_.zero_rank(),
+            place_.mp_rank()),
         builder_.dict(std::move(root)));
   }
 
@@ -40,10 +43,10 @@ class OptimFile : public RankWriter {
       const int64_t padding = partition_padding(total(group), group.buffer_size, rank_in(group));
       paddings.push_back(padding);
       counts.push_back(ranks_of(group));
-      masters.push_back(
-          builder_.tensor({.shape = {group.buffer_size - padding},
-                           .storage = value_storage(&builder_, group.master, DType::kFloat32),
-                           .requires_grad = true}));
+      masters.push_back(builder_.tensor(
+          {.shape = {group.buffer_size - (mutant("master_with_padding") ? 0 : padding)},
+           .storage = value_storage(&builder_, group.master, DType::kFloat32),
+           .requires_grad = true}));
       alignments.push_back(integers(std::vector<int64_t>(owned(group).size(), 0)));
       maps.push_back(slice_map(group));
     }
@@ -116,7 +119,9 @@ class OptimFile : public RankWriter {
       parts.callable = pickle().global("deepspeed.utils.tensor_fragment", "fragment_address");
       parts.args = pickle().tuple({});
       parts.state = builder_.dict(
-          {{"numel", pickle().integer(piece.count)}, {"start", pickle().integer(piece.at)}});
+          {{"numel", pickle().integer(piece.count)},
+           {"start",
+            pickle().integer(mutant("slice_start_in_parameter") ? piece.begin : piece.at)}});
       items.push_back(pickle().string(parameter(piece.parameter).module_name));
       items.push_back(pickle().object(std::move(parts)));
     }
@@ -159,7 +164,9 @@ class OptimFile : public RankWriter {
                    {"scale_window", pickle().integer(scale.window)},
                    {"min_scale", pickle().real(scale.least)},
                    {"delayed_shift", pickle().integer(scale.hysteresis)},
-                   {"cur_hysteresis", pickle().integer(scale.hysteresis_left)},
+                   {"cur_hysteresis",
+                    pickle().integer(mutant("hysteresis_not_saved") ? scale.hysteresis
+                                                                    : scale.hysteresis_left)},
                    {"consecutive_hysteresis", pickle().boolean(false)},
                    {"raise_error_at_min_scale", pickle().boolean(false)},
                    {"dtype", pickle().global("torch", "float16")}}) {

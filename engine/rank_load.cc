@@ -8,6 +8,7 @@
 #include "checkpoint/deepspeed/names.h"
 #include "core/cast.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/numbers.h"
 #include "core/zero_rules.h"
 #include "engine/expert_files.h"
@@ -76,7 +77,7 @@ void load_partitions(RankReader& reader, const RankPlace& place, bool with_state
                                                     "master of group " + std::to_string(g));
     std::fill(group.master.begin(), group.master.end(), 0.0f);
     std::copy(master.begin(), master.end(), group.master.begin());
-    if (with_states) {
+    if (with_states && !mutant("load_without_moments")) {
       load_states(reader, reader.need(optimizer, "state"), static_cast<int64_t>(g),
                   group.buffer_size, 0, &group);
     }
@@ -344,7 +345,8 @@ void check_model(RankReader& reader, const TrainingState& state) {
       if (name != p.module_name)
         refuse(p.module_name, "in this place of group " + std::to_string(g), quote(name));
       const Shape shape = fields.shape(node, name);
-      if (shape != p.shape) refuse(p.module_name, to_string(p.shape), to_string(shape));
+      if (shape != p.shape && !mutant("load_shape_unchecked"))
+        refuse(p.module_name, to_string(p.shape), to_string(shape));
     }
     if (at < found.size()) refuse(found[at].first, "no further parameter", "one");
   }
@@ -362,7 +364,7 @@ LoadResult load_rank(Storage& storage, const std::string& folder, const RankPlac
   const Fields& fields = model.fields();
   const int64_t ranks = model.integer(fields.root(), "dp_world_size");
   const int64_t mp_ranks = model.integer(fields.root(), "mp_world_size");
-  const int64_t own = place.topology.zero_ranks();
+  const int64_t own = mutant("load_ranks_unchecked") ? ranks : place.topology.zero_ranks();
   const bool with_states = options.load_optimizer_states && !options.load_module_only;
   const bool partitioned = state->stage == 3 || (state->stage > 0 && with_states);
   if ((partitioned && ranks != own) || mp_ranks != place.mp_ranks()) {
@@ -410,7 +412,7 @@ LoadResult load_rank(Storage& storage, const std::string& folder, const RankPlac
         folder + "/" + checkpoint::optim_file_name(prefix, place.zero_rank(), place.mp_rank()));
     check_folding(optimizer, *state, place, FoldedFile::kOptimizer);
     load_partitions(optimizer, place, with_states, state);
-    if (!with_states) round_masters(state);
+    if (!with_states && !mutant("load_weights_unrounded")) round_masters(state);
   }
   FrozenLoad frozen(model, &weights, place, options, *state);
   for (TrainedParameter& p : state->parameters) {

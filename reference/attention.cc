@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/exact_math.h"
+#include "core/mutant.h"
 
 namespace isoshard::reference {
 namespace {
@@ -18,7 +19,7 @@ std::vector<int> documents(const HeadInputs& in) {
   CHECK(in.positions.size() == result.size(), "a position for each token");
   int document = 0;
   for (size_t i = 0; i < result.size(); ++i) {
-    if (i > 0 && in.positions[i] == 0) ++document;
+    if (i > 0 && in.positions[i] == 0 && !mutant("attention_across_documents")) ++document;
     result[i] = document;
   }
   return result;
@@ -30,11 +31,15 @@ Span seen_by(const std::vector<int>& document, int64_t i, bool causal) {
   const int64_t length = static_cast<int64_t>(document.size());
   const int own = document[static_cast<size_t>(i)];
   while (span.begin > 0 && document[static_cast<size_t>(span.begin - 1)] == own) --span.begin;
-  while (!causal && span.end < length && document[static_cast<size_t>(span.end)] == own) ++span.end;
+  while ((!causal || mutant("attention_sees_ahead")) && span.end < length &&
+         document[static_cast<size_t>(span.end)] == own)
+    ++span.end;
   return span;
 }
 
-float scale_of(int64_t size) { return 1.0f / std::sqrt(static_cast<float>(size)); }
+float scale_of(int64_t size) {
+  return mutant("attention_unscaled") ? 1.0f : 1.0f / std::sqrt(static_cast<float>(size));
+}
 
 std::span<const float> row(const float* matrix, int64_t i, int64_t size) {
   return {matrix + i * size, static_cast<size_t>(size)};

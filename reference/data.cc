@@ -1,6 +1,7 @@
 // See data.h.
 #include "reference/data.h"
 
+#include "core/mutant.h"
 #include "core/numbers.h"
 #include "core/random.h"
 
@@ -28,7 +29,8 @@ int64_t token_of(const DataConfig& data, int64_t vocabulary, int64_t sample, int
 
 int64_t label_of(const DataConfig& data, int64_t vocabulary, int64_t sample, int64_t position) {
   if (position + 1 >= data.sequence_length) return kIgnored;
-  if (begins_document(data, sample, position + 1)) return kIgnored;
+  if (begins_document(data, sample, position + 1) && !mutant("labels_across_documents"))
+    return kIgnored;
   if (data.masked > 0) {
     const uint64_t share = static_cast<uint64_t>(data.masked), s = static_cast<uint64_t>(sample);
     if (keyed_random(data.seed, {kMaskSample, s}) % share == 0) return kIgnored;
@@ -53,8 +55,9 @@ BatchPlan plan_batch(const DataConfig& data, int data_ranks) {
     std::vector<std::vector<int64_t>>& own = plan[static_cast<size_t>(rank)];
     own.resize(static_cast<size_t>(steps));
     for (int64_t k = 0; k < run.size(); ++k) {
-      own[static_cast<size_t>(k / data.micro_batch)].push_back(data.strided ? rank + k * data_ranks
-                                                                            : run.begin + k);
+      own[static_cast<size_t>(k / data.micro_batch)].push_back(
+          data.strided ? rank + k * data_ranks
+                       : (mutant("every_rank_the_same_samples") ? 0 : run.begin) + k);
     }
   }
   return plan;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/mutant.h"
 #include "reference/data.h"
 
 namespace isoshard::reference {
@@ -35,7 +36,7 @@ BatchColumn shifted(const BatchColumn& labels) {
   if (labels.length == 0) return result;
   for (int64_t row = 0; row < labels.rows; ++row) {
     const auto first = result.values.begin() + row * labels.length;
-    std::rotate(first, first + 1, first + labels.length);
+    if (!mutant("labels_not_shifted")) std::rotate(first, first + 1, first + labels.length);
     first[labels.length - 1] = kIgnored;
   }
   return result;
@@ -45,7 +46,8 @@ BatchColumn slice(const BatchColumn& whole, int ranks, int rank) {
   const int64_t length = whole.length / ranks;
   BatchColumn part{.key = whole.key, .rows = whole.rows, .length = length, .values = {}};
   for (int64_t row = 0; row < whole.rows; ++row) {
-    const auto first = whole.values.begin() + row * whole.length + rank * length;
+    const auto first = whole.values.begin() + row * whole.length +
+                       (mutant("slice_of_first_rank") ? 0 : rank) * length;
     part.values.insert(part.values.end(), first, first + length);
   }
   return part;
@@ -91,7 +93,7 @@ void DataLoaderAdapter::refill() {
     group_.all_gather(const_buffer(std::span<const int64_t>(mine.values)), targets);
   }
   for (size_t i = 0; i < ranks; ++i) {
-    if (lengths[i] % group_.size() != 0) {
+    if (lengths[i] % group_.size() != 0 && !mutant("uneven_sample_cut")) {
       refuse("A sample cannot be cut for the sequence-parallel ranks (DeepSpeed: ValueError).",
              "the sample of rank " + std::to_string(i),
              "a length that " + std::to_string(group_.size()) + " divides",

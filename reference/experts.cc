@@ -6,6 +6,7 @@
 
 #include "core/check.h"
 #include "core/exact_math.h"
+#include "core/mutant.h"
 #include "reference/activation.h"
 
 namespace isoshard::reference {
@@ -41,7 +42,7 @@ Routing route(const Values& logits, int64_t tokens, int64_t experts, int64_t top
     for (const int64_t e : chosen) {
       exponentials.push_back(static_cast<float>(exact::exp(static_cast<double>(row[e] - most))));
     }
-    const float total = tree_total(exponentials);
+    const float total = mutant("router_counts_all_experts") ? 1.0f : tree_total(exponentials);
     for (size_t k = 0; k < chosen.size(); ++k) {
       routing.expert.push_back(chosen[k]);
       routing.weight.push_back(exponentials[k] / total);
@@ -95,7 +96,8 @@ void Experts::dispatch(const Values& x, const std::vector<LeafIndex>& leaves) {
   const Span lane = lane_tokens(tokens_, tensor_.size(), tensor_.rank());
   for (int64_t slot = lane.begin * k; slot < lane.end * k; ++slot) {
     const int64_t expert = routing_.expert[static_cast<size_t>(slot)], t = slot / k;
-    const size_t to = static_cast<size_t>(expert / each);
+    const size_t to = static_cast<size_t>(
+        mutant("experts_take_neighbours") ? expert % expert_.size() : expert / each);
     sent_[to].push_back(slot);
     labels[to].push_back(expert % each);
     labels[to].push_back(static_cast<int64_t>(leaves[static_cast<size_t>(t)]));

@@ -7,6 +7,7 @@
 
 #include "core/check.h"
 #include "core/exact_math.h"
+#include "core/mutant.h"
 
 namespace isoshard::reference {
 namespace {
@@ -18,7 +19,7 @@ void adamw(const OptimizerConfig& c, const StepArguments& a) {
   const float w1 = static_cast<float>(1 - c.beta1), b2 = static_cast<float>(c.beta2);
   const float w2 = static_cast<float>(1 - c.beta2), epsilon = static_cast<float>(c.epsilon);
   const double correction1 = 1 - exact::power(c.beta1, a.step);
-  const double correction2 = 1 - exact::power(c.beta2, a.step);
+  const double correction2 = mutant("bias_uncorrected") ? 1.0 : 1 - exact::power(c.beta2, a.step);
   const float rate = static_cast<float>(-(a.lr / correction1));
   const float root2 = static_cast<float>(std::sqrt(correction2));
   for (size_t i = 0; i < a.master.size(); ++i) {
@@ -26,10 +27,10 @@ void adamw(const OptimizerConfig& c, const StepArguments& a) {
     float& m = a.states[0][i];
     float& v = a.states[1][i];
     const float g = a.gradient[i];
-    p = p * decay;
+    if (!mutant("decay_forgotten")) p = p * decay;
     // torch's lerp goes from the nearer end.
     m = w1 < 0.5f ? std::fma(w1, g - m, m) : std::fma(-(g - m), 1.0f - w1, g);
-    v = std::fma(w2 * g, g, v * b2);
+    if (!mutant("second_moment_not_stepped")) v = std::fma(w2 * g, g, v * b2);
     const float denominator = std::sqrt(v) / root2 + epsilon;
     p = p + rate * m / denominator;
   }
@@ -43,7 +44,7 @@ void sgd(const OptimizerConfig& c, const StepArguments& a) {
     float& p = a.master[i];
     float& b = a.states[0][i];
     const float g = a.weight_decay != 0 ? std::fma(decay, p, a.gradient[i]) : a.gradient[i];
-    b = a.step == 1 ? g : b * mu + g;
+    b = a.step == 1 ? g : b * (mutant("sgd_momentum_kept_whole") ? 1.0f : mu) + g;
     p = std::fma(rate, b, p);
   }
 }
@@ -58,9 +59,9 @@ void lion(const OptimizerConfig& c, const StepArguments& a) {
     float& p = a.master[i];
     float& m = a.states[0][i];
     const float g = a.gradient[i];
-    const float u = b1 * m + w1 * g;
+    const float u = (mutant("lion_betas_exchanged") ? b2 : b1) * m + w1 * g;
     p = p * decay;
-    p = p - rate * (u > 0 ? 1.0f : u < 0 ? -1.0f : 0.0f);
+    p = p - rate * (u > 0 || (mutant("lion_zero_moves") && u == 0) ? 1.0f : u < 0 ? -1.0f : 0.0f);
     m = b2 * m + w2 * g;
   }
 }

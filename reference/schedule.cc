@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/exact_math.h"
+#include "core/mutant.h"
 
 namespace isoshard::reference {
 namespace {
@@ -48,8 +49,8 @@ double learning_rate(const ScheduleConfig& c, int64_t last_batch_iteration) {
   if (c.kind == ScheduleKind::kConstant) return c.max_lr;
   const bool cosine = c.kind == ScheduleKind::kWarmupCosine;
   if (last_batch_iteration < 0) return cosine ? 0.0 : c.min_lr;
-  const int64_t warmup = std::max<int64_t>(2, c.warmup_steps);
-  const Position p{.iteration = last_batch_iteration,
+  const int64_t warmup = std::max<int64_t>(mutant("warmup_one_step") ? 1 : 2, c.warmup_steps);
+  const Position p{.iteration = last_batch_iteration + mutant("schedule_off_by_one"),
                    .warmup = warmup,
                    .decay = static_cast<double>(std::max<int64_t>(1, c.total_steps - warmup))};
   if (cosine) return c.max_lr * cosine_ratio(c, p);
@@ -61,14 +62,14 @@ double learning_rate(const ScheduleConfig& c, int64_t last_batch_iteration) {
 void update_scale(LossScale* state, bool overflow) {
   if (!state->dynamic) return;
   if (overflow) {
-    if (state->hysteresis == 1 || state->hysteresis_left == 1)
-      state->scale = std::max(state->scale / 2, state->least);
+    if (state->hysteresis == 1 || state->hysteresis_left == 1 || mutant("hysteresis_ignored"))
+      state->scale = std::max(state->scale / 2, mutant("least_scale_ignored") ? 0.0 : state->least);
     else
       --state->hysteresis_left;
     state->last_overflow = state->iteration;
   } else {
     const int64_t stable = state->iteration - state->last_overflow - 1;
-    if (stable > 0 && stable % state->window == 0) {
+    if (stable > 0 && (stable + mutant("scale_grows_early")) % state->window == 0) {
       state->hysteresis_left = state->hysteresis;
       state->scale *= 2;
     }

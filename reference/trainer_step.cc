@@ -4,6 +4,7 @@
 
 #include "core/cast.h"
 #include "core/check.h"
+#include "core/mutant.h"
 #include "reference/trainer.h"
 
 namespace isoshard::reference {
@@ -99,7 +100,7 @@ void Trainer::add_head(int tied, std::vector<Values>* roots) {
   const Values head = std::move(roots->back());
   roots->pop_back();
   Values& sum = (*roots)[static_cast<size_t>(tied)];
-  for (size_t i = 0; i < sum.size(); ++i) sum[i] += head[i];
+  for (size_t i = 0; i < sum.size() && !mutant("head_gradient_lost"); ++i) sum[i] += head[i];
 }
 
 // By group and parameter: the roots of this rank's slices.
@@ -152,7 +153,9 @@ void Trainer::total_loss(const LossSum& loss, std::initializer_list<Communicator
                          StepReport* report) {
   std::vector<int64_t> words(loss.sum.words().begin(), loss.sum.words().end());
   words.push_back(loss.tokens);
-  for (Communicator* group : groups) sum_over(*group, &words);
+  for (Communicator* group : groups) {
+    if (!mutant("loss_of_own_rank")) sum_over(*group, &words);
+  }
   report->tokens = words.back();
   words.pop_back();
   const double total = ExactSum::from_words(words).value();
@@ -177,13 +180,13 @@ bool Trainer::finish_gradients(std::vector<std::vector<Values>>* roots, StepRepo
       for (float& value : (*roots)[g][k]) {
         value = rounded_to(state_.dtype, value * factor);
         if (!std::isfinite(value)) overflow = 1;
-        if (!shared && !tied_copy) squares.add_square(value);
+        if ((!shared || mutant("norm_counts_replicas")) && !tied_copy) squares.add_square(value);
       }
     }
   }
   std::vector<int64_t> words(squares.words().begin(), squares.words().end());
   sum_over(*parallel_.world, &words);
-  if (parallel_.world->size() > 1) {
+  if (parallel_.world->size() > 1 && !mutant("overflow_of_own_rank")) {
     parallel_.world->all_reduce(buffer(std::span(&overflow, 1)), Reduction::kMax);
   }
   report->norm = std::sqrt(ExactSum::from_words(words).value()) / state_.loss_scale.scale;

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::reference {
 namespace {
@@ -11,7 +12,8 @@ namespace {
 // Where (b, token, head) of a tensor with that many tokens and heads begins.
 int64_t place(const UlyssesSizes& s, int64_t tokens, int64_t heads, int64_t b, int64_t token,
               int64_t head) {
-  const int64_t row = s.batch_dim_idx == 0 ? b * tokens + token : token * s.batch + b;
+  const int64_t row = (s.batch_dim_idx == 0) != mutant("ulysses_batch_axis") ? b * tokens + token
+                                                                             : token * s.batch + b;
   return (row * heads + head) * s.size;
 }
 
@@ -31,7 +33,9 @@ void check(const UlyssesSizes& s, const std::vector<Values>& tensors,
            std::to_string(tensors.size()));
   }
   for (size_t rank = 0; rank < tensors.size(); ++rank) {
-    if (static_cast<int64_t>(tensors[rank].size()) == counts[rank]) continue;
+    if (static_cast<int64_t>(tensors[rank].size()) == counts[rank] ||
+        mutant("ulysses_sizes_unchecked"))
+      continue;
     refuse("A rank's tensor has another size.", std::to_string(counts[rank]) + " elements",
            std::to_string(tensors[rank].size()));
   }
@@ -48,7 +52,9 @@ void every_row(const UlyssesSizes& s, const Visit& visit) {
         for (int64_t head = spans[owner].begin; head < spans[owner].end; ++head) {
           visit(static_cast<size_t>(g / s.tokens),
                 place(s, s.tokens, s.heads, b, g % s.tokens, head), owner,
-                place(s, length, spans[owner].size(), b, g, head - spans[owner].begin));
+                place(s, length, spans[owner].size(), b, g,
+                      mutant("ulysses_head_order") ? spans[owner].end - 1 - head
+                                                   : head - spans[owner].begin));
         }
       }
     }

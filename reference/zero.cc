@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "core/mutant.h"
 #include "core/numbers.h"
 #include "reference/zero_partition.h"
 
@@ -23,7 +24,8 @@ GroupCut whole_group(const std::vector<int64_t>& numels) {
 GroupCut slots(const std::vector<int64_t>& numels, int ranks, int rank) {
   GroupCut cut;
   for (size_t i = 0; i < numels.size(); ++i) {
-    const int64_t slot = div_ceil(numels[i], ranks);
+    const int64_t slot =
+        mutant("reference_slots_floor") ? numels[i] / ranks : div_ceil(numels[i], ranks);
     const int64_t begin = std::min(rank * slot, numels[i]);
     const int64_t end = std::min(begin + slot, numels[i]);
     cut.pieces.push_back({static_cast<int>(i), begin, end - begin, cut.size});

@@ -6,6 +6,7 @@
 
 #include "core/cast.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "reshard/report_text.h"
 
 namespace isoshard::reshard {
@@ -108,7 +109,8 @@ std::vector<std::string> Agreement::judge(const StreamOptions& options,
         casts_[i] < 0 || options.casts[cast].dtype == state_.leaf(pairs_[i].copy).dtype;
     const LeafCrc& original =
         casts_[i] < 0 ? result.leaves[static_cast<size_t>(pairs_[i].original)] : result.casts[cast];
-    if (!fits || original != copy) doubtful.push_back(pairs_[i]);
+    if ((!fits || original != copy) && !mutant("copies_not_compared"))
+      doubtful.push_back(pairs_[i]);
   }
   CopyReport report = compare_copies(state_, doubtful, options.workers);
   for (int64_t& count : report.pairs) count = 0;

@@ -10,6 +10,7 @@
 #include "checkpoint/cancel.h"
 #include "core/cast.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "reshard/parallel.h"
 #include "reshard/statistics.h"
 #include "reshard/tensor_values.h"
@@ -81,10 +82,16 @@ class PairComparison {
       const auto expected = std::span(sides.expected).subspan(i * item, item);
       const auto found = std::span(sides.found).subspan(i * item, item);
       if (std::memcmp(expected.data(), found.data(), item) == 0) continue;
-      if (is_nan(copy_.dtype, expected) && is_nan(copy_.dtype, found)) continue;
+      if (mutant("zero_signs_equal") &&
+          value_of(copy_.dtype, expected) == value_of(copy_.dtype, found))
+        continue;
+      if (is_nan(copy_.dtype, expected) && is_nan(copy_.dtype, found) &&
+          !mutant("nan_differs_from_nan"))
+        continue;
       if (result_.differing++ > 0) continue;
       const auto original = std::span(sides.original).subspan(i * original_item, original_item);
-      result_.index = to_string(index_of(begin + static_cast<int64_t>(i), original_.shape));
+      result_.index = to_string(index_of(
+          (mutant("copy_place_of_step") ? 0 : begin) + static_cast<int64_t>(i), original_.shape));
       result_.original = describe(original_.dtype, original);
       result_.expected = describe(copy_.dtype, expected);
       result_.found = describe(copy_.dtype, found);
@@ -133,7 +140,7 @@ std::vector<CopyPair> copy_pairs(const ShardedState& state, std::vector<std::str
     const auto target = model_copies.find(alias.target);
     if (target == model_copies.end()) {
       orphans->push_back(quote(alias.name) + " = " + quote(alias.target));
-    } else if (alias.model_copy >= 0) {
+    } else if (alias.model_copy >= 0 && !mutant("tied_copy_ignored")) {
       add(CopyPair::Kind::kTied, alias.name, target->second, alias.model_copy);
     }
   }

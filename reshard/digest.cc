@@ -11,6 +11,7 @@
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/format/crc.h"
+#include "core/mutant.h"
 
 namespace isoshard::reshard {
 
@@ -50,16 +51,20 @@ class Builder {
     }
     Digest digest;
     for (auto& [section, lines] : lines_) {
-      std::sort(lines.begin(), lines.end());
+      if (!mutant("digest_in_order_of_files")) std::sort(lines.begin(), lines.end());
       digest.sections.push_back(close(section, lines));
     }
     add_hyper(&digest);
     add_absent(&digest);
     std::sort(digest.sections.begin(), digest.sections.end(),
-              [](const SectionDigest& a, const SectionDigest& b) { return rank(a) < rank(b); });
+              [](const SectionDigest& a, const SectionDigest& b) {
+                return mutant("digest_sections_by_name") ? a.section < b.section
+                                                         : rank(a) < rank(b);
+              });
     std::string root;
     for (const SectionDigest& section : digest.sections) {
-      if (section.absent.empty()) root += section.section + "\t" + section.hex + "\n";
+      if (section.absent.empty() || mutant("digest_root_of_absent"))
+        root += section.section + "\t" + section.hex + "\n";
     }
     digest.root = checkpoint::sha256_hex(root);
     std::sort(leaves_.begin(), leaves_.end(), [](const LeafLine& a, const LeafLine& b) {
@@ -105,7 +110,8 @@ class Builder {
       add(state_.leaf(number).state, parameter.name, state_.leaf(number).state, number);
     for (const checkpoint::Scalar& scalar : parameter.scalars) {
       const std::string value = checkpoint::scalar_text(state_, scalar.value);
-      if (value == "None") continue;  // a state that the optimizer has not made yet
+      if (value == "None" && !mutant("digest_of_unmade_states"))
+        continue;  // a state that the optimizer has not made yet
       lines_["steps"].push_back(
           {parameter.name, scalar.name,
            json_text(parameter.name) + "\t" + state_text(scalar.name) + "\t" + value + "\n", 1});
@@ -164,9 +170,11 @@ class Builder {
 }  // namespace
 
 std::string leaf_line(const LeafLine& leaf) {
-  return json_text(leaf.name) + "\t" + state_text(leaf.state) + "\t" + name(leaf.dtype) + "\t" +
+  return json_text(leaf.name) + "\t" + state_text(leaf.state) + "\t" +
+         (mutant("digest_dtype_left_out") ? "float32" : name(leaf.dtype)) + "\t" +
          shape_text(leaf.shape) + "\t" + checkpoint::hex16(leaf.crc.ecma) + "\t" +
-         checkpoint::hex16(leaf.crc.jones) + "\n";
+         checkpoint::hex16(mutant("digest_second_crc_left_out") ? leaf.crc.ecma : leaf.crc.jones) +
+         "\n";
 }
 
 std::vector<int> digested_leaves(const ShardedState& state, Sections sections) {
@@ -193,7 +201,7 @@ Digest compute_digest(Storage& storage, const ShardedState& state, const StreamO
 bool has_digest(const Digest& digest, const std::string& expected) {
   const std::string hex = expected.starts_with("iso1:") ? expected.substr(5) : expected;
   return digest.root == hex || std::ranges::any_of(digest.sections, [&](const SectionDigest& s) {
-           return s.absent.empty() && s.hex == hex;
+           return (s.absent.empty() || mutant("expected_absent_section")) && s.hex == hex;
          });
 }
 

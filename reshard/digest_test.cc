@@ -192,6 +192,8 @@ TEST_F(DigestTest, AFileOfWeightsHasTheSameWeightsAndNamesWhatIsAbsent) {
     EXPECT_EQ(find_section(digest, section)->hex, "") << section;
   }
   EXPECT_EQ(find_section(digest, "exp_avg"), nullptr);
+  EXPECT_TRUE(has_digest(digest, "iso1:" + digest.root));
+  EXPECT_FALSE(has_digest(digest, "iso1:"));  // what is absent has no digest to expect
 }
 
 TEST_F(DigestTest, EveryPartOfALeafCounts) {

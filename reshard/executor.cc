@@ -16,6 +16,7 @@
 #include "core/cast.h"
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/threads.h"
 #include "reshard/crc_sum.h"
 #include "reshard/target_pool.h"
@@ -114,6 +115,7 @@ struct CastSum {
 };
 
 bool all_zero(std::span<const std::byte> bytes) {
+  if (mutant("first_zero_is_all")) return bytes[0] == std::byte{0};
   return bytes[0] == std::byte{0} &&
          std::memcmp(bytes.data(), bytes.data() + 1, bytes.size() - 1) == 0;
 }
@@ -258,7 +260,7 @@ void Executor::add_touched_records(int file, Ranges* ranges) {
     if (record.size_bytes == 0 || range == touching.end() || range->first >= end) continue;
     record_sums_.push_back(std::make_unique<CrcSum>());
     job.records.push_back({begin, record.size_bytes, &record, record_sums_.back().get()});
-    ranges->emplace_back(begin, end);
+    if (!mutant("record_read_in_part")) ranges->emplace_back(begin, end);
   }
 }
 
@@ -271,7 +273,9 @@ int64_t Executor::chunk_end(int file, int64_t at, int64_t end) const {
   int64_t stop = grid;
   jobs_[static_cast<size_t>(file)].transfers.overlapping(
       grid - 1, grid + 1, [&](const Transfer& t) {
-        if (t.source_dtype == t.target_dtype || t.source_offset >= grid) return;
+        if (t.source_dtype == t.target_dtype || t.source_offset >= grid ||
+            mutant("chunk_cuts_element"))
+          return;
         if (t.source_offset + t.size_bytes <= grid) return;
         const int64_t item = item_size_bytes(t.source_dtype);
         stop = std::min(stop, t.source_offset + (grid - t.source_offset) / item * item);
@@ -293,7 +297,7 @@ void Executor::add_chunks(int file, const Ranges& ranges) {
 // Half of the workers start at the first chunk, half at the last, and they meet: neighbouring
 // chunks mostly go to one target file, where only one write can be under way.
 size_t Executor::take_chunk(bool from_front) {
-  if (taken_++ >= chunks_.size()) return chunks_.size();
+  if (taken_++ + mutant("last_chunk_left") >= chunks_.size()) return chunks_.size();
   return from_front ? next_chunk_++ : chunks_.size() - ++taken_from_back_;
 }
 
@@ -345,13 +349,14 @@ void Executor::work_through() {
   // Of several failures the one at the lowest offset is told, so that messages repeat.
   const size_t first =
       static_cast<size_t>(std::min_element(failed_at.begin(), failed_at.end()) - failed_at.begin());
-  if (failures[first]) std::rethrow_exception(failures[first]);
+  if (failures[first] && !mutant("worker_failure_lost")) std::rethrow_exception(failures[first]);
 }
 
 void Executor::process(const Chunk& chunk, Buffers* buffers) {
   const ReadableFile& file = state_.files[static_cast<size_t>(chunk.file)].bytes();
   const int64_t size = chunk.end - chunk.begin;
-  const bool hole = size >= kHoleBytes && file.next_data(chunk.begin) >= chunk.end;
+  const bool hole = size >= kHoleBytes &&
+                    (mutant("data_taken_for_hole") || file.next_data(chunk.begin) >= chunk.end);
   if (!hole) {
     file.read_at(chunk.begin, std::span(buffers->source).first(static_cast<size_t>(size)));
     bytes_read_ += size;
@@ -402,7 +407,8 @@ void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool 
     const auto leaf = static_cast<size_t>(span.leaf);
     const int64_t after = bytes_of(span.leaf) - span.leaf_offset - (to - span.offset);
     leaf_ecma_[leaf].add(crc64_ecma_polynomial(), crcs.ecma, after);
-    leaf_jones_[leaf].add(crc64_jones_polynomial(), crcs.jones, after);
+    leaf_jones_[leaf].add(crc64_jones_polynomial(), crcs.jones,
+                          mutant("crc_pieces_unplaced") ? 0 : after);
     if (zero || cast_of_leaf_.empty()) return;  // zeros stay zeros
     const auto wanted = cast_of_leaf_.find(span.leaf);
     if (wanted != cast_of_leaf_.end())
@@ -418,7 +424,9 @@ void Executor::process_piece(const Chunk& chunk, int64_t from, int64_t to, bool 
                     target_item = item_size_bytes(t.target_dtype);
       CHECK((from - t.source_offset) % source_item == 0, "a piece begins inside an element");
       const int64_t count = (to - from) / source_item;
-      piece.offset = t.target_offset + (from - t.source_offset) / source_item * target_item;
+      piece.offset =
+          t.target_offset + (from - t.source_offset) / source_item *
+                                (mutant("cast_lands_by_source_size") ? source_item : target_item);
       piece.size_bytes = count * target_item;
       if (!zero) {
         buffers->cast.resize(static_cast<size_t>(piece.size_bytes));
@@ -455,7 +463,7 @@ void Executor::check_records() const {
   for (size_t file = 0; file < jobs_.size(); ++file) {
     for (const Record& record : jobs_[file].records) {
       const uint64_t found = record.sum->finish(crc32_polynomial(), record.size);
-      if (found == record.zip->crc32) continue;
+      if (found == record.zip->crc32 || mutant("record_crc_skipped")) continue;
       throw Error(
           ErrorInfo{.code = ErrorCode::kCorrupt,
                     .what = "A record's bytes do not fit its CRC: the file is damaged.",

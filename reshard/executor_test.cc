@@ -464,7 +464,7 @@ TEST_F(ExecutorHoles, ZerosOfTheSourceTakeNoBlocksInTheTarget) {
               flat_file("cast", {fill_of(DType::kFloat16, kCount, {{0, 0, kCount, 0}})})});
   const StreamResult result = execute(storage_, state, plan, root_ + "/out", {.digest = {0}});
   const std::string source = read_file(storage_, root_ + "/source");
-  EXPECT_EQ(read_file(storage_, root_ + "/out/same"), source);
+  EXPECT_TRUE(read_file(storage_, root_ + "/out/same") == source);  // too long to be printed
   EXPECT_EQ(result.leaves[0], crc_of(source));
   const std::string cast_bytes = read_file(storage_, root_ + "/out/cast");
   EXPECT_EQ((LeafCrc{true, result.files[1].ecma, result.files[1].jones}), crc_of(cast_bytes));

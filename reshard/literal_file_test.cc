@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include "checkpoint/format/zip.h"
 #include "checkpoint/memory_storage.h"
 #include "core/check.h"
 
@@ -43,6 +44,23 @@ TEST(LiteralFile, IsWhatTheExecutorWrites) {
     EXPECT_EQ(hash.ecma, executed.files[0].ecma);
     EXPECT_EQ(hash.jones, executed.files[0].jones);
   }
+}
+
+// Readers of torch look for these names.
+TEST(LiteralFile, HasTheRecordsOfTorch) {
+  checkpoint::MemoryStorage storage;
+  FileBlueprint file{
+      .path = "a.pt", .kind = FileBlueprint::Kind::kTorch, .head = "head", .storages = {}};
+  file.storages.push_back(
+      {.dtype = DType::kUInt8, .numel = 1, .runs = {}, .copy = {}, .literal = "x"});
+  write_literal_file(storage, file, "", false);
+  std::vector<std::string> names;
+  for (const auto& record : checkpoint::read_zip_index(*storage.open_read("/a.pt")).records) {
+    names.push_back(record.name);
+  }
+  EXPECT_EQ(names,
+            (std::vector<std::string>{"data.pkl", ".format_version", ".storage_alignment",
+                                      "byteorder", "data/0", "version", ".data/serialization_id"}));
 }
 
 TEST(LiteralFile, TakesNothingFromASource) {

@@ -7,6 +7,7 @@
 #include "checkpoint/cancel.h"
 #include "core/cast.h"
 #include "core/check.h"
+#include "core/mutant.h"
 
 namespace isoshard::reshard {
 namespace {
@@ -29,7 +30,7 @@ void check_runs(const checkpoint::ShardedState& state, const StorageFill& fill) 
   int64_t free_from = 0;
   for (const LeafRun& run : runs) {
     CHECK(run.count > 0, "an empty run");
-    CHECK(run.at >= free_from, "runs of a storage overlap");
+    CHECK(run.at >= free_from || mutant("plan_overlap_allowed"), "runs of a storage overlap");
     free_from = run.at + run.count;
     CHECK(free_from <= fill.numel, "a run leaves its storage");
     const Leaf& leaf = state.leaf(run.leaf);
@@ -50,13 +51,17 @@ void add_run(const checkpoint::ShardedState& state, const LeafRun& run, DType ta
   const int64_t end = run.begin + run.count;
   for (; begin < end; ++fragment) {
     CHECK(fragment != leaf.fragments.end(), "fragments end before the run: " + leaf.name);
-    CHECK(fragment->begin <= begin, "fragments leave a gap: " + leaf.name);
+    CHECK(fragment->begin <= begin || mutant("plan_gap_allowed"),
+          "fragments leave a gap: " + leaf.name);
     const int64_t count = std::min(end, fragment->begin + fragment->count) - begin;
-    transfers->push_back({fragment->file,
-                          fragment->offset_bytes + (begin - fragment->begin) * source_item,
-                          count * source_item, place.target_file,
-                          place.offset_bytes + (run.at + begin - run.begin) * target_item,
-                          place.storage, leaf.dtype, target});
+    transfers->push_back(
+        {fragment->file,
+         fragment->offset_bytes +
+             (begin - fragment->begin + mutant("plan_source_shifted")) * source_item,
+         count * source_item, place.target_file,
+         place.offset_bytes +
+             (run.at + (mutant("plan_target_restarts") ? 0 : begin - run.begin)) * target_item,
+         place.storage, leaf.dtype, target});
     begin += count;
   }
 }
@@ -76,7 +81,9 @@ int64_t ReshardPlan::bytes_to_read() const {
     if (transfer.source_file != file) covered = 0;
     file = transfer.source_file;
     const int64_t end = transfer.source_offset + transfer.size_bytes;
-    bytes += std::max<int64_t>(0, end - std::max(covered, transfer.source_offset));
+    bytes += std::max<int64_t>(
+        0, end - (mutant("plan_reads_counted_twice") ? transfer.source_offset
+                                                     : std::max(covered, transfer.source_offset)));
     covered = std::max(covered, end);
   }
   return bytes;
@@ -97,7 +104,8 @@ ReshardPlan make_plan(const checkpoint::ShardedState& state,
       check_runs(state, fill);
       for (const LeafRun& run : fill.runs) add_run(state, run, fill.dtype, place, &plan.transfers);
       if (fill.copy && fill.copy->size_bytes > 0) {
-        CHECK(fill.copy->size_bytes == fill.size_bytes(), "a copy of another size");
+        CHECK(fill.copy->size_bytes == fill.size_bytes() || mutant("plan_copy_size_unchecked"),
+              "a copy of another size");
         plan.transfers.push_back({fill.copy->file, fill.copy->offset_bytes, fill.copy->size_bytes,
                                   file, place.offset_bytes, storage, DType::kUInt8, DType::kUInt8});
       }

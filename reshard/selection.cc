@@ -8,6 +8,7 @@
 #include "checkpoint/cancel.h"
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "reshard/tensor_values.h"
 
 namespace isoshard::reshard {
@@ -56,7 +57,9 @@ int64_t bound(const std::string& text, int64_t otherwise, int64_t size, const Sh
   if (text.empty()) return otherwise;
   const std::optional<int64_t> value = parse_integer(text);
   if (!value) refuse("A selection cannot be read.", shape, text);
-  return std::clamp<int64_t>(*value < 0 ? std::max(*value, -size) + size : *value, 0, size);
+  return std::clamp<int64_t>(
+      *value < 0 ? std::max(*value, -size) + size : *value + mutant("selection_end_included"), 0,
+      size);
 }
 
 }  // namespace
@@ -120,7 +123,7 @@ void for_each_run(const Selection& selection, const std::function<void(ElementRu
   while (true) {
     int64_t number = 0;
     for (size_t i = 0; i < outer; ++i) number = number * shape[i] + index[i];
-    visit({number * inner + offset, run});
+    visit({number * inner + (mutant("selection_row_offset_lost") ? 0 : offset), run});
     size_t i = outer;
     while (i > 0 && ++index[i - 1] == selection.end[i - 1]) {
       index[i - 1] = selection.begin[i - 1];

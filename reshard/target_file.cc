@@ -6,6 +6,7 @@
 
 #include "checkpoint/format/crc.h"
 #include "core/check.h"
+#include "core/mutant.h"
 
 namespace isoshard::reshard {
 
@@ -65,7 +66,7 @@ void TargetFile::lay_out_torch(const FileBlueprint& blueprint) {
   add_record("data.pkl", blueprint.head);
   add_record(".format_version", "1");
   add_record(".storage_alignment", "64");
-  add_record("byteorder", "little");
+  if (!mutant("target_byteorder_missing")) add_record("byteorder", "little");
   for (size_t i = 0; i < blueprint.storages.size(); ++i) {
     const StorageFill& storage = blueprint.storages[i];
     const int number = zip_.add(prefix_ + "/data/" + std::to_string(i), storage.size_bytes());

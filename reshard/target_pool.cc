@@ -5,6 +5,7 @@
 
 #include "core/check.h"
 #include "core/dtype.h"
+#include "core/mutant.h"
 
 namespace isoshard::reshard {
 
@@ -192,10 +193,11 @@ void TargetPool::add_to_sums(const Piece& piece) {
                          .storages[static_cast<size_t>(piece.storage)];
   const int64_t end = piece.offset + piece.size_bytes;
   const int64_t storage_end = layout.storage_offset(piece.storage) + fill.size_bytes();
-  target.storages[static_cast<size_t>(piece.storage)].add(crc32_polynomial(), piece.crcs.crc32,
-                                                          storage_end - end);
+  target.storages[static_cast<size_t>(piece.storage)].add(
+      crc32_polynomial(), piece.crcs.crc32, storage_end - end + mutant("storage_crc_shifted"));
   target.ecma.add(crc64_ecma_polynomial(), piece.crcs.ecma, layout.size_bytes() - end);
-  target.jones.add(crc64_jones_polynomial(), piece.crcs.jones, layout.size_bytes() - end);
+  target.jones.add(crc64_jones_polynomial(), piece.crcs.jones,
+                   layout.size_bytes() - end + mutant("file_hash_shifted"));
 }
 
 void TargetPool::done(int target, int64_t bytes) {

@@ -11,6 +11,7 @@
 #include "core/cast.h"
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::reshard {
 namespace {
@@ -34,7 +35,7 @@ std::string number_text(Number value) {
 int64_t ordered(uint64_t bits, int width) {
   const uint64_t sign = uint64_t{1} << (width - 1);
   const auto magnitude = static_cast<int64_t>(bits & (sign - 1));
-  return (bits & sign) != 0 ? -magnitude : magnitude;
+  return (bits & sign) != 0 && !mutant("ulp_across_zero") ? -magnitude : magnitude;
 }
 
 // The magnitude of infinity; 0 for a dtype without an order that is known here.
@@ -165,7 +166,8 @@ int64_t ulp_distance(DType dtype, std::span<const std::byte> a, std::span<const 
   const int width = static_cast<int>(8 * item_size_bytes(dtype));
   const int64_t x = ordered(bits_a, width), y = ordered(bits_b, width);
   const auto limit = static_cast<int64_t>(infinity);
-  if (std::abs(x) > limit || std::abs(y) > limit) return kUnordered;  // a NaN
+  if ((std::abs(x) > limit || std::abs(y) > limit) && !mutant("ulp_of_nan"))
+    return kUnordered;  // a NaN
   if (x < 0 && y > 0 && y > kUnordered + x) return kUnordered;
   if (y < 0 && x > 0 && x > kUnordered + y) return kUnordered;
   return x > y ? x - y : y - x;

@@ -7,6 +7,7 @@
 #include <filesystem>
 #include <fstream>
 #include <iterator>
+#include <nlohmann/json.hpp>
 
 #include "checkpoint/deepspeed/source.h"
 #include "checkpoint/deepspeed/universal_blueprint.h"
@@ -310,6 +311,15 @@ TEST_F(Verify, AMissingListedFileIsIncompleteAndAnUnlistedOneSuspect) {
   expect(Verdict::kSuspect, "zero/notes.txt", "/out");
   storage_.remove_file("/out/zero/scale/exp_avg.pt");
   expect(Verdict::kIncomplete, "zero/scale/exp_avg.pt", "/out");
+  expect(Verdict::kIncomplete, "in the manifest missing", "/out");
+}
+
+// isoshard goes on without them; DeepSpeed cannot.
+TEST_F(Verify, MissingModelFilesOfStage3AreIncomplete) {
+  load(storage_, kTraces / "z3_bf16_dp3" / "ckpt", "/three");
+  EXPECT_EQ(name(verdict_on(storage_, "/three").verdict), std::string("COMPLETE"));
+  storage_.remove_file("/three/global_step3/zero_pp_rank_1_mp_rank_00_model_states.pt");
+  expect(Verdict::kIncomplete, "which DeepSpeed needs to resume", "/three");
 }
 
 TEST_F(Verify, ATensorThatChangedUnderARightCrcIsFoundByTheManifest) {
@@ -362,6 +372,12 @@ TEST_F(Verify, MissingPartsOfWeightsAreIncomplete) {
   storage_.remove_file("/out/MANIFEST.json");
   storage_.remove_file("/out/certificate.json");
   EXPECT_EQ(verdict_on(storage_, "/out").verdict, Verdict::kComplete);
+  const std::string index = get(storage_, "/out/model.safetensors.index.json");
+  nlohmann::json more = nlohmann::json::parse(index);
+  more["weight_map"]["lost.weight"] = "model-00001-of-00002.safetensors";
+  put(storage_, "/out/model.safetensors.index.json", more.dump());
+  expect(Verdict::kIncomplete, "tensor \"lost.weight\"", "/out");
+  put(storage_, "/out/model.safetensors.index.json", index);
   for (const DirectoryEntry& entry : storage_.list("/out")) {
     if (entry.name.starts_with("model-00002")) storage_.remove_file("/out/" + entry.name);
   }

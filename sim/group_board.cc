@@ -6,6 +6,7 @@
 
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/random.h"
 
 namespace isoshard::sim {
@@ -203,6 +204,7 @@ bool GroupBoard::waits_for(int rank, const Call& call, int64_t sequence) const {
 // ever; longer circles are found once no rank can go on.
 void GroupBoard::refuse_crossed(int member, const Call& call, int64_t sequence) const {
   const int rank = ranks_[static_cast<size_t>(member)];
+  if (mutant("crossed_wait_unseen")) return;
   each_missing(call, sequence, [&](int other) {
     const Interconnect::Wait& wait = network_->waits[static_cast<size_t>(other)];
     if (wait.board == nullptr || !wait.board->waits_for(rank, *wait.call, wait.sequence)) return;
@@ -218,9 +220,11 @@ void GroupBoard::refuse_crossed(int member, const Call& call, int64_t sequence) 
 
 void GroupBoard::compare(const Call& earlier, int earlier_member, const Call& call,
                          int member) const {
-  const bool agree = earlier.verb == call.verb && one_dtype(earlier, call) &&
-                     earlier.reduction == call.reduction &&
-                     (!rooted(call.verb) || earlier.peer == call.peer);
+  const bool agree =
+      (earlier.verb == call.verb || mutant("collective_verb_unchecked")) &&
+      one_dtype(earlier, call) &&
+      (earlier.reduction == call.reduction || mutant("collective_reduction_unchecked")) &&
+      (!rooted(call.verb) || earlier.peer == call.peer || mutant("collective_root_unchecked"));
   if (agree) return;
   const int64_t at = sequence_[static_cast<size_t>(member)];
   throw Error(
@@ -236,7 +240,7 @@ void GroupBoard::compare(const Call& earlier, int earlier_member, const Call& ca
 void GroupBoard::compare_pair(const Call& from, size_t a, const Call& to, size_t b,
                               int64_t at) const {
   const Share sends = handed_over(from, b), expects = expected(to, a);
-  if (sends == expects) return;
+  if (sends == expects || mutant("collective_count_unchecked")) return;
   throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
                         .what = "Two ranks of a collective do not agree on a count or a dtype.",
                         .entry = "group " + name_ + ", call " + std::to_string(at),
@@ -307,8 +311,9 @@ void GroupBoard::compare_counts(Pending* pending, int member, const Call& call) 
 void GroupBoard::compare_messages(const Message& other, const Message& mine) const {
   const bool counts =
       handed_over(other.call) == handed_over(mine.call) && one_dtype(other.call, mine.call);
-  if (other.number == mine.number && counts) return;
+  if (other.number == mine.number && (counts || mutant("message_count_unchecked"))) return;
   const int other_member = mine.call.peer, member = other.call.peer;
+  if (mutant("message_gap_unseen")) return;
   const bool gap = other.number != mine.number;
   const bool sends = mine.call.verb == Verb::kSend;
   const Channel channel = sends ? Channel(member, other_member) : Channel(other_member, member);
@@ -330,19 +335,22 @@ void GroupBoard::move(Pending* pending) {
   switch (calls[0].verb) {
     case Verb::kAllToAll:
       for (size_t a = 0; a < n; ++a) {
-        for (size_t b = 0; b < n; ++b) copy(calls[b].target[a], calls[a].source[b]);
+        for (size_t b = 0; b < n; ++b)
+          copy(calls[b].target[a], calls[a].source[mutant("exchange_transposed") ? a : b]);
       }
       break;
     case Verb::kAllGather:
       for (size_t a = 0; a < n; ++a) {
-        for (size_t b = 0; b < n; ++b) copy(calls[b].target[a], calls[a].source[0]);
+        for (size_t b = 0; b < n; ++b)
+          copy(calls[b].target[mutant("gather_reversed") ? n - 1 - a : a], calls[a].source[0]);
       }
       break;
     case Verb::kReduceScatter:
       for (size_t b = 0; b < n; ++b) {
         copy(calls[b].target[0], calls[0].source[b]);
         for (size_t a = 1; a < n; ++a) {
-          reduce_into(calls[b].target[0], calls[a].source[b], calls[0].reduction);
+          if (!mutant("scatter_keeps_first"))
+            reduce_into(calls[b].target[0], calls[a].source[b], calls[0].reduction);
         }
       }
       break;
@@ -350,13 +358,16 @@ void GroupBoard::move(Pending* pending) {
       std::vector<std::byte> sum(calls[0].source[0].data,
                                  calls[0].source[0].data + calls[0].source[0].size_bytes());
       const Buffer total{calls[0].target[0].dtype, sum.data(), calls[0].target[0].count};
-      for (size_t a = 1; a < n; ++a) reduce_into(total, calls[a].source[0], calls[0].reduction);
+      for (size_t a = 1; a + mutant("reduce_without_last") < n; ++a)
+        reduce_into(total, calls[a].source[0], calls[0].reduction);
       for (Call& call : calls) copy(call.target[0], {total.dtype, total.data, total.count});
       break;
     }
     case Verb::kBroadcast:
       for (Call& call : calls) {
-        copy(call.target[0], calls[static_cast<size_t>(calls[0].peer)].source[0]);
+        copy(call.target[0],
+             calls[static_cast<size_t>(mutant("broadcast_from_first") ? 0 : calls[0].peer)]
+                 .source[0]);
       }
       break;
     default:
@@ -439,7 +450,8 @@ void GroupBoard::message(int member, Call call) {
   }
   if (fault != nullptr && fault->kind == FaultKind::kDieInside) network_->die(rank);
   auto& others = sends ? receives_[channel] : sends_[channel];
-  while (!sends && !others.empty() && others.front()->number < number)
+  while (!sends && !others.empty() && others.front()->number < number &&
+         !mutant("duplicate_heard_twice"))
     others.pop_front();  // copies
   const auto mine = std::make_shared<Message>(Message{std::move(call), number});
   if (sends) network_->overtake();

@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "core/check.h"
+#include "core/mutant.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -209,7 +210,7 @@ void Scheduler::end_due_pauses() {
     else
       end_pause(pauses_[i].task);
   }
-  if (!ready_.empty() || pauses_.empty()) return;
+  if (!ready_.empty() || pauses_.empty() || mutant("nobody_wakes_the_paused")) return;
   end_pause(std::ranges::min_element(pauses_, {}, &Pause::due)->task);
 }
 

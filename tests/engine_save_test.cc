@@ -173,6 +173,11 @@ TEST(Engine, SideFilesGoWithTheCheckpoint) {
   for (const char* name : {"mp_rank_00_model_states.pt", "../up", ".hidden", "a/b"}) {
     EXPECT_EQ(attempt(name, "/tokenizer/vocab.json").info().code, ErrorCode::kUsage) << name;
   }
+  const Error twice = world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
+    const engine::SideFile file{.name = "a.json", .path = "/tokenizer/vocab.json"};
+    files.save_checkpoint(trainer.state(), "/run", {.tag = "t", .side_files = {file, file}});
+  });
+  EXPECT_EQ(twice.info().found, "another side file has it");
   EXPECT_EQ(attempt("other.json", "/tokenizer/none").info().code, ErrorCode::kNotFound);
   EXPECT_TRUE(world.disk.is_file("/run/t/vocab.json")) << "the one before is as it was";
 }

@@ -112,7 +112,13 @@ TEST(Engine, AFlippedBitIsRefused) {
   file->write_at(size / 3, {&byte, 1});
   file->close();
   const Error error = world.run([](sim::Rank&, Trainer& trainer, CheckpointEngine& files) {
-    files.load_checkpoint(&trainer.state(), "/run", {});
+    trainer.state().counters.steps = 7;  // not what was saved
+    try {
+      files.load_checkpoint(&trainer.state(), "/run", {});
+    } catch (const Error&) {
+      EXPECT_EQ(trainer.state().counters.steps, 7) << "no rank's state was changed";
+      throw;
+    }
   });
   EXPECT_NE(std::string(error.what()).find("its CRC"), std::string::npos) << error.what();
 }

@@ -6,6 +6,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -197,7 +198,7 @@ void add_module_entries(ShardedState* state, const ModelStates& model) {
                             .states = {},
                             .scalars = {}};
       frozen.weight = add("param");
-      state->parameters.push_back(std::move(frozen));
+      if (!mutant("frozen_parameter_lost")) state->parameters.push_back(std::move(frozen));
     }
   }
   for (const auto& [alias, target] : model.shared) {
@@ -247,7 +248,7 @@ void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, i
   const int sequence = sequence_degree(state, model, mp_ranks, sequence_asked);
   // Older files do not record the degrees: then every model file is a tensor-parallel rank.
   int64_t tensor = model.has_degrees ? model.tp_degree : mp_ranks;
-  if (mp_ranks == 1 && model.mp_world == 1) tensor = 1;
+  if (mp_ranks == 1 && model.mp_world == 1 && !mutant("sequence_taken_for_tensor")) tensor = 1;
   if (tensor < 1 || tensor > 100'000 || sequence < 1 || model.pp_degree < 1 ||
       tensor * model.pp_degree > 1'000'000 || model.pp_degree > 100'000)
     fields.fail("The number of ranks is impossible.", "checkpoint_parallel_dimensions", "1 or more",
@@ -261,10 +262,11 @@ void set_topology(ShardedState* state, const ModelStates& model, int mp_ranks, i
                           .found = std::to_string(model.dp_world),
                           .next = "give the right --sp"});
   }
-  state->topology = Topology{.data = static_cast<int>(model.dp_world) / sequence,
-                             .sequence = sequence,
-                             .tensor = static_cast<int>(tensor),
-                             .pipeline = static_cast<int>(model.pp_degree)};
+  state->topology = Topology{
+      .data = static_cast<int>(model.dp_world) / (mutant("sequence_counted_twice") ? 1 : sequence),
+      .sequence = sequence,
+      .tensor = static_cast<int>(tensor),
+      .pipeline = static_cast<int>(model.pp_degree)};
   if (!state->topology_evidence.empty()) {
     state->inferred.push_back("sp=" + std::to_string(sequence) + ": " + state->topology_evidence);
   }

@@ -8,6 +8,8 @@
 #include <string_view>
 #include <system_error>
 
+#include "core/mutant.h"
+
 namespace isoshard::checkpoint {
 
 FileName parse_file_name(const std::string& name) {
@@ -68,8 +70,9 @@ std::string expert_optim_file_name(int expert_rank) {
 }
 
 std::string optim_file_name(const std::string& prefix, int dp, int mp) {
-  return prefix + "zero_pp_rank_" + std::to_string(dp) + "_mp_rank_" + two_digits(mp) +
-         "_optim_states.pt";
+  return prefix + "zero_pp_rank_" +
+         (mutant("data_rank_padded") ? two_digits(dp) : std::to_string(dp)) + "_mp_rank_" +
+         two_digits(mp) + "_optim_states.pt";
 }
 
 }  // namespace isoshard::checkpoint

@@ -75,6 +75,7 @@ TEST(FileName, EveryNameThatIsMadeIsReadBack) {
 TEST(FileName, DataRanksAreNotPaddedAndModelRanksHaveTwoDigits) {
   EXPECT_EQ(model_file_name(0), "mp_rank_00_model_states.pt");
   EXPECT_EQ(model_file_name_of_rank(3, 0), "zero_pp_rank_3_mp_rank_00_model_states.pt");
+  EXPECT_EQ(optim_file_name("", 3, 1), "zero_pp_rank_3_mp_rank_01_optim_states.pt");
   EXPECT_EQ(optim_file_name("bf16_", 12, 100), "bf16_zero_pp_rank_12_mp_rank_100_optim_states.pt");
 }
 

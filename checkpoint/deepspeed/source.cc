@@ -5,6 +5,7 @@
 
 #include "checkpoint/deepspeed/names.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/utf8.h"
 
 namespace isoshard::checkpoint {
@@ -56,7 +57,7 @@ std::string tags_in(Storage& storage, const std::string& folder) {
 SourcePlace tag_place(Storage& storage, const std::string& save_folder, const std::string& tag,
                       const std::string& from) {
   const std::string why = why_unsafe_name(tag);
-  if (!why.empty()) {
+  if (!why.empty() && !mutant("latest_escapes")) {
     throw Error(ErrorInfo{.code = tag.empty() ? ErrorCode::kIncomplete : ErrorCode::kHostile,
                           .what = "The tag in " + from + " cannot be used: " + why + ".",
                           .file = join(save_folder, from),
@@ -120,7 +121,8 @@ SourcePlace weights_place(const std::string& folder, const std::vector<Directory
   }
   for (const DirectoryEntry& entry : entries) {
     if (!is_weights_name(entry.name)) continue;
-    if (ends_with(entry.name, ".safetensors") == safetensors) {
+    if ((ends_with(entry.name, ".safetensors") == safetensors) !=
+        mutant("bin_before_safetensors")) {
       place.files.push_back(entry.name);
     } else {
       place.notices.push_back("both .safetensors and .bin weights are there; .safetensors is read");
@@ -134,7 +136,7 @@ SourcePlace weights_place(const std::string& folder, const std::vector<Directory
 std::string pointer_text(Storage& storage, const std::string& path) {
   std::string text = read_small_file(storage, path, 4096);
   const auto blank = [](char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; };
-  while (!text.empty() && blank(text.back())) text.pop_back();
+  while (!text.empty() && blank(text.back()) && !mutant("latest_with_blanks")) text.pop_back();
   while (!text.empty() && blank(text.front())) text.erase(0, 1);
   return text;
 }
@@ -182,7 +184,8 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
   const bool latest = storage.is_file(join(path, "latest"));
   const bool universal = storage.is_file(join(path, "latest_universal"));
   if (latest || universal) {
-    const std::string pointer = latest ? "latest" : "latest_universal";
+    const std::string pointer =
+        latest && !(mutant("universal_pointer_first") && universal) ? "latest" : "latest_universal";
     SourcePlace place =
         tag_place(storage, path, pointer_text(storage, join(path, pointer)), pointer);
     if (latest && universal) {

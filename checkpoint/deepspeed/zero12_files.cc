@@ -6,6 +6,7 @@
 #include "checkpoint/deepspeed/zero_files.h"
 #include "core/error.h"
 #include "core/layout.h"
+#include "core/mutant.h"
 #include "core/zero_rules.h"
 
 namespace isoshard::checkpoint {
@@ -115,14 +116,14 @@ void Zero12Reader::read_group(int group) {
     const Fields f = fields(rank);
     const int64_t padding = f.integer(group_item(rank, "group_paddings", group), "group_paddings");
     const int64_t count = f.integer(group_item(rank, "partition_count", group), "partition_count");
-    if (count != dp_)
+    if (count != dp_ && !mutant("partition_count_unchecked"))
       f.fail("A group's partition count differs from the number of files.",
              "partition_count[" + std::to_string(group) + "]", std::to_string(dp_),
              std::to_string(count));
     const int r = static_cast<int>(rank);
     const int64_t expected = bf16_ ? bf16_partition_padding(total_, sizes_, dp_, r)
                                    : partition_padding(total_, sizes_.partition, r);
-    if (padding != expected) {
+    if (padding != expected && !mutant("file_padding_unchecked")) {
       f.fail("The padding of a partition is not what the parameter shapes call for.",
              "group_paddings[" + std::to_string(group) + "]", std::to_string(expected),
              std::to_string(padding));
@@ -140,7 +141,8 @@ void Zero12Reader::read_group(int group) {
   if (state_.round_robin) {
     const std::vector<int> order = round_robin_order(static_cast<int>(parameters_.size()), dp_);
     for (size_t k = 0; k < order.size(); ++k)
-      result.parameters[static_cast<size_t>(order[k])] = parameters_[k];
+      result.parameters[static_cast<size_t>(mutant("round_robin_order_ignored") ? k : order[k])] =
+          parameters_[k];
   }
   state_.groups.push_back(std::move(result));
 }
@@ -186,7 +188,7 @@ void Zero12Reader::read_layout(int group) {
     parameters_.push_back(static_cast<int>(state_.parameters.size()) - 1);
     layouts_.push_back(
         {.numel = numel(shape), .ranks = dp_, .placement = FlatShard{.group_offset = offset}});
-    offset += numel(shape) + alignment[i];
+    offset += numel(shape) + (mutant("alignment_padding_ignored") ? 0 : alignment[i]);
   }
   total_ = offset;
   sizes_ = flat_sizes(total_, dp_);
@@ -226,7 +228,7 @@ void Zero12Reader::check_slices(size_t rank, int group) const {
     const std::vector<int> permuted = round_robin_order(static_cast<int>(order.size()), dp_);
     for (size_t k = 0; k < order.size(); ++k) order[static_cast<size_t>(permuted[k])] = k;
   }
-  if (found == expected_in(order)) return;
+  if (found == expected_in(order) || mutant("slice_map_unchecked")) return;
   std::vector<size_t> flat(shapes_.size());
   for (size_t i = 0; i < flat.size(); ++i) flat[i] = i;
   std::map<std::string, std::pair<int64_t, int64_t>> truth;
@@ -257,7 +259,7 @@ void Zero12Reader::add_run(size_t rank, const TensorView& view, const char* stat
   const int r = static_cast<int>(rank);
   const int64_t length =
       padded ? sizes_.partition : sizes_.partition - partition_padding(total_, sizes_.partition, r);
-  if (view.shape[0] != length) {
+  if (view.shape[0] != length && !mutant("partition_length_unchecked")) {
     f.fail("A partition has the wrong length.", what, std::to_string(length) + " elements",
            std::to_string(view.shape[0]));
   }

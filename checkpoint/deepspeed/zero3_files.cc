@@ -10,6 +10,7 @@
 #include "checkpoint/deepspeed/zero_files.h"
 #include "core/error.h"
 #include "core/layout.h"
+#include "core/mutant.h"
 #include "core/zero_rules.h"
 
 namespace isoshard::checkpoint {
@@ -112,7 +113,7 @@ void Zero3Reader::add_parameters() {
       layouts.push_back({.numel = numel(shape),
                          .ranks = dp_,
                          .placement = SlotShard{offset, std::max<int64_t>(slot, 1)}});
-      offset += slot;
+      offset += mutant("slots_share_a_place") ? 0 : slot;
     }
     sub_groups_.push_back(std::move(parameters));
     layouts_.push_back(std::move(layouts));
@@ -123,7 +124,7 @@ void Zero3Reader::add_parameters() {
 void Zero3Reader::add_flat(int rank, size_t sub_group, const TensorView& view,
                            const std::string& state, const std::string& what) {
   const Fields f = fields(rank);
-  if (view.shape[0] != lengths_[sub_group]) {
+  if (view.shape[0] != lengths_[sub_group] && !mutant("slot_length_unchecked")) {
     f.fail("A partition has the wrong length.", what,
            std::to_string(lengths_[sub_group]) + " elements", std::to_string(view.shape[0]));
   }
@@ -278,7 +279,7 @@ void add_frozen_slots(ShardedState* state, const ModelStates& model) {
       const Fields f(state->document(file));
       const NodeId slots = f.need(f.root(), "frozen_param_fragments");
       const TensorView view = f.flat_tensor(f.need(slots, name), "frozen_param_fragments " + name);
-      if (view.shape[0] != slot_size(numel(shape), dp)) {
+      if (view.shape[0] != slot_size(numel(shape), dp) && !mutant("frozen_slot_unchecked")) {
         f.fail("A frozen fragment has the wrong length.", quote(name),
                std::to_string(slot_size(numel(shape), dp)), std::to_string(view.shape[0]));
       }

@@ -7,6 +7,8 @@
 #include <unordered_set>
 #include <vector>
 
+#include "core/mutant.h"
+
 namespace isoshard::checkpoint {
 namespace {
 
@@ -124,18 +126,21 @@ bool is_exception(std::string_view attribute) {
 bool is_listed(std::string_view module) {
   for (size_t end = module.find('.'); end != std::string_view::npos;
        end = module.find('.', end + 1)) {
-    if (kModules.contains(module.substr(0, end))) return true;
+    if (kModules.contains(module.substr(0, end)) && !mutant("hostile_submodules_allowed"))
+      return true;
   }
   return kModules.contains(module);
 }
 
 bool is_hostile(const std::string& module, const std::string& attribute) {
   if (const auto values = kValuesOf.find(module); values != kValuesOf.end())
-    return !values->second.contains(attribute) && !is_exception(attribute);
+    return !values->second.contains(attribute) && !is_exception(attribute) &&
+           !mutant("hostile_builtins_allowed");
   if (const auto own = kFunctionsOf.find(module); own != kFunctionsOf.end())
     return own->second.contains(attribute) || attribute.starts_with('_') ||
            attribute.find('.') != attribute.npos;
-  return is_listed(module) || kFunctions.contains(module + " " + attribute);
+  return is_listed(module) ||
+         (!mutant("hostile_functions_allowed") && kFunctions.contains(module + " " + attribute));
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include "core/check.h"
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -59,10 +60,10 @@ std::string npy_head(DType dtype, const Shape& shape) {
   CHECK(!code.empty(), std::string("no .npy form of ") + name(dtype));
   std::string sizes;
   for (size_t i = 0; i < shape.size(); ++i) sizes += (i > 0 ? ", " : "") + std::to_string(shape[i]);
-  if (shape.size() == 1) sizes += ",";
+  if (shape.size() == 1 && !mutant("npy_one_size")) sizes += ",";
   std::string text =
       "{'descr': '" + code + "', 'fortran_order': False, 'shape': (" + sizes + "), }";
-  const size_t unpadded = kPrefixBytes + text.size() + 1;
+  const size_t unpadded = (mutant("npy_unaligned") ? 0 : kPrefixBytes) + text.size() + 1;
   text.append((kAlignment - unpadded % kAlignment) % kAlignment, ' ');
   text += '\n';
   if (text.size() > 0xFFFF) {

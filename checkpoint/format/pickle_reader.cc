@@ -7,6 +7,7 @@
 #include <cstdio>
 
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/utf8.h"
 
 namespace isoshard::checkpoint {
@@ -18,12 +19,16 @@ class Machine {
       : bytes_(bytes), file_(file), limits_(limits) {}
 
   Pickle run() {
-    if (static_cast<int64_t>(bytes_.size()) > limits_.stream_bytes) {
+    if (static_cast<int64_t>(bytes_.size()) > limits_.stream_bytes &&
+        !mutant("pickle_size_unlimited")) {
       limit("pickle size", limits_.stream_bytes);
     }
     while (!stopped_) step();
-    if (cursor_ != bytes_.size()) refuse("bytes follow the STOP opcode");
-    if (stack_.size() != 1 || !marks_.empty()) refuse("the stack does not hold one value at STOP");
+    if (cursor_ != bytes_.size() && !mutant("pickle_trailing_bytes"))
+      refuse("bytes follow the STOP opcode");
+    if (stack_.empty() || (stack_.size() != 1 && !mutant("pickle_stack_leftover")) ||
+        !marks_.empty())
+      refuse("the stack does not hold one value at STOP");
     result_.root = stack_.back();
     check_graph();
     return std::move(result_);
@@ -85,7 +90,9 @@ class Machine {
       limit("memory for its objects", limits_.memory_bytes);
     }
   }
-  size_t floor() const { return marks_.empty() ? 0 : marks_.back(); }
+  size_t floor() const {
+    return marks_.empty() || mutant("pickle_mark_ignored") ? 0 : marks_.back();
+  }
   NodeId pop() {
     if (stack_.size() <= floor()) refuse("the stack is empty");
     const NodeId node = stack_.back();
@@ -106,7 +113,8 @@ class Machine {
   }
 
   void text(size_t count) {
-    if (static_cast<int64_t>(count) > limits_.text_bytes) limit("string bytes", limits_.text_bytes);
+    if (static_cast<int64_t>(count) > limits_.text_bytes && !mutant("pickle_text_unlimited"))
+      limit("string bytes", limits_.text_bytes);
     push(result_.string(take(count)));
   }
   void big_integer(size_t count) {
@@ -119,12 +127,14 @@ class Machine {
     for (size_t i = 0; i < count; ++i) {
       value |= static_cast<uint64_t>(static_cast<unsigned char>(digits[i])) << (8 * i);
     }
-    if (count > 0 && count < 8 && (digits.back() & 0x80)) value |= ~0ull << (8 * count);
+    if (count > 0 && count < 8 && (digits.back() & 0x80) && !mutant("pickle_sign_lost"))
+      value |= ~0ull << (8 * count);
     push(result_.integer(static_cast<int64_t>(value)));
   }
   void put(uint64_t index) {
     const NodeId node = top();
-    if (index != memo_.size()) refuse("memo slots are not numbered one by one");
+    if (index != memo_.size() && !mutant("pickle_memo_overwritten"))
+      refuse("memo slots are not numbered one by one");
     memo_.push_back(node);
     check_memory();
   }
@@ -165,7 +175,7 @@ class Machine {
     parts.args = pop();
     parts.callable = pop();
     if (result_.kind(parts.args) != Kind::kTuple) refuse("arguments are not a tuple");
-    if (result_.kind(parts.callable) != Kind::kGlobal) {
+    if (result_.kind(parts.callable) != Kind::kGlobal && !mutant("pickle_calls_anything")) {
       refuse("something that is not a global is called", ErrorCode::kHostile);
     }
     push(result_.object(std::move(parts)));
@@ -207,14 +217,15 @@ void Machine::step() {
   const auto opcode = static_cast<unsigned char>(little_endian(1));
   switch (opcode) {
     case 0x80:  // PROTO
-      if (opcode_at_ != 0 || little_endian(1) != 2) refuse("the protocol is not 2");
+      if (opcode_at_ != 0 || (little_endian(1) != 2 && !mutant("pickle_any_protocol")))
+        refuse("the protocol is not 2");
       return;
     case '.':
       stopped_ = true;
       return;
     case '(':
       marks_.push_back(stack_.size());
-      if (marks_.size() > 10000) limit("marks", 10000);
+      if (marks_.size() > 10000 && !mutant("pickle_marks_unlimited")) limit("marks", 10000);
       return;
     case 'q':
       return put(little_endian(1));
@@ -281,7 +292,8 @@ void Machine::step_value(unsigned char opcode) {
     case 0x8b:
       return big_integer(little_endian(4));
     case 'G': {
-      uint64_t bits = __builtin_bswap64(little_endian(8));
+      const uint64_t bits =
+          mutant("pickle_float_reversed") ? little_endian(8) : __builtin_bswap64(little_endian(8));
       return push(result_.real(std::bit_cast<double>(bits)));
     }
     case 'X':
@@ -295,7 +307,8 @@ void Machine::step_value(unsigned char opcode) {
     case 'c': {
       const std::string module = line();
       const std::string attribute = line();
-      if (!why_unsafe_name(module).empty() || !why_unsafe_name(attribute).empty()) {
+      if (!mutant("pickle_global_unchecked") &&
+          (!why_unsafe_name(module).empty() || !why_unsafe_name(attribute).empty())) {
         refuse("a global has an impossible name", ErrorCode::kHostile);
       }
       return push(result_.global(module, attribute));
@@ -337,12 +350,15 @@ void Machine::check_graph() {
     const bool leaving = colour[node] == kOpen;
     colour[node] = leaving ? kDone : kOpen;
     for (NodeId child : children(node)) {
-      if (!leaving && colour[child] == kOpen) refuse("an object contains itself");
+      if (!leaving && colour[child] == kOpen && !mutant("pickle_cycle_allowed"))
+        refuse("an object contains itself");
       if (!leaving && colour[child] == kNew) path.push_back(child);
       if (leaving) height[node] = std::max(height[node], height[child] + 1);
     }
     if (!leaving) continue;
-    if (height[node] > static_cast<uint32_t>(limits_.nesting)) limit("nesting", limits_.nesting);
+    if (height[node] > static_cast<uint32_t>(limits_.nesting) &&
+        !mutant("pickle_nesting_unlimited"))
+      limit("nesting", limits_.nesting);
     check_keys(result_.entries(node));
     path.pop_back();
   }
@@ -360,7 +376,8 @@ void Machine::check_keys(const std::vector<NodeId>& entries) {
   for (size_t i = 0; i + 1 < entries.size(); i += 2) {
     const NodeId key = entries[i];
     const Kind kind = result_.kind(key);
-    if (kind == Kind::kList || kind == Kind::kDict) refuse("a dictionary key is not hashable");
+    if ((kind == Kind::kList || kind == Kind::kDict) && !mutant("pickle_unhashable_key"))
+      refuse("a dictionary key is not hashable");
     if (kind == Kind::kString) keys.push_back({true, static_cast<int64_t>(key)});
     if (kind == Kind::kInt || kind == Kind::kBool) {
       keys.push_back({false, result_.integer_value(key)});
@@ -368,7 +385,7 @@ void Machine::check_keys(const std::vector<NodeId>& entries) {
   }
   std::sort(keys.begin(), keys.end());
   const auto twice = std::adjacent_find(keys.begin(), keys.end());
-  if (twice == keys.end()) return;
+  if (twice == keys.end() || mutant("pickle_key_twice")) return;
   refuse("a dictionary has the key " +
          quote(twice->is_text ? result_.text(static_cast<NodeId>(twice->value))
                               : std::to_string(twice->value)) +

@@ -366,7 +366,8 @@ TEST(PickleMachine, TheStackMustHoldOneValueAtTheEnd) {
 }
 
 TEST(PickleMachine, ValuesBelowAMarkAreOutOfReach) {
-  for (const char* body : {"](a.", "N(\x85.", "](Na.", "N(Nq\x00Nq\x05.", "t.", "]e.", "}u."}) {
+  for (const char* body :
+       {"](a.", "N(\x85.", "](Na.", "N(Nq\x00Nq\x05.", "t.", "]e.", "}u.", "](Nata."}) {
     EXPECT_EQ(code_of(kProto + body), ErrorCode::kCorrupt) << body;
   }
 }

@@ -7,6 +7,7 @@
 #include <set>
 
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/utf8.h"
 
 namespace isoshard::checkpoint {
@@ -77,7 +78,7 @@ class Watch final : public nlohmann::json_sax<json> {
   bool end_array() override { return end(); }
   bool key(string_t& text) override {
     charge(kKeyBytes, text.size());
-    if (!open_.back().keys.insert(text).second)
+    if (!open_.back().keys.insert(text).second && !mutant("safetensors_key_twice"))
       corrupt(file_, "The header has a key twice.", quote(text));
     return true;
   }
@@ -93,7 +94,8 @@ class Watch final : public nlohmann::json_sax<json> {
   };
   void charge(int64_t bytes, size_t text_bytes) {
     memory_bytes_ += bytes + static_cast<int64_t>(text_bytes);
-    if (memory_bytes_ > kMemoryBytes) limit(file_, "memory for the header", kMemoryBytes);
+    if (memory_bytes_ > kMemoryBytes && !mutant("safetensors_memory_unlimited"))
+      limit(file_, "memory for the header", kMemoryBytes);
   }
   bool value(size_t text_bytes) {
     charge(kValueBytes, text_bytes);
@@ -104,7 +106,7 @@ class Watch final : public nlohmann::json_sax<json> {
   bool start(Container container) {
     charge(kValueBytes, 0);
     if (open_.size() > 3) corrupt(file_, "The header is nested too deeply.");
-    if (!open_.empty() && open_.back().is_list)
+    if (!open_.empty() && open_.back().is_list && !mutant("safetensors_lists_in_lists"))
       corrupt(file_, "A list in the header holds a list or an object.");
     open_.push_back(std::move(container));
     return true;
@@ -131,7 +133,8 @@ json parse_strict(const ReadableFile& file, const std::string& text) {
 Shape integers(const ReadableFile& file, const std::string& name, const json& value) {
   const bool whole =
       value.is_array() && std::all_of(value.begin(), value.end(), [](const json& item) {
-        return item.is_number_integer() &&
+        return (item.is_number_integer() ||
+                (mutant("safetensors_fractions") && item.is_number())) &&
                (!item.is_number_unsigned() || item.get<uint64_t>() <= INT64_MAX);
       });
   if (!whole)
@@ -159,7 +162,8 @@ std::string header_text(const ReadableFile& file) {
   std::string text(length, '\0');
   file.read_at(8, std::as_writable_bytes(std::span(text)));
   if (text.empty() || text[0] != '{') corrupt(file, "The header does not begin with '{'.");
-  if (text.find('\0') != std::string::npos) corrupt(file, "The header has a NUL byte.");
+  if (text.find('\0') != std::string::npos && !mutant("safetensors_nul_allowed"))
+    corrupt(file, "The header has a NUL byte.");
   return text;
 }
 
@@ -182,7 +186,8 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
       continue;
     }
     const std::string why = why_unsafe_name(name);
-    if (!why.empty()) corrupt(file, "A tensor name cannot be used: " + why + ".", quote(name));
+    if (!why.empty() && !mutant("safetensors_name_unchecked"))
+      corrupt(file, "A tensor name cannot be used: " + why + ".", quote(name));
     try {
       SafetensorsEntry entry{.name = name, .shape = integers(file, name, value.at("shape"))};
       bool known = false;
@@ -202,7 +207,8 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
         corrupt(file, "A tensor's shape is negative or too large.", quote(name),
                 "sizes whose product is at most 2^58", to_string(entry.shape));
       const int64_t bytes = *count * item_size_bytes(entry.dtype);
-      if (begin < 0 || end < begin || end > file.size_bytes() - data || end - begin != bytes) {
+      if (begin < 0 || end < begin || end > file.size_bytes() - data ||
+          (end - begin != bytes && !mutant("safetensors_shape_unchecked"))) {
         corrupt(file, "A tensor's offsets do not fit its shape or the file.", quote(name),
                 std::to_string(bytes) + " bytes",
                 std::to_string(begin) + " to " + std::to_string(end));
@@ -210,7 +216,8 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
       entry.offset_bytes = data + begin;
       if (bytes == 0)
         empty.push_back(entry);
-      else if (!by_begin.emplace(begin, std::pair(end, entry)).second)
+      else if (!by_begin.emplace(begin, std::pair(end, entry)).second &&
+               !mutant("safetensors_shared_bytes"))
         corrupt(file, "Two tensors share bytes.", quote(name));
     } catch (const json::exception&) {
       corrupt(file, "A tensor's entry lacks dtype, shape or data_offsets.", quote(name));
@@ -218,13 +225,13 @@ SafetensorsIndex read_safetensors(const ReadableFile& file) {
   }
   int64_t cursor = 0;
   for (auto& [begin, item] : by_begin) {
-    if (begin != cursor)
+    if (begin != cursor && !mutant("safetensors_hole_allowed"))
       corrupt(file, "Tensors overlap or leave a hole.", quote(item.second.name),
               std::to_string(cursor), std::to_string(begin));
     cursor = item.first;
     index.entries.push_back(std::move(item.second));
   }
-  if (cursor != file.size_bytes() - data)
+  if (cursor != file.size_bytes() - data && !mutant("safetensors_tail_allowed"))
     corrupt(file, "Bytes follow the last tensor, or are missing.", "data", std::to_string(cursor),
             std::to_string(file.size_bytes() - data));
   index.entries.insert(index.entries.end(), empty.begin(), empty.end());
@@ -252,7 +259,7 @@ std::string safetensors_head(const SafetensorsIndex& index) {
     cursor += bytes;
   }
   std::string text = header.is_null() ? "{}" : header.dump();
-  while (text.size() % 8 != 0) text += ' ';
+  while (text.size() % 8 != 0 && !mutant("safetensors_head_unpadded")) text += ' ';
   std::string head;
   for (int i = 0; i < 8; ++i) head += static_cast<char>((text.size() >> (8 * i)) & 0xFF);
   return head + text;

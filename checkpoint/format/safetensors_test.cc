@@ -139,6 +139,8 @@ TEST(Safetensors, OffsetsFitTheShapeAndTheFile) {
     EXPECT_EQ(code_of(one(kF32, "[1]", offsets), 4), ErrorCode::kCorrupt) << offsets;
   }
   EXPECT_EQ(code_of(one(kF32, "[2]", "[0,4]"), 8), ErrorCode::kCorrupt);
+  EXPECT_EQ(code_of(one(kF32, "[2]", "[0,4]"), 4), ErrorCode::kCorrupt);
+  EXPECT_EQ(code_of(one(kF32, "[1]", "[0,8]"), 8), ErrorCode::kCorrupt);
 }
 
 TEST(Safetensors, TensorsTileTheFile) {
@@ -177,6 +179,9 @@ TEST(Safetensors, AListHoldsNoLists) {
   EXPECT_EQ(code_of("{\"t\":[" + wide + "]}", 0), ErrorCode::kCorrupt);
   EXPECT_EQ(code_of(one(kF32, "[[4]]", "[0,16]"), 16), ErrorCode::kCorrupt);
   EXPECT_EQ(code_of(one(kF32, "[{}]", "[0,16]"), 16), ErrorCode::kCorrupt);
+  const std::string more = R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4],"x":[)";
+  EXPECT_EQ(read(more + "1]}}", 4).entries.size(), 1u);  // what nobody reads
+  EXPECT_EQ(code_of(more + "[1]]}}", 4), ErrorCode::kCorrupt);
 }
 
 TEST(Safetensors, MemoryForTheHeaderHasABudget) {

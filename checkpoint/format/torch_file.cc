@@ -7,6 +7,7 @@
 #include "checkpoint/format/hostile_globals.h"
 #include "checkpoint/format/pickle_reader.h"
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::checkpoint {
 namespace {
@@ -49,7 +50,8 @@ std::string storage_type_name(DType dtype) {
 bool TensorView::is_contiguous() const {
   int64_t step = 1;
   for (size_t i = shape.size(); i-- > 0;) {
-    if (shape[i] != 1 && stride[i] != step) return numel(shape) == 0;
+    if ((shape[i] != 1 || mutant("torch_contiguous_by_stride")) && stride[i] != step)
+      return numel(shape) == 0;
     step *= shape[i];
   }
   return true;
@@ -110,7 +112,7 @@ std::string TorchFile::read_record(const ZipRecord& record) const {
   std::string bytes(static_cast<size_t>(record.size_bytes), '\0');
   file_->read_at(record.data_offset, std::as_writable_bytes(std::span(bytes)));
   const uint32_t found = crc32_of(std::as_bytes(std::span(bytes)));
-  if (found != record.crc32) {
+  if (found != record.crc32 && !mutant("torch_crc_skipped")) {
     corrupt("A record's bytes do not fit its CRC.", quote(record.name),
             hex16(record.crc32).substr(8), hex16(found).substr(8));
   }
@@ -137,7 +139,7 @@ void TorchFile::read_pickle_record(PickleShelf* shelf) {
     auto document = std::make_shared<TorchDocument>();
     document->pickle = read_pickle(bytes, path_);
     const HostileGlobal hostile = find_hostile_global(document->pickle);
-    if (!hostile.name.empty()) {
+    if (!hostile.name.empty() && !mutant("torch_hostile_allowed")) {
       throw Error(ErrorInfo{.code = ErrorCode::kHostile,
                             .what = "The pickle names a function that would run a program or reach "
                                     "the system when loaded by Python.",
@@ -170,16 +172,17 @@ void TorchFile::check_small_records() {
               std::to_string(record.size_bytes));
     }
     const std::string text = read_record(record);
-    if (name == "byteorder" && text != "little") {
+    if (name == "byteorder" && text != "little" && !mutant("torch_byteorder_ignored")) {
       corrupt("The file's byte order is not little endian.", quote(record.name), "little",
               quote(text));
     }
-    if (name == "version" && text != "3\n") {
+    if (name == "version" && text != "3\n" && !mutant("torch_version_ignored")) {
       corrupt("The archive's version is unknown.", quote(record.name), "3", quote(text));
     }
     const bool known = name == "byteorder" || name == "version" || name == ".format_version" ||
                        name == ".storage_alignment" || name == ".data/serialization_id";
-    if (!known) corrupt("The archive has a record that torch does not write.", quote(record.name));
+    if (!known && !mutant("torch_unknown_record"))
+      corrupt("The archive has a record that torch does not write.", quote(record.name));
   }
 }
 
@@ -217,7 +220,8 @@ void TorchFile::read_storages(TorchDocument* document) const {
       document->storages.push_back(entry);
     } else {
       const StorageEntry& first = document->storages[static_cast<size_t>(number->second)];
-      if (first.type_name != entry.type_name || first.numel != entry.numel)
+      if (!mutant("torch_storage_described_twice") &&
+          (first.type_name != entry.type_name || first.numel != entry.numel))
         corrupt("One storage is described in two ways.", "data/" + entry.key);
     }
     document->storage_by_node.emplace(node, number->second);
@@ -239,7 +243,8 @@ void TorchFile::find_records() {
       corrupt("A tensor's storage is missing from the archive.", "data/" + entry.key);
     const int64_t bytes = zip_.records[static_cast<size_t>(found->second)].size_bytes;
     if (entry.numel < 0 || entry.numel > bytes ||
-        entry.numel * item_size_bytes(entry.dtype) != bytes) {
+        (entry.numel * item_size_bytes(entry.dtype) != bytes &&
+         !mutant("torch_storage_size_unchecked"))) {
       corrupt("A storage's record has the wrong size.", "data/" + entry.key,
               std::to_string(entry.numel) + " elements of " + name(entry.dtype),
               std::to_string(bytes) + " bytes");
@@ -248,7 +253,7 @@ void TorchFile::find_records() {
     found->second = -1;
   }
   for (const auto& [key, record] : by_key) {
-    if (record >= 0)
+    if (record >= 0 && !mutant("torch_orphan_storage"))
       corrupt("The archive has a storage that no tensor uses.", "data/" + std::string(key));
   }
 }
@@ -354,7 +359,8 @@ TensorView TorchFile::view_from(const std::vector<NodeId>& args) const {
     if (!known) bad("its dtype is unknown");
     storage_numel = entry.numel / item_size_bytes(view.dtype);
   }
-  if (view.shape.size() != view.stride.size() || view.shape.size() > 64 || view.offset < 0) {
+  if (view.shape.size() != view.stride.size() ||
+      (view.shape.size() > 64 && !mutant("torch_dimensions_unlimited")) || view.offset < 0) {
     bad("its shape, stride and offset do not fit");
   }
   const std::optional<int64_t> count = checked_numel(view.shape);
@@ -363,7 +369,7 @@ TensorView TorchFile::view_from(const std::vector<NodeId>& args) const {
             "sizes whose product is at most 2^58", to_string(view.shape));
   }
   if (*count == 0) return view;
-  if (*count > storage_numel) {
+  if (*count > storage_numel && !mutant("torch_expanded_allowed")) {
     // An expanded view (stride 0) can claim terabytes of a few bytes.
     throw Error(ErrorInfo{.code = ErrorCode::kLimit,
                           .what = "A tensor has more elements than its storage.",
@@ -376,12 +382,13 @@ TensorView TorchFile::view_from(const std::vector<NodeId>& args) const {
   int64_t last = view.offset;
   for (size_t i = 0; i < view.shape.size(); ++i) {
     int64_t reach = 0;
-    if (view.stride[i] < 0 || __builtin_mul_overflow(view.shape[i] - 1, view.stride[i], &reach) ||
+    if ((view.stride[i] < 0 && !mutant("torch_negative_stride")) ||
+        __builtin_mul_overflow(view.shape[i] - 1, view.stride[i], &reach) ||
         __builtin_add_overflow(last, reach, &last)) {
       bad("its strides overflow");
     }
   }
-  if (last >= storage_numel) {
+  if (last >= storage_numel + mutant("torch_view_past_end")) {
     corrupt("A tensor reaches beyond its storage.", "data/" + entry.key,
             "elements below " + std::to_string(storage_numel), "element " + std::to_string(last));
   }

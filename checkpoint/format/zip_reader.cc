@@ -7,6 +7,7 @@
 #include "checkpoint/format/zip.h"
 #include "checkpoint/format/zip_fields.h"
 #include "core/error.h"
+#include "core/mutant.h"
 #include "core/utf8.h"
 
 namespace isoshard::checkpoint {
@@ -136,8 +137,9 @@ End Reader::read_end() {
     const uint64_t records = load(end64, 24, 8), bytes = load(end64, 40, 8),
                    at = load(end64, 48, 8);
     equal(load(end64, 32, 8), records, "number of records", "zip64 end record");
-    equal(static_cast<uint64_t>(end.records), std::min<uint64_t>(records, 0xFFFF),
-          "number of records", "end record");
+    equal(mutant("zip_zip64_disagrees") ? std::min<uint64_t>(records, 0xFFFF)
+                                        : static_cast<uint64_t>(end.records),
+          std::min<uint64_t>(records, 0xFFFF), "number of records", "end record");
     equal(static_cast<uint64_t>(end.directory_bytes), std::min<uint64_t>(bytes, kMax32),
           "directory size", "end record");
     equal(static_cast<uint64_t>(end.directory_offset), std::min<uint64_t>(at, kMax32),
@@ -174,7 +176,8 @@ void Reader::read_directory(const End& end) {
   centrals_.reserve(static_cast<size_t>(end.records));
   size_t cursor = 0;
   for (int64_t i = 0; i < end.records; ++i) read_central(directory, &cursor);
-  if (cursor != directory.size()) corrupt("The zip directory holds bytes beyond its last record.");
+  if (cursor != directory.size() && !mutant("zip_directory_tail"))
+    corrupt("The zip directory holds bytes beyond its last record.");
 }
 
 void Reader::read_central(std::string_view directory, size_t* cursor) {
@@ -194,7 +197,8 @@ void Reader::read_central(std::string_view directory, size_t* cursor) {
   central.name_bytes = static_cast<uint16_t>(load(directory, at + 28, 2));
   central.fixed = load(directory, at + 10, 6);
   const uint64_t extra_bytes = load(directory, at + 30, 2);
-  same(load(directory, at + 10, 2), 0, "compression method (records must be stored)");
+  same(mutant("zip_compressed_allowed") ? 0 : load(directory, at + 10, 2), 0,
+       "compression method (records must be stored)");
   same(load(directory, at + 32, 4), 0, "comment length and disk");
   if ((central.flags & ~kTorchFlags) != 0) corrupt("A zip record has unknown flags.", entry());
   if (index_.torch_dialect) {
@@ -241,13 +245,13 @@ void Reader::check_tiling(const End& end) {
   int64_t cursor = 0;
   for (size_t i = 0; i < index_.records.size(); ++i) {
     const ZipRecord& record = index_.records[i];
-    if (record.header_offset != cursor) {
+    if (record.header_offset != cursor && !mutant("zip_gap_allowed")) {
       corrupt("Zip records overlap or leave a gap.", quote(record.name), std::to_string(cursor),
               std::to_string(record.header_offset));
     }
     cursor = check_local(i);
   }
-  if (cursor != end.directory_offset) {
+  if (cursor != end.directory_offset && !mutant("zip_bytes_before_directory")) {
     corrupt("Bytes lie between the last zip record and the directory.", "", std::to_string(cursor),
             std::to_string(end.directory_offset));
   }
@@ -258,7 +262,8 @@ int64_t Reader::check_local(size_t number) {
   ZipRecord* record = &index_.records[number];
   const Central& central = centrals_[number];
   const auto same = [&](uint64_t found, uint64_t expected, const char* field) {
-    if (found != expected) equal(found, expected, field, quote(record->name));
+    if (found != expected && !mutant("zip_local_header_ignored"))
+      equal(found, expected, field, quote(record->name));
   };
   const bool deferred = (central.flags & 0x8) != 0;
   const auto size = static_cast<uint64_t>(record->size_bytes);
@@ -302,6 +307,7 @@ void Reader::check_extra(const ZipRecord& record, std::string_view extra, bool* 
   const std::string wide = local_zip64(record.size_bytes, record.header_offset);
   *zip64 = !wide.empty();
   const int64_t before = record.data_offset - static_cast<int64_t>(extra.size() - wide.size());
+  if (mutant("zip_extra_unchecked")) return;
   if (extra.starts_with(wide) && is_fill_extra(extra.substr(wide.size()), before)) return;
   if (!index_.torch_dialect &&
       (extra.empty() || (extra.size() >= 4 && load(extra, 0, 2) == kFillExtra)))
@@ -312,8 +318,9 @@ void Reader::check_extra(const ZipRecord& record, std::string_view extra, bool* 
 
 void Reader::refuse_unsafe(const std::string& name, std::string_view path) const {
   std::string why = why_unsafe_name(name);
-  if (name.find('\\') != std::string::npos) why = "the name has a backslash";
-  if (why.empty()) return;
+  if (name.find('\\') != std::string::npos && !mutant("zip_backslash_allowed"))
+    why = "the name has a backslash";
+  if (why.empty() || mutant("zip_unsafe_name")) return;
   corrupt("A zip record has an unsafe name: " + why + ".", quote(std::string(path)), "", "",
           ErrorCode::kHostile);
 }
@@ -326,7 +333,7 @@ std::string Reader::split_name(std::string_view path) {
     refuse_unsafe(std::string(path), path);
     if (slash == std::string_view::npos)
       corrupt("A zip record lies outside the archive's folder.", quote(std::string(path)));
-    if (!index_.records.empty()) {
+    if (!index_.records.empty() && !mutant("zip_other_folder")) {
       corrupt("A zip record lies in another folder than the first.", quote(std::string(path)),
               index_.prefix, std::string(folder));
     }
@@ -341,7 +348,7 @@ void Reader::check_names() const {
   std::unordered_set<std::string_view> seen;
   seen.reserve(index_.records.size());
   for (const ZipRecord& record : index_.records) {
-    if (!seen.insert(record.name).second)
+    if (!seen.insert(record.name).second && !mutant("zip_duplicates_allowed"))
       corrupt("Two zip records have the same name.", quote(record.name), "", "",
               ErrorCode::kHostile);
   }

@@ -334,6 +334,35 @@ TEST(ZipReader, GapsAndOverlapsAreNoticed) {
   EXPECT_EQ(info.what, "Zip records overlap or leave a gap.");
 }
 
+// Offsets and sizes of the end records are made to fit, so that nothing else is wrong.
+TEST(ZipReader, BytesThatBelongToNobodyAreNoticed) {
+  ZipLayout layout;
+  layout.add("a/b", 1);
+  const std::string records = layout.header(0) + "x" + layout.descriptor(0, 5);
+  const std::string directory = layout.directory({5});
+  const size_t bytes = directory.size() - 98;  // of its records
+  const uint64_t at = records.size(), size = bytes;
+  std::string later = directory;
+  later.replace(bytes + 48, 8, little(at + 5, 8));
+  later.replace(bytes + 64, 8, little(at + 5 + size, 8));
+  later.replace(later.size() - 6, 4, little(at + 5, 4));
+  EXPECT_EQ(refusal(records + "12345" + later).what,
+            "Bytes lie between the last zip record and the directory.");
+  std::string longer = directory;
+  longer.replace(bytes + 40, 8, little(size + 5, 8));
+  longer.replace(bytes + 64, 8, little(at + size + 5, 8));
+  longer.replace(longer.size() - 10, 4, little(size + 5, 4));
+  longer.insert(bytes, "12345");
+  EXPECT_EQ(refusal(records + longer).what,
+            "The zip directory holds bytes beyond its last record.");
+}
+
+TEST(ZipReader, BothEndRecordsCountAlike) {
+  std::string file = assemble({{"a/b", "x"}});
+  file.replace(file.size() - 14, 4, little(2, 2) + little(2, 2));
+  EXPECT_EQ(refusal(file).what, "A zip header field is wrong: number of records.");
+}
+
 // What Python's zipfile makes of two stored records, archive/data.pkl and archive/version.
 std::string from_hex(const std::string& hex) {
   std::string bytes;

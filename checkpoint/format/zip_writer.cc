@@ -3,6 +3,7 @@
 
 #include "checkpoint/format/zip.h"
 #include "checkpoint/format/zip_fields.h"
+#include "core/mutant.h"
 
 namespace isoshard::checkpoint {
 
@@ -31,7 +32,7 @@ std::string ZipLayout::header(int number) const {
   std::string bytes;
   append(&bytes, kLocalSignature, 4);
   append(&bytes, 0, 2);  // version needed
-  append(&bytes, torch_flags(r.size_bytes), 2);
+  append(&bytes, mutant("zip_empty_with_descriptor") ? kTorchFlags : torch_flags(r.size_bytes), 2);
   append(&bytes, 0, 2);   // stored
   append(&bytes, 0, 4);   // time and date
   append(&bytes, 0, 12);  // CRC and sizes stand in the descriptor
@@ -42,11 +43,12 @@ std::string ZipLayout::header(int number) const {
 
 std::string ZipLayout::descriptor(int number, uint32_t crc32) const {
   const ZipRecord& r = record(number);
-  const int width = local_zip64(r.size_bytes, r.header_offset).empty() ? 4 : 8;
+  const int width =
+      mutant("zip_sizes_narrow") || local_zip64(r.size_bytes, r.header_offset).empty() ? 4 : 8;
   std::string bytes;
   if (r.size_bytes == 0) return bytes;
   append(&bytes, kDescriptorSignature, 4);
-  append(&bytes, crc32, 4);
+  append(&bytes, mutant("zip_crc_not_written") ? 0 : crc32, 4);
   append(&bytes, static_cast<uint64_t>(r.size_bytes), width);
   append(&bytes, static_cast<uint64_t>(r.size_bytes), width);
   return bytes;
@@ -88,7 +90,7 @@ std::string ZipLayout::directory(const std::vector<uint32_t>& crcs) const {
   append(&bytes, 1, 4);
   append(&bytes, kEndSignature, 4);
   append(&bytes, 0, 4);
-  append(&bytes, std::min<uint64_t>(records, 0xFFFF), 2);
+  append(&bytes, mutant("zip_old_count_wraps") ? records : std::min<uint64_t>(records, 0xFFFF), 2);
   append(&bytes, std::min<uint64_t>(records, 0xFFFF), 2);
   append(&bytes, std::min<uint64_t>(size, kMax32), 4);
   append(&bytes, std::min<uint64_t>(offset, kMax32), 4);
