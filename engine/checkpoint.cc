@@ -348,7 +348,7 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
   const char* safe = kAsItWas;
   std::exception_ptr failure;
   const bool early = leads && mutant("publish_before_barrier");
-  if (early) publish(pending, {text_of_files(pending->written_)});
+  if (early) publish(pending, {files_of_text(0, text_of_files(pending->written_))});
   const auto attempt = [&](auto work) {
     try {
       work();
