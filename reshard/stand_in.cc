@@ -29,6 +29,7 @@ namespace {
 
 constexpr int64_t kNumberBytes = 64;  // the storage of a 0-d tensor
 constexpr int64_t kMostElements = int64_t{1} << 48;
+constexpr int64_t kRecordBytes = 700;  // header, descriptor, directory entry, names, as held
 
 // A sibling's bytes where they are a number that its CRC proves; empty otherwise.
 std::string number_of(const TorchFile& sibling, const ZipRecord& record) {
@@ -169,10 +170,10 @@ class PartitionHeader {
 
 }  // namespace
 
-StandIn make_stand_in(const std::string& name, const std::string& pickle,
+StandIn make_stand_in(const std::string& name, std::shared_ptr<const std::string> pickle,
                       const std::vector<StorageSource>& storages,
                       std::shared_ptr<const ReadableFile> source) {
-  checkpoint::FileBlueprint blueprint{.path = name, .head = pickle, .storages = {}};
+  checkpoint::FileBlueprint blueprint{.path = name, .head = *pickle, .storages = {}};
   std::vector<uint32_t> crcs;
   for (const StorageSource& storage : storages) {
     const bool literal = !storage.literal.empty();
@@ -193,8 +194,20 @@ StandIn make_stand_in(const std::string& name, const std::string& pickle,
     for (const Literal& literal : part)
       pieces->pieces.push_back({.offset_bytes = literal.offset_bytes,
                                 .size_bytes = static_cast<int64_t>(literal.bytes.size()),
-                                .literal = literal.bytes});
+                                .literal = literal.bytes,
+                                .shared = nullptr});
   }
+  // The first record is the pickle: its header stays, its bytes are held once for all that share
+  // it.
+  const auto pickle_bytes = static_cast<int64_t>(pickle->size());
+  Pieces::Piece& opening = pieces->pieces.front();
+  opening.size_bytes -= pickle_bytes;
+  opening.literal = opening.literal.substr(0, static_cast<size_t>(opening.size_bytes));
+  const int64_t pickle_offset = opening.size_bytes;
+  pieces->pieces.push_back({.offset_bytes = pickle_offset,
+                            .size_bytes = pickle_bytes,
+                            .literal = {},
+                            .shared = std::move(pickle)});
   StandIn result;
   for (size_t i = 0; i < storages.size(); ++i) {
     const StorageSource& storage = storages[i];
@@ -203,6 +216,7 @@ StandIn make_stand_in(const std::string& name, const std::string& pickle,
       pieces->pieces.push_back({.offset_bytes = at,
                                 .size_bytes = storage.size_bytes,
                                 .literal = {},
+                                .shared = nullptr,
                                 .source_offset = storage.record->data_offset});
     if (!storage.why.empty() && storage.size_bytes > 0)
       result.damage.push_back({at, at + storage.size_bytes, storage.why});
@@ -210,22 +224,27 @@ StandIn make_stand_in(const std::string& name, const std::string& pickle,
   std::erase_if(pieces->pieces, [](const Pieces::Piece& piece) { return piece.size_bytes == 0; });
   std::ranges::sort(pieces->pieces, {}, &Pieces::Piece::offset_bytes);
   result.contents = std::move(pieces);
+  result.held_bytes = static_cast<int64_t>(storages.size()) * kRecordBytes;
   return result;
 }
 
-StandIn sibling_stand_in(const std::string& name, const TorchFile& sibling,
+SiblingForm sibling_form(std::shared_ptr<const TorchFile> sibling) {
+  auto pickle = std::make_shared<const std::string>(pickle_bytes(*sibling));
+  std::vector<int64_t> sizes = checkpoint::storage_sizes(*pickle, sibling->path());
+  return {std::move(sibling), std::move(pickle), std::move(sizes)};
+}
+
+StandIn sibling_stand_in(const std::string& name, const SiblingForm& sibling,
                          const std::string& why) {
   std::vector<StorageSource> storages;
-  const std::string pickle = pickle_bytes(sibling);
-  const std::vector<int64_t> sizes = checkpoint::storage_sizes(pickle, sibling.path());
-  for (size_t k = 0; k < sizes.size(); ++k)
-    storages.push_back({.size_bytes = sizes[k], .literal = {}, .why = why});
-  for (const ZipRecord& record : sibling.zip().records) {
+  for (int64_t size_bytes : sibling.storage_sizes)
+    storages.push_back({.size_bytes = size_bytes, .literal = {}, .why = why});
+  for (const ZipRecord& record : sibling.file->zip().records) {
     if (!record.name.starts_with("data/")) continue;
     const auto key = static_cast<size_t>(std::stol(record.name.substr(5)));
-    if (key < storages.size()) storages[key].literal = number_of(sibling, record);
+    if (key < storages.size()) storages[key].literal = number_of(*sibling.file, record);
   }
-  return make_stand_in(name, pickle, storages, nullptr);
+  return make_stand_in(name, sibling.pickle, storages, nullptr);
 }
 
 StandIn partition_stand_in(const std::string& name, const TorchFile& sibling,
@@ -241,7 +260,7 @@ StandIn partition_stand_in(const std::string& name, const TorchFile& sibling,
     }
     storages.push_back(std::move(storage));
   }
-  return make_stand_in(name, header.head, storages, nullptr);
+  return make_stand_in(name, std::make_shared<const std::string>(header.head), storages, nullptr);
 }
 
 }  // namespace isoshard::reshard

@@ -30,7 +30,8 @@ struct Pieces {
   struct Piece {
     int64_t offset_bytes = 0;
     int64_t size_bytes = 0;
-    std::string literal;  // empty: bytes of `source`
+    std::string literal;                        // empty: of `shared`, or else of `source`
+    std::shared_ptr<const std::string> shared;  // all of it
     int64_t source_offset = 0;
   };
   int64_t size_bytes = 0;
@@ -42,6 +43,7 @@ struct Pieces {
 struct StandIn {
   std::shared_ptr<const Pieces> contents;
   std::vector<Damage> damage;
+  int64_t held_bytes = 0;  // about as much memory as it takes, without the pickle
 };
 
 // Where one storage's bytes come from: a record of the source, or a literal, or nowhere (`why`).
@@ -53,13 +55,21 @@ struct StorageSource {
 };
 
 // A file of torch.save under `name` with that pickle and those storages, data/0 first.
-StandIn make_stand_in(const std::string& name, const std::string& pickle,
+StandIn make_stand_in(const std::string& name, std::shared_ptr<const std::string> pickle,
                       const std::vector<StorageSource>& storages,
                       std::shared_ptr<const ReadableFile> source);
 
+// What all stand-ins for files like one sibling share.
+struct SiblingForm {
+  std::shared_ptr<const checkpoint::TorchFile> file;
+  std::shared_ptr<const std::string> pickle;
+  std::vector<int64_t> storage_sizes;
+};
+SiblingForm sibling_form(std::shared_ptr<const checkpoint::TorchFile> sibling);
+
 // A lost file, with the header of a sibling's (same kind, other rank), which fits it unchanged.
 // Numbers (storages of 0-d tensors) are the sibling's; nothing in it counts as proven.
-StandIn sibling_stand_in(const std::string& name, const checkpoint::TorchFile& sibling,
+StandIn sibling_stand_in(const std::string& name, const SiblingForm& sibling,
                          const std::string& why);
 
 // The same for a partition file of stages 1 and 2, where lengths differ from rank to rank: `model`

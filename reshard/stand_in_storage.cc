@@ -52,10 +52,11 @@ void Pieces::read_at(int64_t offset, std::span<std::byte> target) const {
     const std::span<std::byte> part =
         target.subspan(static_cast<size_t>(from - offset), static_cast<size_t>(count));
     const int64_t inside = from - piece->offset_bytes;
-    if (piece->literal.empty())
+    const std::string& bytes = piece->shared ? *piece->shared : piece->literal;
+    if (bytes.empty())
       source->read_at(piece->source_offset + inside, part);
     else
-      std::memcpy(part.data(), piece->literal.data() + inside, part.size());
+      std::memcpy(part.data(), bytes.data() + inside, part.size());
   }
 }
 

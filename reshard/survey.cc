@@ -3,12 +3,10 @@
 
 #include <algorithm>
 
-#include "checkpoint/cancel.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/source.h"
-#include "checkpoint/format/crc.h"
+#include "checkpoint/format/record_proof.h"
 #include "core/error.h"
-#include "core/polynomial.h"
 #include "reshard/parallel.h"
 
 namespace isoshard::reshard {
@@ -18,47 +16,30 @@ using checkpoint::FileName;
 using checkpoint::Inventory;
 using checkpoint::kNoNode;
 using checkpoint::ModelStates;
+using checkpoint::one_line;
 using checkpoint::TorchFile;
 using checkpoint::TornFile;
 using checkpoint::TornStorage;
+using checkpoint::why_unproven;
 using checkpoint::ZipRecord;
 using Health = SurveyedFile::Health;
 
 namespace {
 
-constexpr int64_t kStepBytes = 1 << 20, kNumberBytes = 64;
+constexpr int64_t kNumberBytes = 64;
 constexpr size_t kMostMissing = 10'000;
+constexpr int64_t kMostHeldBytes = int64_t{2} << 30;  // of memory, by all stand-ins
 constexpr const char* kNext =
     "docs/KNOWN_GAPS.md says what salvage leaves out; bring the damaged files from another copy";
 
-std::string one_line(const ErrorInfo& info) {
-  std::string text = info.what;
-  if (!info.entry.empty()) text += " " + info.entry;
-  if (!info.expected.empty()) text += ", expected " + info.expected;
-  if (!info.found.empty()) text += ", found " + info.found;
-  return text;
-}
-
-// Why a record is not proven; empty where its CRC is right.
-std::string why_unproven(const ReadableFile& file, const ZipRecord& record) {
-  checkpoint::RawCrcs crcs;
-  std::vector<std::byte> bytes;
-  try {
-    for (int64_t at = 0; at < record.size_bytes; at += kStepBytes) {
-      checkpoint::throw_if_cancelled();
-      bytes.resize(static_cast<size_t>(std::min(kStepBytes, record.size_bytes - at)));
-      file.read_at(record.data_offset + at, bytes);
-      crcs.update(bytes);
-    }
-  } catch (const Error& error) {
-    if (error.info().code == ErrorCode::kInterrupted) throw;
-    return "record " + record.name + " cannot be read: " + one_line(error.info());
-  }
-  const auto found =
-      static_cast<uint32_t>(crc32_polynomial().finish(crcs.crc32, record.size_bytes));
-  if (found == record.crc32) return "";
-  return "CRC wrong at record " + record.name + ": " + checkpoint::hex16(record.crc32).substr(8) +
-         " is recorded, its bytes give " + checkpoint::hex16(found).substr(8);
+// What says nothing of the file: no handles, no rights, a stale mount, an interruption.
+void refuse_own_trouble(const Error& error) {
+  const ErrorCode code = error.info().code;
+  const bool of_file = code == ErrorCode::kCorrupt || code == ErrorCode::kIncomplete ||
+                       code == ErrorCode::kHostile || code == ErrorCode::kUnsupported ||
+                       code == ErrorCode::kLimit || code == ErrorCode::kMismatch ||
+                       code == ErrorCode::kNotFound;
+  if (!of_file && !checkpoint::is_bad_sector(error.info())) throw error;
 }
 
 bool is_storage(const ZipRecord& record) { return record.name.starts_with("data/"); }
@@ -152,7 +133,7 @@ Survey::Look Survey::look(const std::string& name) {
   try {
     look_into(&result, checkpoint::join(folder_, name));
   } catch (const Error& error) {
-    if (error.info().code == ErrorCode::kInterrupted) throw;
+    refuse_own_trouble(error);
     result.file.health =
         error.info().code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
     result.file.why = one_line(error.info());
@@ -181,9 +162,13 @@ void Survey::look_into(Look* look, const std::string& path) {
     }
     if (!whole) look->torn = torn_form(*look->file.torch);
   } catch (const Error& error) {
+    // A name in the directory that lies may be a flipped bit; a pickle that lies is told again.
     const ErrorCode code = error.info().code;
-    if (code != ErrorCode::kCorrupt && code != ErrorCode::kIncomplete) throw;
+    if (code != ErrorCode::kCorrupt && code != ErrorCode::kIncomplete &&
+        code != ErrorCode::kHostile && !checkpoint::is_bad_sector(error.info()))
+      throw;
     look->file.torch.reset();
+    look->file.damage.clear();
     look->file.health = Health::kTorn;
     look->file.why = one_line(error.info());
     look->bytes = base_.open_read(path);
@@ -197,10 +182,10 @@ void Survey::look_into(Look* look, const std::string& path) {
         .what = "The file was saved under another name (--allow-renamed takes it as it is):",
         .file = path,
         .entry = quote(prefix)});
-  if (look->torn) check_records(look);
+  if (look->torn && look->file.torch) check_records(look);  // a torn file's are proven by now
 }
 
-// Of a file that needs a stand-in: which of its records are proven.
+// Of a whole file that needs a stand-in: which of its records are proven.
 void Survey::check_records(Look* look) {
   if (!look->bytes) look->bytes = base_.open_read(checkpoint::join(folder_, look->file.name));
   for (TornStorage& storage : look->torn->storages) {
@@ -240,12 +225,14 @@ void Survey::put_together(Look* look) {
       storage.literal = borrowed_number(own.name, key, from.size_bytes);
     storages.push_back(std::move(storage));
   }
-  StandIn made = make_stand_in(own.name, look->torn->pickle, storages, look->bytes);
+  auto pickle = std::make_shared<const std::string>(std::move(look->torn->pickle));
+  StandIn made = make_stand_in(own.name, std::move(pickle), storages, look->bytes);
   own.damage = std::move(made.damage);
-  shown_.put(own.name, std::move(made.contents));
   try {
-    own.torch = std::make_shared<TorchFile>(shown_, checkpoint::join(folder_, own.name));
+    show(&own, std::move(made));
   } catch (const Error& error) {
+    if (held_bytes_ > kMostHeldBytes) throw;
+    refuse_own_trouble(error);
     own.torch.reset();
     own.health = error.info().code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
     own.why = one_line(error.info());
@@ -376,10 +363,41 @@ void Survey::replace(SurveyedFile* file, const Place& place) {
   StandIn made = place.optim && !stage3_
                      ? partition_stand_in(file->name, *sibling->torch, model_of(place.mp),
                                           {.rank = place.rank, .ranks = ranks_}, file->why)
-                     : sibling_stand_in(file->name, *sibling->torch, file->why);
+                     : sibling_stand_in(file->name, form_of(*sibling), file->why);
   file->damage = {{0, made.contents->size_bytes, file->why}};
+  show(file, std::move(made));
+}
+
+const SiblingForm& Survey::form_of(const SurveyedFile& sibling) {
+  const auto known = forms_.find(sibling.torch.get());
+  if (known != forms_.end()) return known->second;
+  return forms_.emplace(sibling.torch.get(), sibling_form(sibling.torch)).first->second;
+}
+
+// Puts the stand-in in the file's place. A few bytes of a model file can ask for any number.
+void Survey::show(SurveyedFile* file, StandIn made) {
+  held_bytes_ += made.held_bytes;
+  for (const Pieces::Piece& piece : made.contents->pieces) {
+    if (piece.shared && counted_.insert(piece.shared.get()).second)
+      held_bytes_ += static_cast<int64_t>(piece.shared->size());
+  }
+  refuse_too_much();
   shown_.put(file->name, std::move(made.contents));
   file->torch = std::make_shared<TorchFile>(shown_, checkpoint::join(folder_, file->name), &shelf_);
+  if (counted_.insert(&file->torch->document()).second)
+    held_bytes_ += file->torch->pickle().memory_bytes();
+  refuse_too_much();
+}
+
+void Survey::refuse_too_much() const {
+  if (held_bytes_ <= kMostHeldBytes) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                        .what = "A limit against resource bombs was reached: memory of what stands "
+                                "in for damaged and missing files.",
+                        .file = folder_,
+                        .expected = "at most " + std::to_string(kMostHeldBytes) + " bytes",
+                        .found = std::to_string(held_bytes_) + " bytes or more",
+                        .next = kNext});
 }
 
 // Of an uneven split a rank's shapes are its own: another rank's header then fits nowhere.

@@ -73,6 +73,9 @@ class Survey {
   void expect(const std::string& name, Place place);
   void stand_in_for_lost();
   void replace(SurveyedFile* file, const Place& place);
+  void show(SurveyedFile* file, StandIn made);
+  void refuse_too_much() const;
+  const SiblingForm& form_of(const SurveyedFile& sibling);
   const SurveyedFile* sibling_of(const Place& place) const;
   const checkpoint::ModelStates& model_of(int mp);
   void add(SurveyedFile file);
@@ -87,6 +90,10 @@ class Survey {
   std::vector<SurveyedFile> files_;
   std::map<std::string, size_t> numbers_;          // by name, in files_
   std::map<int, checkpoint::ModelStates> models_;  // by mp rank, for shapes alone
+  // By file, which they keep, so that no other takes its address.
+  std::map<const checkpoint::TorchFile*, SiblingForm> forms_;
+  std::set<const void*> counted_;  // pickles, and what was made of them
+  int64_t held_bytes_ = 0;         // by stand-ins
   size_t missing_ = 0;
   std::map<std::string, Place> places_;  // of files that the checkpoint consists of
   bool stage3_ = false;

@@ -12,6 +12,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from random import Random
 
@@ -163,7 +164,8 @@ class Salvage(ProgramCase):
                         self.assertEqual(health, "lost" if beheaded else "torn")
 
     def test_random_damage_never_exports_a_wrong_byte(self):
-        """A flipped byte anywhere, or a cut with a flip before it; ISOSHARD_CASES of them."""
+        """A flipped byte anywhere, a local name's digit made another, or an older save's bytes from
+        some place on; and cuts; ISOSHARD_CASES of them."""
         random = Random(1)
         truths = {name: self.damaged(name)[2] for name in FLAT + SLOTS}
         for case in range(2000 if ASKED == "all" else int(ASKED)):
@@ -171,7 +173,7 @@ class Salvage(ProgramCase):
             (source, tag, _), truth = self.damaged_files(name), truths[name]
             for each in random.sample(sorted(truth.files), random.choice((1, 1, 2))):
                 path = tag / each
-                flip(path, random.randrange(path.stat().st_size))
+                harm(path, random)
                 if random.random() < 0.3:
                     os.truncate(path, random.randrange(path.stat().st_size))
             result = subprocess.run(
@@ -190,6 +192,40 @@ class Salvage(ProgramCase):
                     key = tensor["name"], tensor["state"]
                     if tensor["status"] in ("exported", "copy"):
                         self.compare(key, tensor["status"], tensor["in"], truth)
+
+    def test_an_interrupted_save_over_an_older_one(self):
+        """FastFileWriter does not cut off the file that it opens: what is behind is older."""
+        for name in ("z1_bf16_dp2", "z3_bf16_dp3"):
+            _, tag, truth = self.damaged(name)
+            each = truth.optims[-1]
+            ends, data = record_ends(tag / each), (tag / each).read_bytes()
+            first, older = first_storage(tag / each), older_save(tag / each)
+            last = max(ends[f"data/{key}"][1] for _, key in truth.places(each))
+            for begin, end, behind in ends.values():
+                for at in {begin, (begin + end) // 2, end, behind, behind + 20}:
+                    if not first <= at <= last:
+                        continue
+                    source, tag, _ = self.damaged_files(name)
+                    (tag / each).write_bytes(data[:at] + older[at:])
+                    lost = {p for p in truth.places(each) if ends[f"data/{p[1]}"][1] > at}
+                    with self.subTest(name, at=at):
+                        report = self.salvage(source, 1)
+                        for tensor in report["tensors"]:
+                            key = tensor["name"], tensor["state"]
+                            held = {run[2] for run in truth.entries[key][2]}
+                            if tensor["status"] == "exported":
+                                self.assertFalse(held & lost, key)
+                                self.compare(key, "exported", tensor["in"], truth)
+
+    def test_a_name_of_another_record(self):
+        """The directory still says what the record is: nothing is lost, and none is hostile."""
+        source, tag, truth = self.damaged("z1_bf16_dp2")
+        each = truth.optims[0]
+        begin = record_ends(tag / each)["data/1"][0]
+        at = (tag / each).read_bytes().rfind(b"data/1", 0, begin) + 5
+        flip(tag / each, at, ord("1") ^ ord("0"))
+        report = self.check(source, truth, set())
+        self.assertEqual({f["name"]: f["health"] for f in report["files"]}[each], "torn")
 
     def test_a_header_that_does_not_hold(self):
         for name in ("z1_bf16_dp2", "z3_bf16_dp2_frozen"):
@@ -392,10 +428,50 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def flip(path, offset):
+def flip(path, offset, mask=0x10):
     data = bytearray(path.read_bytes())
-    data[offset] ^= 0x10
+    data[offset] ^= mask
     path.write_bytes(data)
+
+
+def harm(path, random):
+    data = path.read_bytes()
+    kind = random.randrange(3)
+    if kind == 0:
+        flip(path, random.randrange(len(data)), random.randrange(1, 256))
+    elif kind == 1:
+        ends = record_ends(path)
+        digits = [data.rfind(record.encode(), 0, begin) + len(record) - 1
+                  for record, (begin, _, _) in ends.items() if record.startswith("data/")]
+        at = random.choice(digits)
+        flip(path, at, data[at] ^ random.choice([d for d in b"0123456789" if d != data[at]]))
+    else:
+        at = random.randrange(first_storage(path), len(data))
+        path.write_bytes(data[:at] + older_save(path)[at:])
+
+
+def first_storage(path):
+    """Where one storage is all of the newer save. Before that, where data.pkl does not differ, the
+    file is the older one with one damaged record, and nothing in it says otherwise."""
+    ends = record_ends(path).items()
+    return min(behind for name, (begin, end, behind) in ends
+               if name.startswith("data/") and begin < end)
+
+
+def older_save(path):
+    """Of the same shapes, with other bytes in every storage, under right CRCs."""
+    data = bytearray(path.read_bytes())
+    for record, (begin, end, _) in record_ends(path).items():
+        if not record.startswith("data/") or begin == end:
+            continue
+        data[begin:end] = bytes(byte ^ 0x5A for byte in data[begin:end])
+        crc = struct.pack("<I", zlib.crc32(data[begin:end]))
+        data[end + 4 : end + 8] = crc
+        name = f"{path.name.rsplit('.', 1)[0]}/{record}".encode()
+        at = data.rindex(name) - 46  # the directory's entry
+        assert data[at : at + 4] == b"PK\1\2", record
+        data[at + 16 : at + 20] = crc
+    return bytes(data)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-// See torn_file.h. Every scan goes forward once; nothing is allocated from a declared size.
+// See torn_file.h: data.pkl and the storages that it names; torn_chain.h proves their records.
 #include "checkpoint/format/torn_file.h"
 
 #include <algorithm>
@@ -6,10 +6,13 @@
 #include <map>
 #include <string_view>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/format/crc.h"
 #include "checkpoint/format/hostile_globals.h"
 #include "checkpoint/format/pickle_reader.h"
+#include "checkpoint/format/record_proof.h"
 #include "checkpoint/format/torch_file.h"
+#include "checkpoint/format/torn_chain.h"
 #include "checkpoint/format/zip_fields.h"
 #include "core/error.h"
 #include "core/utf8.h"
@@ -21,7 +24,8 @@ using namespace zip;
 
 constexpr int64_t kWindowBytes = 1 << 20, kLongestName = 600;
 constexpr int64_t kMostStorageBytes = int64_t{1} << 58;
-constexpr std::string_view kLocalMark("PK\3\4", 4), kDescriptorMark("PK\7\10", 4);
+constexpr int64_t kMostFileBytes = int64_t{1} << 60;  // what storages may add up to
+constexpr std::string_view kDescriptorMark("PK\7\10", 4);
 
 [[noreturn]] void fail(ErrorCode code, const std::string& path, const std::string& what,
                        const std::string& entry, const std::string& found = "") {
@@ -47,31 +51,31 @@ class Walker {
     read_pickle_record();
     for (int64_t bytes : storage_sizes(result_.pickle, file_.path()))
       result_.storages.push_back({bytes, std::nullopt, ""});
-    find_storages();
-    say_why();
+    TornChain(file_, &result_).prove();
     return std::move(result_);
   }
 
  private:
+  // Up to the file's end, or near to what the disk has lost.
   std::string bytes_at(int64_t offset, int64_t most) const {
-    std::string bytes(static_cast<size_t>(std::clamp<int64_t>(size_ - offset, 0, most)), '\0');
-    if (!bytes.empty()) file_.read_at(offset, std::as_writable_bytes(std::span(bytes)));
-    return bytes;
+    for (most = std::clamp<int64_t>(size_ - offset, 0, most); most > 0; most /= 2) {
+      try {
+        std::string bytes(static_cast<size_t>(most), '\0');
+        file_.read_at(offset, std::as_writable_bytes(std::span(bytes)));
+        return bytes;
+      } catch (const Error& error) {
+        if (!is_bad_sector(error.info())) throw;
+      }
+    }
+    return "";
   }
   std::optional<LocalHeader> header_at(int64_t offset) const;
-  int64_t next_header(int64_t from);
   void read_pickle_record();
-  bool is_descriptor(std::string_view bytes, int64_t size_bytes, bool wide) const;
-  void find_storages();
-  int64_t take_storage(const LocalHeader& header, int64_t offset);
-  void say_why();
+  bool is_descriptor(std::string_view bytes, int64_t size_bytes) const;
 
   const ReadableFile& file_;
   int64_t size_;
   TornFile result_;
-  int64_t cursor_ = 0;
-  std::string window_;
-  int64_t window_offset_ = 0;
 };
 
 // A header that torch writes: stored, without sizes, under a name of ordinary length.
@@ -88,27 +92,10 @@ std::optional<LocalHeader> Walker::header_at(int64_t offset) const {
                      .deferred = flags == kTorchFlags};
 }
 
-// The first place at or behind `from` where a local header's mark stands; the file's size if none.
-int64_t Walker::next_header(int64_t from) {
-  while (from + 4 <= size_) {
-    const auto end = window_offset_ + static_cast<int64_t>(window_.size());
-    if (from < window_offset_ || from + 4 > end) {
-      window_ = bytes_at(from, kWindowBytes);
-      window_offset_ = from;
-    }
-    const size_t found = window_.find(kLocalMark, static_cast<size_t>(from - window_offset_));
-    if (found != std::string::npos) return window_offset_ + static_cast<int64_t>(found);
-    from = window_offset_ + static_cast<int64_t>(window_.size()) - 3;  // a mark may begin there
-    if (window_offset_ + static_cast<int64_t>(window_.size()) == size_) break;
-  }
-  return size_;
-}
-
-bool Walker::is_descriptor(std::string_view bytes, int64_t size_bytes, bool wide) const {
-  const size_t width = wide ? 8 : 4;
-  if (bytes.size() < 8 + 2 * width || !bytes.starts_with(kDescriptorMark)) return false;
+bool Walker::is_descriptor(std::string_view bytes, int64_t size_bytes) const {
+  if (bytes.size() < 16 || !bytes.starts_with(kDescriptorMark)) return false;
   const auto size = static_cast<uint64_t>(size_bytes);
-  return load(bytes, 8, width) == size && load(bytes, 8 + width, width) == size;
+  return load(bytes, 8, 4) == size && load(bytes, 12, 4) == size;
 }
 
 // data.pkl is the first record, and ends where a descriptor has its size and CRC.
@@ -120,13 +107,14 @@ void Walker::read_pickle_record() {
     fail(ErrorCode::kCorrupt, file_.path(), "The file does not begin as torch's archives do.",
          "first local header");
   if (const std::string why = why_unsafe_name(header->path); !why.empty())
-    fail(ErrorCode::kHostile, file_.path(), "A zip record has an unsafe name: " + why + ".",
+    fail(ErrorCode::kCorrupt, file_.path(), "A zip record has an unsafe name: " + why + ".",
          quote(header->path));
   result_.prefix = header->path.substr(0, slash);
   const int64_t most = PickleLimits{}.stream_bytes + 24;
   std::string bytes;
   size_t from = 0;
   for (;;) {
+    throw_if_cancelled();
     const auto read = static_cast<int64_t>(bytes.size());
     const std::string more =
         bytes_at(header->data_offset + read, std::min(kWindowBytes, most - read));
@@ -137,11 +125,9 @@ void Walker::read_pickle_record() {
     bytes += more;
     for (size_t at; (at = bytes.find(kDescriptorMark, from)) != std::string::npos; from = at + 1) {
       if (at + 16 > bytes.size()) break;
-      if (!is_descriptor(std::string_view(bytes).substr(at), static_cast<int64_t>(at), false))
-        continue;
+      if (!is_descriptor(std::string_view(bytes).substr(at), static_cast<int64_t>(at))) continue;
       const uint32_t crc = crc32_of(std::as_bytes(std::span(bytes.data(), at)));
       if (crc == load(bytes, at + 4, 4)) {
-        cursor_ = header->data_offset + static_cast<int64_t>(at) + 16;
         bytes.resize(at);
         result_.pickle = std::move(bytes);
         return;
@@ -150,65 +136,6 @@ void Walker::read_pickle_record() {
            hex16(crc).substr(8));
     }
     if (from + 16 < bytes.size()) from = bytes.size() - 16;
-  }
-}
-
-void Walker::find_storages() {
-  while (cursor_ < size_) {
-    const int64_t offset = next_header(cursor_);
-    if (offset >= size_) return;
-    const std::optional<LocalHeader> header = header_at(offset);
-    cursor_ = header ? std::max(take_storage(*header, offset), offset + 4) : offset + 4;
-  }
-}
-
-// Notes the record if it is a storage's, and says where the walk goes on.
-int64_t Walker::take_storage(const LocalHeader& header, int64_t offset) {
-  const std::string folder = result_.prefix + "/data/";
-  size_t key = 0;
-  const char* const end = header.path.data() + header.path.size();
-  if (!header.path.starts_with(folder)) return header.data_offset;
-  const auto [stop, failure] = std::from_chars(header.path.data() + folder.size(), end, key);
-  if (failure != std::errc() || stop != end || key >= result_.storages.size())
-    return header.data_offset;
-  TornStorage& storage = result_.storages[key];
-  if (storage.record)
-    fail(ErrorCode::kHostile, file_.path(), "Two zip records have the same name.",
-         quote(header.path));
-  ZipRecord record{.name = "data/" + std::to_string(key),
-                   .header_offset = offset,
-                   .data_offset = header.data_offset,
-                   .size_bytes = storage.size_bytes};
-  if (storage.size_bytes == 0) {
-    storage.record = record;
-    return header.data_offset;
-  }
-  const bool wide = !local_zip64(storage.size_bytes, offset).empty();
-  if (storage.size_bytes > size_ - header.data_offset) {
-    storage.why = "truncated at byte " + std::to_string(size_) + " of the file, " +
-                  std::to_string(std::max<int64_t>(size_ - header.data_offset, 0)) + " of its " +
-                  std::to_string(storage.size_bytes) + " bytes are there";
-    return header.data_offset;
-  }
-  const int64_t behind = header.data_offset + storage.size_bytes;
-  const std::string descriptor = bytes_at(behind, wide ? 24 : 16);
-  if (is_descriptor(descriptor, storage.size_bytes, wide)) {
-    record.crc32 = static_cast<uint32_t>(load(descriptor, 4, 4));
-    storage.record = record;
-  } else if (descriptor.size() < (wide ? 24u : 16u)) {
-    storage.why =
-        "truncated at byte " + std::to_string(size_) + " of the file, before the record's CRC";
-  } else {
-    storage.why = "the descriptor behind the record, which holds its CRC, is damaged";
-  }
-  return behind;
-}
-
-void Walker::say_why() {
-  for (TornStorage& storage : result_.storages) {
-    if (!storage.record && storage.why.empty())
-      storage.why =
-          "no record of it was found in the file, which ends at byte " + std::to_string(size_);
   }
 }
 
@@ -262,8 +189,13 @@ std::vector<int64_t> storage_sizes(const std::string& bytes, const std::string& 
       bad();
   }
   std::vector<int64_t> result;
+  int64_t sum = 0;
   for (const auto& [key, size] : sizes) {
     if (key != static_cast<int64_t>(result.size())) bad();
+    if (size > kMostFileBytes - sum)
+      fail(ErrorCode::kLimit, path, "The storages are larger than a file can be.",
+           "data/" + std::to_string(key), std::to_string(size) + " bytes");
+    sum += size;
     result.push_back(size);
   }
   return result;

@@ -1,12 +1,12 @@
 // A file of torch.save whose zip directory is gone or does not fit: cut short by a full disk, or
-// damaged between its records. What lies before the cut is found by walking local headers:
+// damaged between its records. data.pkl is read
+// from the front, and says where all else must stand; torn_chain.h proves what does.
 //
-//   | header | prefix/data.pkl | data | descriptor | header | prefix/data/0 | data | descript…
-//              must be whole, its CRC right          as many bytes as the pickle says    ^ the cut
+//   | header | prefix/data.pkl | data | descriptor | …
+//              must be whole, its CRC right
 //
-// Local headers of torch hold neither sizes nor CRCs; the descriptor behind the data holds both, so
-// a record that has lost its descriptor cannot be proven. An intact file is read by torch_file.h,
-// whose rules are stricter; nothing here judges the bytes between records.
+// Local headers of torch hold neither sizes nor CRCs; the descriptor behind the data holds both. An
+// intact file is read by torch_file.h, whose rules are stricter.
 #pragma once
 
 #include <optional>
@@ -20,7 +20,7 @@ namespace isoshard::checkpoint {
 
 struct TornStorage {
   int64_t size_bytes = 0;           // as the pickle has it
-  std::optional<ZipRecord> record;  // with the CRC that its descriptor claims
+  std::optional<ZipRecord> record;  // where it is proven
   std::string why;                  // why there is none
 };
 
@@ -31,7 +31,7 @@ struct TornFile {
 };
 
 // Throws Error(kCorrupt, kIncomplete) where data.pkl cannot be proven, and what the ordinary reader
-// throws for a hostile file: kHostile, kLimit. No payload is read.
+// throws for a hostile file: kHostile, kLimit. Reads the payloads once, for their CRCs.
 TornFile read_torn_file(const ReadableFile& file);
 
 // The bytes of each storage that the pickle in `bytes` names, by key; keys must be 0 … n−1.
