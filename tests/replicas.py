@@ -11,6 +11,8 @@ Not verified: checkpoints of thousands of ranks.
 
 import hashlib
 import json
+import re
+import resource
 import struct
 import sys
 from pathlib import Path
@@ -68,6 +70,15 @@ class Altered:
         records[record] = data[:offset] + inverted + data[end:]
         return self
 
+    def retyped(self, inside, find, kind):
+        """The storage of one tensor has a class of its own."""
+        key = self.place(inside, find)[0].removeprefix("data/")
+        records = self.folder.files[inside][1]
+        before = re.compile(rb"(?:h.|j....)(?=" + re.escape(h.text(key)) + b")", re.DOTALL)
+        records["data.pkl"], hits = before.subn(h.name("torch", kind), records["data.pkl"])
+        assert hits == 1, hits
+        return self
+
     def write(self, target):
         return self.folder.write(target)
 
@@ -123,7 +134,8 @@ class Case(ProgramCase):
         """The differences of one kind, after a look at the text form."""
         source = altered.write(self.place / "source")
         differences, verification = self.told(status, source, "--replicas")
-        self.assertEqual(verification["verdict"], verdict, verification["findings"])
+        if verdict is not None:
+            self.assertEqual(verification["verdict"], verdict, verification["findings"])
         self.run_program(status, "verify", source, "--replicas")
         kind = [each for each in differences if each["what"] == what]
         self.assertTrue(kind, differences)
@@ -246,6 +258,24 @@ class Tensors(Case):
         [difference] = [each for each in differences if each["name"] == NORM]
         self.assertIn(f'"{Path(inside).name}" {record} does not fit', difference["evidence"]
                       .replace(str(Path(inside).parent) + "/", ""))
+
+
+    def test_a_rank_of_another_dtype(self):
+        """Plain verify tells it; nothing that it tells may get lost."""
+        for rank in range(3):
+            with self.subTest(rank=rank):
+                altered = self.altered("autotp_uneven_tp3")
+                inside = altered.files(MODEL)[rank]
+                altered.retyped(inside, module(NORM), "HalfStorage")
+                kind = self.found(altered, "tensors of ranks")
+                [dtypes] = [each for each in kind if each["name"] == NORM]
+                contrast = self.alone(dtypes, inside, copies=3)
+                self.assertEqual((contrast["found"], contrast["expected"]),
+                                 ("float16", "bfloat16"))
+                source = self.place / "source"
+                for flags in ([], ["--replicas"]):
+                    _, told = self.told(1, source, *flags)
+                    self.assertIn("Ranks differ in what they hold alike", json.dumps(told))
 
 
 class Pairs(Case):
@@ -374,6 +404,38 @@ class Values(Case):
         [difference] = [each for each in kind if each["name"] == "ds_version"]
         self.alone(difference, inside, copies=3)
 
+    def test_an_entry_that_one_tensor_parallel_rank_has_or_lacks(self):
+        """Such a rank is compared all the same: what it repeats must be right too."""
+        path = "optimizer_state_dict.base_optimizer_state.param_groups[0]"
+        for rank in range(3):
+            for old, new in (("lr", "learning"), ("weight_decay", "decay")):
+                with self.subTest(rank=rank, old=old):
+                    altered = self.altered("autotp_uneven_tp3")
+                    inside = altered.files(OPTIM)[rank]
+                    altered.folder.replace(h.text(old), h.text(new), only=inside)
+                    altered.folder.set_after(
+                        "eps", b"G" + struct.pack(">d", 0.5), only=inside)
+                    kind = self.found(altered, "values of ranks", verdict=None)
+                    names = {each["name"]: each for each in kind}
+                    lacks = self.alone(names[f"{path}.{old}"], inside, copies=3)
+                    self.assertEqual(lacks["found"], "absent")
+                    self.alone(names[f"{path}.{new}"], inside, copies=3)
+                    self.alone(names[f"{path}.eps"], inside, copies=3)
+
+    def test_the_parts_of_an_object_hide_nothing_of_each_other(self):
+        def scheduler(number):
+            made = h.name("deepspeed.runtime.lr_schedules", "WarmupLR") + h.sequence(h.integer(7))
+            return made + h.REDUCE + h.sequence(h.integer(number)) + h.BUILD
+
+        altered = self.altered("z3_bf16_dp3")
+        files = altered.files(MODEL)
+        for each in files:
+            number = 6 if each == files[1] else 5
+            altered.folder.set_after("lr_scheduler", scheduler(number), only=each)
+        [difference] = self.found(altered, "values of ranks", verdict=None)
+        contrast = self.alone(difference, files[1], copies=3)
+        self.assertEqual((contrast["expected"], contrast["found"]), ("5", "6"))
+
     def test_client_state_is_told_and_not_judged(self):
         altered = self.altered("z3_bf16_dp3")
         inside = altered.files(MODEL)[1]
@@ -381,6 +443,55 @@ class Values(Case):
         [difference] = self.found(altered, "client state", 0, "COMPLETE")
         self.alone(difference, inside, copies=3)
         self.assertFalse(difference["judged"])
+
+
+class Hostile(Case):
+    """Files that someone has made to do harm."""
+
+    def harmless(self, output):
+        """A terminal shows it, and obeys none of it; no line is the file's own."""
+        for character in output:
+            self.assertTrue(character == "\n" or (character.isprintable()), repr(character))
+        verdicts = [line for line in output.splitlines() if line.startswith("VERIFIED")]
+        self.assertEqual(verdicts, [])
+
+    def test_client_state_that_a_terminal_would_obey(self):
+        for evil in ("\u202e\u009b2J\x7f", "x" + 300 * "\u00e9", 99 * "a" + 60 * "\u00e9"):
+            with self.subTest(evil=evil):
+                altered = self.altered("z3_bf16_dp3")
+                altered.folder.set_after("epoch", h.text(evil), only=altered.files(MODEL)[1])
+                source = altered.write(self.place / "source")
+                self.harmless(self.run_program(0, "verify", source, "--replicas").stdout)
+
+    def test_names_that_a_terminal_would_obey(self):
+        evil = "k\x1b[2J\nVERIFIED  all of it" + 120 * "\u00e9"
+        altered = self.altered("z3_bf16_dp3")
+        for number, each in enumerate(altered.files(MODEL)):
+            schedule = h.mapping([(h.text(evil), h.text(evil + str(number)))])
+            altered.folder.set_after("lr_scheduler", schedule, only=each)
+        self.found(altered, "values of ranks", verdict=None)
+        self.harmless(self.run_program(1, "verify", self.place / "source", "--replicas").stdout)
+
+    def test_few_bytes_that_are_many_values(self):
+        """70 long keys hold one dictionary of 70 long keys, which hold one list of 100 numbers."""
+        altered = self.altered("z3_bf16_dp3")
+        for each in altered.files(MODEL):
+            slot = h.free_memo(altered.folder.files[each][1]["data.pkl"])
+            shared = h.EMPTY_LIST + h.MARK + 100 * h.integer(1) + h.APPENDS
+            for level in range(2):
+                place = struct.pack("<I", slot + level)
+                pairs = [(h.text(f"{key:03}" + 180 * "k"), b"j" + place) for key in range(1, 70)]
+                shared = h.mapping([(h.text("000"), shared + b"r" + place), *pairs])
+            altered.folder.insert("universal_checkpoint_info", shared, only=each)
+            self.assertLess(len(altered.folder.files[each][1]["data.pkl"]), 50_000)
+        source = altered.write(self.place / "source")
+        result = self.run_program(
+            None, "verify", source, "--replicas", "--json",
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)))
+        told = json.loads(result.stdout.splitlines()[-1])
+        self.assertEqual(len(told["not_compared"]), 3, told)
+        for line in told["not_compared"]:
+            self.assertIn("A limit against resource bombs was reached: values", line)
 
 
 class Clean(Case):
@@ -441,11 +552,12 @@ class Deep(Case):
         self.assertIn("6 sections as the source had them", told["certificate"])
         self.assertGreater(told["replicas"]["values of ranks"]["sets"], 10)
 
-    def test_a_certificate_that_names_another_source(self):
+    def recertified(self, change):
+        """A folder of ours whose certificate change() has altered, under a right manifest."""
         out, tag = self.ours()
         path = tag / "certificate.json"
         certificate = json.loads(path.read_text())
-        certificate["source"]["digests"]["weights"] = "iso1:" + 64 * "0"
+        change(certificate)
         path.write_text(json.dumps(certificate))
         listed = json.loads((tag / "MANIFEST.json").read_text())["files"]
         for each in listed:
@@ -455,10 +567,51 @@ class Deep(Case):
                 each["hash"] = "sha256:" + hashlib.sha256(data).hexdigest()
         (tag / "MANIFEST.json").write_text(
             h.manifest([(e["path"], e["size_bytes"], e["hash"]) for e in listed]))
+        return out
+
+    def test_a_certificate_that_names_another_source(self):
+        def change(certificate):
+            certificate["source"]["digests"]["weights"] = "iso1:" + 64 * "0"
+
+        out = self.recertified(change)
         self.told(0, out, "--replicas")
         _, told = self.told(1, out, "--deep")
         self.assertEqual(told["verdict"], "CORRUPT")
         self.assertIn("weights: the source had", json.dumps(told["findings"]))
+
+    def test_certificates_of_other_forms(self):
+        for part in ("source", "target", "sections"):
+            for value in ([], [[]], "x", 1, None, {}, {"digests": []}, {"digests": "x"}):
+                with self.subTest(part=part, value=value):
+                    self.setUp()
+                    out = self.recertified(lambda c: c.update({part: value}))
+                    verdict = ("VERIFIED", "CORRUPT") if part == "target" else ("VERIFIED",)
+                    result = self.run_program(None, "verify", out, "--deep", "--json")
+                    told = json.loads(result.stdout.splitlines()[-1])
+                    self.assertIn(told["verdict"], verdict)
+                    self.assertEqual(result.returncode, told["verdict"] != "VERIFIED", result)
+
+    def test_what_a_certificate_says_is_quoted(self):
+        evil = "iso1:\x1b[2J\nVERIFIED  all of it"
+
+        def target(certificate):
+            certificate["target"]["digests"]["weights"] = evil
+
+        def source(certificate):
+            certificate["source"]["digests"]["weights"] = evil
+
+        def forced(certificate):
+            certificate["forced"] = [evil]
+
+        for change, status in ((target, 1), (source, 1), (forced, 0)):
+            with self.subTest(change=change.__name__):
+                self.setUp()
+                out = self.recertified(change)
+                text = self.run_program(status, "verify", out, "--deep").stdout
+                self.assertIn("\\u{1b}[2J", text)
+                own = [line for line in text.splitlines() if "VERIFIED  all" in line]
+                self.assertEqual([line for line in own if line.strip().startswith("VERIFIED")], [])
+                self.assertNotIn("\x1b", text)
 
     def test_weights_alone(self):
         out = self.place / "w"
