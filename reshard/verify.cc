@@ -11,6 +11,7 @@
 #include "checkpoint/shallow_json.h"
 #include "core/error.h"
 #include "reshard/agreement.h"
+#include "reshard/certificate_words.h"
 #include "reshard/manifest_check.h"
 #include "reshard/rank_values.h"
 #include "reshard/report_text.h"
@@ -27,27 +28,6 @@ using nlohmann::json;
 constexpr const char* kUnfinished =
     "The folder holds the mark of a command of isoshard that did not finish.";
 constexpr int64_t kManifestBytes = int64_t{1} << 28, kCertificateBytes = int64_t{1} << 26;
-
-// A member of an object within an object; null where either is not there or something else.
-json member_of(const json& object, const char* outer, const char* inner) {
-  if (!object.is_object()) return nullptr;
-  const auto within = object.find(outer);
-  if (within == object.end() || !within->is_object()) return nullptr;
-  const auto found = within->find(inner);
-  return found == within->end() ? json(nullptr) : *found;
-}
-
-// A sentence of a file, of whatever lines: nothing that a terminal obeys, its quotes as they are.
-std::string sentence_of_file(const std::string& text) {
-  std::string quoted = quote(text), result;
-  for (size_t i = 1; i + 1 < quoted.size(); ++i) {
-    const bool escaped = quoted[i] == '\\' && quoted[i + 1] == '"' && i + 2 < quoted.size();
-    if (!escaped) result += quoted[i];
-  }
-  for (size_t at = 0; (at = result.find("\\u{a}", at)) != std::string::npos;)
-    result.replace(at, 5, "; ");
-  return result;
-}
 
 class Verifier {
  public:

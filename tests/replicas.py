@@ -9,10 +9,7 @@ recording as it is nothing may be told. Python's standard library only.
 Not verified: checkpoints of thousands of ranks.
 """
 
-import hashlib
 import json
-import re
-import resource
 import struct
 import sys
 from pathlib import Path
@@ -20,67 +17,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import compare_torch  # noqa: E402
 import hostile as h  # noqa: E402
-from program_case import CONFIG, ProgramCase, run_tests  # noqa: E402
+from program_case import CONFIG, run_tests  # noqa: E402
+from replica_case import MODEL, OPTIM, Case  # noqa: E402
 
-OPTIM, MODEL = "optim_states", "model_states"
 NORM = "model.layers.0.input_layernorm.weight"
 # DeepSpeed's own converter swaps masters there (docs/deepspeed_errata.md).
 ROUND_ROBIN = {("z2_rr_dp3", "universal"), ("z2_rr_groups_dp2", "universal")}
 
 # The config of the model files alone was edited there.
 EDITED = {"edited_data_first_ep2": {"ds_config.use_data_before_expert_parallelism"}}
-
-
-class Altered:
-    """A copy of a recording whose tensors and values can be changed, file by file."""
-
-    def __init__(self, source):
-        self.source, self.folder = source, h.ZeroFolder(source)
-
-    def files(self, *parts):
-        found = [each for each in sorted(self.folder.files) if all(p in each for p in parts)]
-        assert found, parts
-        return found
-
-    def place(self, inside, find):
-        """(record, byte offset, item size, elements) of the tensor that `find` picks."""
-        tensor = find(compare_torch.load(str(self.source / inside)))
-        width = compare_torch.ITEM_BYTES[tensor.dtype]
-        count = 1
-        for size in tensor.shape:
-            count *= size
-        return "data/" + tensor.storage.key, tensor.offset * width, width, count
-
-    def element(self, inside, find, change, at=0):
-        """change(bytes of element `at`) → its new bytes."""
-        record, offset, width, _ = self.place(inside, find)
-        records = self.folder.files[inside][1]
-        data, begin = records[record], offset + at * width
-        new = change(data[begin : begin + width])
-        assert len(new) == width
-        records[record] = data[:begin] + new + data[begin + width :]
-        return self
-
-    def whole(self, inside, find):
-        """All elements with every byte inverted."""
-        record, offset, width, count = self.place(inside, find)
-        records = self.folder.files[inside][1]
-        data, end = records[record], offset + width * count
-        inverted = bytes(255 - byte for byte in data[offset:end])
-        records[record] = data[:offset] + inverted + data[end:]
-        return self
-
-    def retyped(self, inside, find, kind):
-        """The storage of one tensor has a class of its own."""
-        key = self.place(inside, find)[0].removeprefix("data/")
-        records = self.folder.files[inside][1]
-        before = re.compile(rb"(?:h.|j....)(?=" + re.escape(h.text(key)) + b")", re.DOTALL)
-        records["data.pkl"], hits = before.subn(h.name("torch", kind), records["data.pkl"])
-        assert hits == 1, hits
-        return self
-
-    def write(self, target):
-        return self.folder.write(target)
 
 
 def flip(data):
@@ -115,43 +60,6 @@ def slice_of(path, name):
         if name in group:
             return group[name].state["start"]
     raise AssertionError(name)
-
-
-class Case(ProgramCase):
-    def told(self, status, source, *flags):
-        """The differences, the verification."""
-        result = self.run_program(status, "verify", source, "--json", *flags)
-        lines = [json.loads(line) for line in result.stdout.splitlines()]
-        self.assertEqual(lines[-1]["kind"], "verification")
-        for each in lines[:-1]:
-            self.assertEqual(each["kind"], "replica")
-        return lines[:-1], lines[-1]
-
-    def altered(self, name, inside="ckpt"):
-        return Altered(self.recorded(name, inside))
-
-    def found(self, altered, what, status=1, verdict="SUSPECT"):
-        """The differences of one kind, after a look at the text form."""
-        source = altered.write(self.place / "source")
-        differences, verification = self.told(status, source, "--replicas")
-        if verdict is not None:
-            self.assertEqual(verification["verdict"], verdict, verification["findings"])
-        self.run_program(status, "verify", source, "--replicas")
-        kind = [each for each in differences if each["what"] == what]
-        self.assertTrue(kind, differences)
-        self.assertEqual(verification["replicas"][what]["differing"], len(kind))
-        return kind
-
-    def alone(self, difference, inside, copies=None):
-        """One copy stands alone, and it is that file's."""
-        self.assertTrue(difference["majority"], difference)
-        self.assertEqual(len(difference["alone"]), 1, difference)
-        [contrast] = difference["contrasts"]
-        self.assertEqual(contrast["copy"], difference["alone"][0])
-        self.assertEqual(contrast["file"], Path(inside).name, difference)
-        if copies is not None:
-            self.assertEqual(len(difference["copies"]), copies)
-        return contrast
 
 
 class Tensors(Case):
@@ -258,24 +166,6 @@ class Tensors(Case):
         [difference] = [each for each in differences if each["name"] == NORM]
         self.assertIn(f'"{Path(inside).name}" {record} does not fit', difference["evidence"]
                       .replace(str(Path(inside).parent) + "/", ""))
-
-
-    def test_a_rank_of_another_dtype(self):
-        """Plain verify tells it; nothing that it tells may get lost."""
-        for rank in range(3):
-            with self.subTest(rank=rank):
-                altered = self.altered("autotp_uneven_tp3")
-                inside = altered.files(MODEL)[rank]
-                altered.retyped(inside, module(NORM), "HalfStorage")
-                kind = self.found(altered, "tensors of ranks")
-                [dtypes] = [each for each in kind if each["name"] == NORM]
-                contrast = self.alone(dtypes, inside, copies=3)
-                self.assertEqual((contrast["found"], contrast["expected"]),
-                                 ("float16", "bfloat16"))
-                source = self.place / "source"
-                for flags in ([], ["--replicas"]):
-                    _, told = self.told(1, source, *flags)
-                    self.assertIn("Ranks differ in what they hold alike", json.dumps(told))
 
 
 class Pairs(Case):
@@ -422,6 +312,16 @@ class Values(Case):
                     self.alone(names[f"{path}.{new}"], inside, copies=3)
                     self.alone(names[f"{path}.eps"], inside, copies=3)
 
+    def test_a_stage_with_other_entries_is_told_as_not_compared(self):
+        altered = self.altered("pipe_bf16_pp3_dp2")
+        for inside in altered.files("mp_rank_01", OPTIM):
+            altered.folder.replace(h.text("weight_decay"), h.text("decay"), only=inside)
+        source = altered.write(self.place / "source")
+        result = self.run_program(None, "verify", source, "--replicas", "--json")
+        told = json.loads(result.stdout.splitlines()[-1])
+        [line] = told["not_compared"]
+        self.assertIn("only among mp ranks that have the same, of 1; of 0, 2", line)
+
     def test_the_parts_of_an_object_hide_nothing_of_each_other(self):
         def scheduler(number):
             made = h.name("deepspeed.runtime.lr_schedules", "WarmupLR") + h.sequence(h.integer(7))
@@ -443,55 +343,6 @@ class Values(Case):
         [difference] = self.found(altered, "client state", 0, "COMPLETE")
         self.alone(difference, inside, copies=3)
         self.assertFalse(difference["judged"])
-
-
-class Hostile(Case):
-    """Files that someone has made to do harm."""
-
-    def harmless(self, output):
-        """A terminal shows it, and obeys none of it; no line is the file's own."""
-        for character in output:
-            self.assertTrue(character == "\n" or (character.isprintable()), repr(character))
-        verdicts = [line for line in output.splitlines() if line.startswith("VERIFIED")]
-        self.assertEqual(verdicts, [])
-
-    def test_client_state_that_a_terminal_would_obey(self):
-        for evil in ("\u202e\u009b2J\x7f", "x" + 300 * "\u00e9", 99 * "a" + 60 * "\u00e9"):
-            with self.subTest(evil=evil):
-                altered = self.altered("z3_bf16_dp3")
-                altered.folder.set_after("epoch", h.text(evil), only=altered.files(MODEL)[1])
-                source = altered.write(self.place / "source")
-                self.harmless(self.run_program(0, "verify", source, "--replicas").stdout)
-
-    def test_names_that_a_terminal_would_obey(self):
-        evil = "k\x1b[2J\nVERIFIED  all of it" + 120 * "\u00e9"
-        altered = self.altered("z3_bf16_dp3")
-        for number, each in enumerate(altered.files(MODEL)):
-            schedule = h.mapping([(h.text(evil), h.text(evil + str(number)))])
-            altered.folder.set_after("lr_scheduler", schedule, only=each)
-        self.found(altered, "values of ranks", verdict=None)
-        self.harmless(self.run_program(1, "verify", self.place / "source", "--replicas").stdout)
-
-    def test_few_bytes_that_are_many_values(self):
-        """70 long keys hold one dictionary of 70 long keys, which hold one list of 100 numbers."""
-        altered = self.altered("z3_bf16_dp3")
-        for each in altered.files(MODEL):
-            slot = h.free_memo(altered.folder.files[each][1]["data.pkl"])
-            shared = h.EMPTY_LIST + h.MARK + 100 * h.integer(1) + h.APPENDS
-            for level in range(2):
-                place = struct.pack("<I", slot + level)
-                pairs = [(h.text(f"{key:03}" + 180 * "k"), b"j" + place) for key in range(1, 70)]
-                shared = h.mapping([(h.text("000"), shared + b"r" + place), *pairs])
-            altered.folder.insert("universal_checkpoint_info", shared, only=each)
-            self.assertLess(len(altered.folder.files[each][1]["data.pkl"]), 50_000)
-        source = altered.write(self.place / "source")
-        result = self.run_program(
-            None, "verify", source, "--replicas", "--json",
-            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30)))
-        told = json.loads(result.stdout.splitlines()[-1])
-        self.assertEqual(len(told["not_compared"]), 3, told)
-        for line in told["not_compared"]:
-            self.assertIn("A limit against resource bombs was reached: values", line)
 
 
 class Clean(Case):
@@ -530,95 +381,6 @@ class Clean(Case):
         if len(ranks) > 1 and case.name.startswith("z3"):
             self.assertEqual(counts["buffers of ranks"],
                              {"sets": 2, "copies": 2 * len(ranks), "differing": 0})
-
-
-class Deep(Case):
-    def ours(self):
-        out = self.place / "out"
-        self.run_program(0, "reshard", self.recorded(), out, "--to", "dp=3", "--quiet")
-        return out, out / (out / "latest").read_text().strip()
-
-    def test_twice_and_all(self):
-        out, tag = self.ours()
-        _, plain = self.told(0, out)
-        (tag / "notes").mkdir()
-        _, told = self.told(0, out, "--deep")
-        self.assertEqual((told["verdict"], told["digest"]), ("VERIFIED", plain["digest"]))
-        files = [each for each in tag.rglob("*") if each.is_file()]
-        deep = told["deep"]
-        self.assertTrue(deep["twice"])
-        self.assertEqual(deep["dropped"] + deep["kept"], len(files))
-        self.assertEqual(deep["other_files"], 2)  # certificate and manifest
-        self.assertIn("6 sections as the source had them", told["certificate"])
-        self.assertGreater(told["replicas"]["values of ranks"]["sets"], 10)
-
-    def recertified(self, change):
-        """A folder of ours whose certificate change() has altered, under a right manifest."""
-        out, tag = self.ours()
-        path = tag / "certificate.json"
-        certificate = json.loads(path.read_text())
-        change(certificate)
-        path.write_text(json.dumps(certificate))
-        listed = json.loads((tag / "MANIFEST.json").read_text())["files"]
-        for each in listed:
-            if each["path"] == path.name:
-                data = path.read_bytes()
-                each["size_bytes"] = len(data)
-                each["hash"] = "sha256:" + hashlib.sha256(data).hexdigest()
-        (tag / "MANIFEST.json").write_text(
-            h.manifest([(e["path"], e["size_bytes"], e["hash"]) for e in listed]))
-        return out
-
-    def test_a_certificate_that_names_another_source(self):
-        def change(certificate):
-            certificate["source"]["digests"]["weights"] = "iso1:" + 64 * "0"
-
-        out = self.recertified(change)
-        self.told(0, out, "--replicas")
-        _, told = self.told(1, out, "--deep")
-        self.assertEqual(told["verdict"], "CORRUPT")
-        self.assertIn("weights: the source had", json.dumps(told["findings"]))
-
-    def test_certificates_of_other_forms(self):
-        for part in ("source", "target", "sections"):
-            for value in ([], [[]], "x", 1, None, {}, {"digests": []}, {"digests": "x"}):
-                with self.subTest(part=part, value=value):
-                    self.setUp()
-                    out = self.recertified(lambda c: c.update({part: value}))
-                    verdict = ("VERIFIED", "CORRUPT") if part == "target" else ("VERIFIED",)
-                    result = self.run_program(None, "verify", out, "--deep", "--json")
-                    told = json.loads(result.stdout.splitlines()[-1])
-                    self.assertIn(told["verdict"], verdict)
-                    self.assertEqual(result.returncode, told["verdict"] != "VERIFIED", result)
-
-    def test_what_a_certificate_says_is_quoted(self):
-        evil = "iso1:\x1b[2J\nVERIFIED  all of it"
-
-        def target(certificate):
-            certificate["target"]["digests"]["weights"] = evil
-
-        def source(certificate):
-            certificate["source"]["digests"]["weights"] = evil
-
-        def forced(certificate):
-            certificate["forced"] = [evil]
-
-        for change, status in ((target, 1), (source, 1), (forced, 0)):
-            with self.subTest(change=change.__name__):
-                self.setUp()
-                out = self.recertified(change)
-                text = self.run_program(status, "verify", out, "--deep").stdout
-                self.assertIn("\\u{1b}[2J", text)
-                own = [line for line in text.splitlines() if "VERIFIED  all" in line]
-                self.assertEqual([line for line in own if line.strip().startswith("VERIFIED")], [])
-                self.assertNotIn("\x1b", text)
-
-    def test_weights_alone(self):
-        out = self.place / "w"
-        self.run_program(0, "convert", self.recorded(), out, "--to", "fp32", "--quiet")
-        for source in (out, out / "model.safetensors"):
-            _, told = self.told(0, source, "--deep")
-            self.assertTrue(told["deep"]["twice"])
 
 
 if __name__ == "__main__":
