@@ -142,6 +142,16 @@ class Tensors(Case):
                     f"agrees with mp rank {1 - rank}", difference["evidence"].replace(", tp", " tp")
                 )
 
+    def test_what_is_said_without_the_flag(self):
+        altered = self.altered("autotp_z1_tp2_dp1")
+        altered.element(altered.files(MODEL)[1], module(NORM), flip)
+        source = altered.write(self.place / "source")
+        text = self.run_program(1, "verify", source).stdout
+        self.assertIn(": 1 differs\n", text)
+        self.assertIn("values of optimizer states that no other rank holds: they are stored", text)
+        text = self.run_program(0, "verify", self.recorded("z1_bf16_dp2")).stdout
+        self.assertIn("values of optimizer states: they are stored once", text)
+
     def test_stages_of_a_pipeline(self):
         altered = self.altered("pipe_bf16_pp3_dp2")
         inside = altered.files("mp_rank_02", OPTIM)[0]
