@@ -51,6 +51,12 @@ const std::set<std::string> kBase = {"base_optimizer_state", "optimizer_state_di
 // Models and optimizers say the same of these.
 const std::set<std::string> kEverywhere = {"ds_config", "ds_version"};
 
+// What the values of all files may take: each file has the budget of its walk, and a thousand files
+// a thousand of these. A value is a path, its text and what a map holds beside them.
+constexpr int64_t kMostBytes = int64_t{256} << 20, kValueBytes = 300;
+// Differences beyond these are counted and not listed.
+constexpr int kMostListed = 1000;
+
 enum class Family { kModel, kOptim, kExpertOptim };
 
 struct RankFile {
@@ -62,7 +68,7 @@ struct RankFile {
 struct Value {
   ReplicaKind kind = ReplicaKind::kValue;
   bool judged = true;
-  bool structural = false;                   // compared where mp ranks have the same paths
+  bool structural = false;                   // of a pipeline: compared where stages have the same
   std::set<Family> families;                 // whose files must have it
   std::map<std::string, int> numbers;        // of texts
   std::vector<std::pair<int, int>> holders;  // file, number of its text
@@ -85,6 +91,19 @@ std::optional<Family> family_of(const FileName& name) {
     default:
       return std::nullopt;
   }
+}
+
+// JSON of ASCII alone: of other characters a terminal may obey some, or turn the line round.
+std::string printable(const nlohmann::json& value) {
+  std::string text;
+  for (const char c :
+       value.dump(-1, ' ', /*ensure_ascii=*/true, nlohmann::json::error_handler_t::replace)) {
+    if (c == 0x7f)
+      text += "\\u007f";
+    else
+      text += c;
+  }
+  return text;
 }
 
 checkpoint::Leaf buffer_leaf(const TorchFile& document, int file, const std::string& name) {
@@ -117,6 +136,9 @@ class RankValues {
     }
     group_mp_ranks();
     for (const auto& [path, value] : values_) compare(path, value);
+    if (unlisted_ > 0)
+      report_.uncompared.push_back(std::to_string(unlisted_) +
+                                   " more values that differ are counted and not listed");
     for (const auto& [key, buffer] : buffers_) compare_buffer(key.second, buffer);
   }
 
@@ -126,30 +148,44 @@ class RankValues {
       const FileName name = checkpoint::parse_file_name(entry.name);
       if (const std::optional<Family> family = family_of(name))
         files_.push_back({entry.name, name, *family});
+      pipeline_ = pipeline_ || name.kind == FileName::Kind::kLayer;
     }
     std::ranges::stable_sort(
         files_, {}, [](const RankFile& f) { return std::tuple(f.family, f.name.mp, f.name.dp); });
   }
 
   void put(int file, const std::string& path, const std::string& text, const Value& like) {
-    Value& value = values_.try_emplace(path, like).first->second;
-    const auto number =
-        value.numbers.emplace(text, static_cast<int>(value.numbers.size())).first->second;
+    const auto [known, fresh] = values_.try_emplace(path, like);
+    Value& value = known->second;
+    const auto [number, other] =
+        value.numbers.emplace(text, static_cast<int>(value.numbers.size()));
     if (value.holders.empty() || value.holders.back().first != file)
-      value.holders.emplace_back(file, number);
-    if (!value.structural) return;
+      value.holders.emplace_back(file, number->second);
+    bytes_ += static_cast<int64_t>(sizeof value.holders.back());
+    if (fresh) bytes_ += kValueBytes + 2 * static_cast<int64_t>(path.size());
+    if (other) bytes_ += kValueBytes + static_cast<int64_t>(text.size());
+    if (bytes_ > kMostBytes) {
+      throw Error(ErrorInfo{
+          .code = ErrorCode::kLimit,
+          .what = "A limit against resource bombs was reached: values of all ranks.",
+          .file = files_[static_cast<size_t>(file)].relative,
+          .expected = "at most " + std::to_string(kMostBytes) + " bytes of paths and texts",
+          .next = "find out who wrote these files; a checkpoint needs less"});
+    }
+    if (!value.structural || !pipeline_) return;
     paths_[{files_[static_cast<size_t>(file)].family, files_[static_cast<size_t>(file)].name.mp}]
         .insert(path);
   }
 
   void walk(int file, const TorchFile& document, NodeId node, const std::string& path,
             const Value& like, bool steps_only = false) {
-    ValueWalk(document, kOwn, [&](const std::string& at, const std::string& text) {
+    ValueWalk(document, kOwn, &budget_, [&](const std::string& at, const std::string& text) {
       put(file, at, text, like);
     }).walk(node, path, steps_only);
   }
 
   void read(int file, checkpoint::PickleShelf* shelf) {
+    budget_ = {};
     const RankFile& rank = files_[static_cast<size_t>(file)];
     const auto opened =
         std::make_shared<TorchFile>(storage_, checkpoint::join(folder_, rank.relative), shelf);
@@ -186,7 +222,7 @@ class RankValues {
       const std::string& key = pickle.text(entries[i]);
       if (kOwn.contains(key)) continue;
       const bool base = kBase.contains(key);
-      walk(file, document, entries[i + 1], "optimizer_state_dict." + plain_name(key),
+      walk(file, document, entries[i + 1], "optimizer_state_dict." + shortened(plain_name(key)),
            {.judged = base || kOptimizer.contains(key),
             .structural = base || !kOptimizer.contains(key),
             .families = {Family::kOptim}});
@@ -196,10 +232,7 @@ class RankValues {
   void read_client_state(int file, const TorchFile& document) {
     const nlohmann::json state = checkpoint::client_state_json(document);
     for (const auto& [key, value] : state.items()) {
-      std::string text = value.dump();
-      if (text.size() > 200)
-        text = text.substr(0, 100) + "… sha256 " + checkpoint::sha256_hex(text).substr(0, 16);
-      put(file, "client state " + plain_name(key), text,
+      put(file, "client state " + shortened(plain_name(key)), shortened(printable(value)),
           {.kind = ReplicaKind::kClientState, .judged = false, .families = {Family::kModel}});
     }
   }
@@ -212,8 +245,10 @@ class RankValues {
     checkpoint::ShardedState state;
     state.files.push_back(
         {document.path(), files_[static_cast<size_t>(file)].relative, opened, nullptr});
+    std::set<std::string> seen;
     for (const NodeId node : pickle.items(names)) {
       if (pickle.kind(node) != checkpoint::Kind::kString) continue;
+      if (!seen.insert(pickle.text(node)).second) continue;
       const checkpoint::Leaf leaf = buffer_leaf(document, 0, pickle.text(node));
       if (leaf.name.empty()) continue;
       const LeafCrc crc = crc_of_leaf(state, leaf);
@@ -226,12 +261,29 @@ class RankValues {
     }
   }
 
-  // mp ranks whose optimizers have the same paths are compared with each other.
+  // Tensor-parallel ranks have the same entries, all of them compared. Of a pipeline, whose stages
+  // may have their own, mp ranks with the same paths are compared with each other.
   void group_mp_ranks() {
-    std::map<std::pair<Family, std::set<std::string>>, int> known;
-    for (const auto& [rank, paths] : paths_) {
-      class_of_[rank] =
-          known.emplace(std::pair(rank.first, paths), static_cast<int>(known.size())).first->second;
+    std::map<std::pair<Family, std::set<std::string>>, std::vector<int>> known;
+    for (const auto& [rank, paths] : paths_) known[{rank.first, paths}].push_back(rank.second);
+    int number = 0;
+    std::map<Family, std::string> texts;
+    std::map<Family, int> classes;
+    for (const auto& [kind, ranks] : known) {
+      std::string list;
+      for (const int rank : ranks) {
+        class_of_[{kind.first, rank}] = number;
+        list += (list.empty() ? "" : ", ") + std::to_string(rank);
+      }
+      ++number;
+      texts[kind.first] += (classes[kind.first]++ == 0 ? "" : "; of ") + list;
+    }
+    for (const auto& [family, text] : texts) {
+      if (classes[family] < 2) continue;
+      report_.uncompared.push_back(of_family(family) +
+                                   "optimizer entries of stages that have others: only among mp "
+                                   "ranks that have the same, of " +
+                                   text);
     }
   }
 
@@ -243,7 +295,7 @@ class RankValues {
     for (const int file : read_) {
       const RankFile& rank = files_[static_cast<size_t>(file)];
       if (!value.families.contains(rank.family)) continue;
-      if (!value.structural) {
+      if (!value.structural || !pipeline_) {
         classes[0].push_back(file);
         continue;
       }
@@ -274,6 +326,10 @@ class RankValues {
     vote(contents, &result);
     if (result.groups.size() < 2) return;
     ++count.differing;
+    if (++listed_[value.judged ? 1 : 0] > kMostListed) {
+      ++unlisted_;
+      return;
+    }
     for (const int file : files) {
       const std::string& relative = files_[static_cast<size_t>(file)].relative;
       result.copies.push_back({relative, place_of_file(relative)});
@@ -360,6 +416,11 @@ class RankValues {
   ReplicaReport& report_;
   std::vector<RankFile> files_;
   std::set<int> read_;
+  bool pipeline_ = false;
+  WalkBudget budget_;   // of the file that is being read
+  int64_t bytes_ = 0;   // of values_
+  int listed_[2] = {};  // differences that are not judged, and that are
+  int64_t unlisted_ = 0;
   std::map<std::string, Value> values_;  // by path
   std::map<std::pair<Family, int>, std::set<std::string>> paths_;
   std::map<std::pair<Family, int>, int> class_of_;

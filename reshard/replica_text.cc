@@ -4,6 +4,7 @@
 #include "core/error.h"
 #include "reshard/replicas.h"
 #include "reshard/report_text.h"
+#include "reshard/tensor_values.h"
 
 namespace isoshard::reshard {
 namespace {
@@ -28,8 +29,9 @@ std::string contrast_text(const ReplicaDifference& difference, const CopyContras
   std::string text = contrast.index.empty() ? "" : contrast.index + " ";
   text += contrast.found + " instead of " + contrast.expected;
   if (contrast.offset_bytes >= 0)
-    text += " (" + quote(contrast.file) + (contrast.entry.empty() ? "" : " " + contrast.entry) +
-            ", byte " + std::to_string(contrast.offset_bytes) + ")";
+    text += " (" + quote(contrast.file) +
+            (contrast.entry.empty() ? "" : " " + plain_name(contrast.entry)) + ", byte " +
+            std::to_string(contrast.offset_bytes) + ")";
   if (contrast.total > 0) {
     text += "; " + std::to_string(contrast.differing) + " of " +
             count_of(static_cast<size_t>(contrast.total), "element") + " differ";
@@ -95,7 +97,7 @@ const char* name(ReplicaKind kind) {
 
 std::string describe(const ReplicaDifference& difference) {
   std::string text = quote(difference.name);
-  if (!difference.state.empty()) text += " " + difference.state;
+  if (!difference.state.empty()) text += " " + plain_name(difference.state);
   text += ", " + std::to_string(difference.copies.size()) + " copies";
   text += ": " + who(difference);
   for (size_t i = 0; i < difference.contrasts.size() && i < kListed; ++i)

@@ -65,6 +65,12 @@ bool crc_holds(const checkpoint::SourceFile& file, const checkpoint::ZipRecord& 
   return crc32_polynomial().finish(crcs.crc32, record.size_bytes) == record.crc32;
 }
 
+// The name of a state, which a file has given, as it can be printed.
+std::string printable(const std::string& state) {
+  const std::string quoted = quote(state);
+  return quoted == '"' + state + '"' ? state : quoted;
+}
+
 ReplicaCopy copy_of(const ShardedState& state, const Leaf& leaf, const std::string& stated) {
   ReplicaCopy copy;
   if (!leaf.fragments.empty())
@@ -78,9 +84,9 @@ ReplicaCopy copy_of(const ShardedState& state, const Leaf& leaf, const std::stri
     break;
   }
   if (leaf.state != stated && leaf.state.find("rank") != std::string::npos)
-    copy.place += (copy.place.empty() ? "" : ", ") + leaf.state;
+    copy.place += (copy.place.empty() ? "" : ", ") + printable(leaf.state);
   else if (leaf.state != stated)
-    copy.place += (copy.place.empty() ? "" : "; ") + leaf.state;
+    copy.place += (copy.place.empty() ? "" : "; ") + printable(leaf.state);
   return copy;
 }
 
@@ -190,7 +196,8 @@ class SetComparison {
     const checkpoint::SourceFile& file = state_.files[static_cast<size_t>(place->file)];
     const checkpoint::ZipRecord* record = record_at(file, place->offset_bytes);
     if (record == nullptr || crc_holds(file, *record)) return "";
-    return quote(file.relative) + " " + record->name + " does not fit its CRC: it is damaged";
+    return quote(file.relative) + " " + plain_name(record->name) +
+           " does not fit its CRC: it is damaged";
   }
 
   // Masters speak for copies in the model's dtype, and these for masters.
@@ -252,19 +259,73 @@ void vote(const std::vector<std::string>& contents, ReplicaDifference* differenc
       difference->groups.size() > 1 && difference->groups[0].size() > difference->groups[1].size();
 }
 
-std::vector<TensorSet> replica_sets(const ShardedState& state) {
+namespace {
+
+bool same_size(const ShardedState& state, const CopyPair& pair) {
+  return state.leaf(pair.original).size_elements() == state.leaf(pair.copy).size_elements();
+}
+
+// The leaves of each tensor that is stored more than once, whatever their dtypes; the original,
+// whose size all of them have, first.
+std::vector<std::vector<int>> stored_again(const ShardedState& state) {
   std::vector<std::string> orphans;
-  std::vector<TensorSet> sets;
+  std::vector<std::vector<int>> result;
   std::map<std::string, size_t> by_place;  // of the original
   for (const CopyPair& pair : copy_pairs(state, &orphans)) {
-    if (pair.kind != CopyPair::Kind::kReplica) continue;
-    const Leaf &original = state.leaf(pair.original), &copy = state.leaf(pair.copy);
-    if (original.dtype != copy.dtype || original.size_elements() != copy.size_elements()) continue;
-    const auto [known, fresh] = by_place.emplace(lying(original), sets.size());
-    if (fresh) sets.push_back({ReplicaKind::kTensor, {pair.original}});
-    sets[known->second].leaves.push_back(pair.copy);
+    if (pair.kind != CopyPair::Kind::kReplica || !same_size(state, pair)) continue;
+    const auto [known, fresh] = by_place.emplace(lying(state.leaf(pair.original)), result.size());
+    if (fresh) result.push_back({pair.original});
+    result[known->second].push_back(pair.copy);
+  }
+  return result;
+}
+
+}  // namespace
+
+std::vector<TensorSet> replica_sets(const ShardedState& state) {
+  std::vector<TensorSet> sets;
+  for (const std::vector<int>& leaves : stored_again(state)) {
+    std::map<DType, std::vector<int>> by_dtype;
+    for (const int leaf : leaves) by_dtype[state.leaf(leaf).dtype].push_back(leaf);
+    for (const auto& [dtype, alike] : by_dtype) {
+      if (alike.size() > 1) sets.push_back({ReplicaKind::kTensor, alike});
+    }
   }
   return sets;
+}
+
+bool in_a_set(const ShardedState& state, const CopyPair& pair) {
+  return pair.kind == CopyPair::Kind::kReplica && same_size(state, pair) &&
+         state.leaf(pair.original).dtype == state.leaf(pair.copy).dtype;
+}
+
+void compare_dtypes(const ShardedState& state, ReplicaReport* report) {
+  for (const std::vector<int>& leaves : stored_again(state)) {
+    std::vector<std::string> dtypes;
+    for (const int leaf : leaves) dtypes.push_back(name(state.leaf(leaf).dtype));
+    const Leaf& first = state.leaf(leaves[0]);
+    ReplicaDifference result{.kind = ReplicaKind::kTensor, .name = first.name};
+    vote(dtypes, &result);
+    if (result.groups.size() < 2) continue;
+    if (first.state.find("rank") == std::string::npos) result.state = first.state;
+    for (const int leaf : leaves)
+      result.copies.push_back(copy_of(state, state.leaf(leaf), result.state));
+    for (size_t g = 1; g < result.groups.size(); ++g) {
+      const int copy = result.groups[g][0], against = result.groups[0][0];
+      result.contrasts.push_back({.copy = copy,
+                                  .against = against,
+                                  .file = result.copies[static_cast<size_t>(copy)].file,
+                                  .entry = first.name,
+                                  .found = dtypes[static_cast<size_t>(copy)],
+                                  .expected = dtypes[static_cast<size_t>(against)],
+                                  .how = "the dtypes differ"});
+    }
+    ReplicaCount& count = report->of(ReplicaKind::kTensor);
+    ++count.sets;
+    ++count.differing;
+    count.copies += static_cast<int64_t>(leaves.size());
+    report->differences.push_back(std::move(result));
+  }
 }
 
 void compare_sets(const ShardedState& state, const std::vector<TensorSet>& sets,

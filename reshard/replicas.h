@@ -84,8 +84,14 @@ struct TensorSet {
   std::vector<int> leaves;
 };
 
-// Sets of the state's replicas, whatever pairs name them.
+// Sets of the state's replicas, whatever pairs name them: those of one dtype.
 std::vector<TensorSet> replica_sets(const checkpoint::ShardedState& state);
+
+// Whether replica_sets() has both of a pair, so that no difference of theirs goes untold.
+bool in_a_set(const checkpoint::ShardedState& state, const CopyPair& pair);
+
+// Replicas whose dtypes differ: told as differences, whatever their values.
+void compare_dtypes(const checkpoint::ShardedState& state, ReplicaReport* report);
 
 // CRC of a leaf's bytes, read in steps of 1 MiB.
 LeafCrc crc_of_leaf(const checkpoint::ShardedState& state, const checkpoint::Leaf& leaf);

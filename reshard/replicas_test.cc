@@ -3,6 +3,8 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
+
 #include "reshard/bit_difference.h"
 #include "reshard/copies_case.h"
 
@@ -64,6 +66,40 @@ ShardedState three_copies(const std::vector<uint16_t>& numbers) {
     if (i > 0) state.replicas.emplace_back(leaf - i, leaf);
   }
   return state;
+}
+
+TEST(Replicas, ADtypeOfItsOwnIsTold) {
+  for (int alone = 0; alone < 3; ++alone) {
+    ShardedState state = three_copies({1, 2, 3, 1, 2, 3, 1, 2, 3});
+    const auto last = static_cast<int>(state.leaves.size()) - 3;
+    state.leaf(last + alone).dtype = DType::kFloat16;
+    // The two others are compared bit for bit.
+    const std::vector<TensorSet> sets = replica_sets(state);
+    ASSERT_EQ(sets.size(), 1u);
+    EXPECT_EQ(sets[0].leaves.size(), 2u);
+    EXPECT_EQ(std::ranges::count(sets[0].leaves, last + alone), 0);
+    ReplicaReport report;
+    compare_dtypes(state, &report);
+    ASSERT_EQ(report.differences.size(), 1u);
+    const ReplicaDifference& difference = report.differences[0];
+    EXPECT_TRUE(difference.majority && difference.judged);
+    EXPECT_EQ(difference.groups[1], std::vector<int>{alone});
+    EXPECT_EQ(difference.contrasts[0].found, "float16");
+    EXPECT_EQ(tell_replicas(report).findings.size(), 1u);
+  }
+}
+
+// What plain verify says of a pair may be left out only where the pair is in a set.
+TEST(Replicas, OnlyPairsOfASetAreToldBySets) {
+  ShardedState state = three_copies({1, 2, 3, 1, 2, 3, 1, 2, 3});
+  const auto last = static_cast<int>(state.leaves.size()) - 3;
+  state.leaf(last + 2).dtype = DType::kFloat16;
+  EXPECT_TRUE(in_a_set(state, {CopyPair::Kind::kReplica, "w", last, last + 1}));
+  EXPECT_FALSE(in_a_set(state, {CopyPair::Kind::kReplica, "w", last, last + 2}));
+  EXPECT_FALSE(in_a_set(state, {CopyPair::Kind::kMaster, "w", last, last + 1}));
+  ReplicaReport report;
+  compare_dtypes(three_copies({1, 2, 3, 1, 2, 3, 1, 2, 3}), &report);
+  EXPECT_TRUE(report.differences.empty());
 }
 
 TEST(Replicas, PairsOfOneOriginalAreOneSet) {

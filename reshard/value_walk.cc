@@ -5,6 +5,7 @@
 #include <charconv>
 #include <cmath>
 
+#include "checkpoint/cancel.h"
 #include "checkpoint/format/crc.h"
 #include "core/error.h"
 #include "reshard/tensor_values.h"
@@ -17,14 +18,9 @@ using checkpoint::kNoNode;
 using checkpoint::NodeId;
 using checkpoint::Pickle;
 
-constexpr int64_t kMostValues = 1'000'000, kMostRecordBytes = 1 << 20;
+constexpr int64_t kMostRecordBytes = 1 << 20;
 constexpr int kDeepest = 100;
 constexpr size_t kMostText = 200;
-
-std::string shortened(const std::string& text) {
-  if (text.size() <= kMostText) return text;
-  return text.substr(0, kMostText) + "… sha256 " + checkpoint::sha256_hex(text).substr(0, 16);
-}
 
 std::string real_text(double value) {
   char buffer[64];
@@ -35,14 +31,58 @@ std::string real_text(double value) {
   return whole ? text + ".0" : text;
 }
 
+// Of other keys the kind alone is known, and several may be of one kind.
+bool has_a_text(Kind kind) {
+  switch (kind) {
+    case Kind::kNone:
+    case Kind::kBool:
+    case Kind::kInt:
+    case Kind::kFloat:
+    case Kind::kString:
+    case Kind::kBigInt:
+    case Kind::kGlobal:
+      return true;
+    default:
+      return false;
+  }
+}
+
 }  // namespace
+
+std::string shortened(const std::string& text) {
+  if (text.size() <= kMostText) return text;
+  size_t end = kMostText;
+  while (end > 0 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+  return text.substr(0, end) + "… sha256 " + checkpoint::sha256_hex(text).substr(0, 16);
+}
+
+void ValueWalk::spend(int64_t values, size_t bytes, const Place& place) {
+  checkpoint::throw_if_cancelled();
+  budget_.values -= values;
+  budget_.bytes -= static_cast<int64_t>(bytes);
+  if (budget_.values < 0 || budget_.bytes < 0) limit(place);
+}
+
+void ValueWalk::limit(const Place& place) const {
+  const WalkBudget whole;
+  throw Error(ErrorInfo{.code = ErrorCode::kLimit,
+                        .what = "A limit against resource bombs was reached: values.",
+                        .file = document_.path(),
+                        .entry = shortened(place.path),
+                        .expected = "at most " + std::to_string(whole.values) +
+                                    " values, their paths and "
+                                    "texts of " +
+                                    std::to_string(whole.bytes) + " bytes, " +
+                                    std::to_string(kDeepest) + " deep",
+                        .next = "find out who wrote this file; a checkpoint needs less"});
+}
 
 void ValueWalk::walk(NodeId node, const std::string& path, bool steps_only) {
   steps_only_ = steps_only;
   visit(node, {.path = path});
 }
 
-std::string ValueWalk::plain_text(NodeId node) const {
+std::string ValueWalk::plain_text(NodeId node) {
   const Pickle& pickle = document_.pickle();
   switch (pickle.kind(node)) {
     case Kind::kNone:
@@ -64,18 +104,32 @@ std::string ValueWalk::plain_text(NodeId node) const {
   }
 }
 
-std::string ValueWalk::tensor_text(const checkpoint::TensorView& view) const {
+// Taken once for each storage, however many views it has.
+bool ValueWalk::crc_holds(int storage) {
+  const auto known = budget_.crc_holds.find(storage);
+  if (known != budget_.crc_holds.end()) return known->second;
+  const checkpoint::ZipRecord& record = document_.record(storage);
+  std::vector<std::byte> whole(static_cast<size_t>(record.size_bytes));
+  document_.file().read_at(record.data_offset, whole);
+  return budget_.crc_holds[storage] = checkpoint::crc32_of(whole) == record.crc32;
+}
+
+std::string ValueWalk::tensor_text(const checkpoint::TensorView& view) {
   const int64_t item = item_size_bytes(view.dtype);
   std::vector<std::byte> element(static_cast<size_t>(item));
   document_.file().read_at(document_.data_offset(view), element);
   std::string text = element_text(view.dtype, element) + " " + name(view.dtype);
   if (text.find("nan") != std::string::npos) text += " " + element_bits(element);
-  const checkpoint::ZipRecord& record = document_.record(view.storage);
-  if (record.size_bytes > kMostRecordBytes) return text;
-  std::vector<std::byte> whole(static_cast<size_t>(record.size_bytes));
-  document_.file().read_at(record.data_offset, whole);
-  if (checkpoint::crc32_of(whole) != record.crc32) text += " (its record does not fit its CRC)";
+  if (document_.record(view.storage).size_bytes > kMostRecordBytes) return text;
+  if (!crc_holds(view.storage)) text += " (its record does not fit its CRC)";
   return text;
+}
+
+// How much of the file a text is made of; it is hashed or quoted each time.
+size_t ValueWalk::bytes_of(NodeId node) const {
+  const Pickle& pickle = document_.pickle();
+  const Kind kind = pickle.kind(node);
+  return kind == Kind::kString || kind == Kind::kBigInt ? pickle.text(node).size() : 0;
 }
 
 void ValueWalk::visit_mapping(const std::vector<NodeId>& entries, const Place& place) {
@@ -83,13 +137,18 @@ void ValueWalk::visit_mapping(const std::vector<NodeId>& entries, const Place& p
   for (size_t i = 0; i + 1 < entries.size(); i += 2) {
     const NodeId key = entries[i];
     if (pickle.kind(key) != Kind::kString) {
+      spend(0, bytes_of(key), place);
+      const std::string number = has_a_text(pickle.kind(key)) ? "" : " #" + std::to_string(i / 2);
       visit(entries[i + 1],
-            {.path = place.path + "[" + plain_text(key) + "]", .depth = place.depth + 1});
+            {.path = place.path + "[" + plain_text(key) + number + "]", .depth = place.depth + 1});
       continue;
     }
     const std::string& text = pickle.text(key);
-    if (skipped_.contains(text) && (text != "params" || !pickle.is_mapping(entries[i + 1])))
+    spend(0, text.size(), place);
+    if (skipped_.contains(text) && (text != "params" || !pickle.is_mapping(entries[i + 1]))) {
+      spend(1, 0, place);
       continue;
+    }
     visit(entries[i + 1], {.path = place.path + "." + shortened(plain_name(text)),
                            .step = text == "step",
                            .depth = place.depth + 1});
@@ -110,22 +169,20 @@ void ValueWalk::visit_object(NodeId node, const Place& place) {
   const checkpoint::ObjectParts& parts = document_.pickle().parts(node);
   Place inside = place;
   ++inside.depth;
-  if (parts.args != kNoNode) visit(parts.args, inside);
-  visit_list(parts.appended, inside);
+  // Each part has names of its own, or an element of one would hide that of another; what there is
+  // once in nearly every object, its entries or else its attributes, has the plain ones.
+  const std::string& path = place.path;
+  if (parts.args != kNoNode) visit(parts.args, {path + "(args)", false, inside.depth});
+  visit_list(parts.appended, {path + "(items)", false, inside.depth});
   visit_mapping(parts.set, inside);
-  if (parts.state != kNoNode) visit(parts.state, inside);
+  if (parts.state == kNoNode) return;
+  if (!parts.set.empty()) inside.path += "(state)";
+  visit(parts.state, inside);
 }
 
 void ValueWalk::visit(NodeId node, const Place& place) {
-  if (++visited_ > kMostValues || place.depth > kDeepest) {
-    throw Error(ErrorInfo{.code = ErrorCode::kLimit,
-                          .what = "A limit against resource bombs was reached: values.",
-                          .file = document_.path(),
-                          .entry = shortened(place.path),
-                          .expected = "at most " + std::to_string(kMostValues) + " values, " +
-                                      std::to_string(kDeepest) + " deep",
-                          .next = "find out who wrote this file; a checkpoint needs less"});
-  }
+  if (place.depth > kDeepest) limit(place);
+  spend(1, place.path.size() + bytes_of(node), place);
   const Pickle& pickle = document_.pickle();
   switch (pickle.kind(node)) {
     case Kind::kDict:

@@ -12,6 +12,7 @@
 #include "core/error.h"
 #include "core/mutant.h"
 #include "reshard/agreement.h"
+#include "reshard/certificate_words.h"
 #include "reshard/manifest_check.h"
 #include "reshard/rank_values.h"
 #include "reshard/report_text.h"
@@ -267,23 +268,25 @@ void Verifier::compare_certificate() {
   const json certificate =
       checkpoint::read_shallow_json(read_small_file(storage_, path, kCertificateBytes)).value;
   if (certificate.is_object()) tell_history(certificate);
-  const json::json_pointer at("/target/digests");
-  if (certificate.is_object() && !certificate.contains(at)) {
+  const json digests = member_of(certificate, "target", "digests");
+  const bool target = certificate.is_object() && certificate.contains("target");
+  if (certificate.is_object() && digests.is_null() &&
+      (!target || certificate["target"].is_object())) {
     result_.certificate = "has no digests of this folder: it was written with --verify=stream";
     return;
   }
-  if (!certificate.is_object() || !certificate[at].is_object()) {
+  if (!digests.is_object()) {
     find(Verdict::kCorrupt, "certificate.json is not what isoshard writes.");
     return;
   }
-  compare_sections(certificate[at]);
+  compare_sections(digests);
   if (options_.deep) compare_with_source(certificate);
 }
 
 // What it calls equal to the source has the source's digest, which it names too.
 void Verifier::compare_with_source(const json& certificate) {
   const json sections = certificate.value("sections", json::object());
-  const json source = certificate.value(json::json_pointer("/source/digests"), json::object());
+  const json source = member_of(certificate, "source", "digests");
   if (!sections.is_object() || !source.is_object()) return;
   std::vector<std::string> wrong;
   size_t equal = 0;
@@ -293,7 +296,7 @@ void Verifier::compare_with_source(const json& certificate) {
     if (said == json("iso1:" + section.hex))
       ++equal;
     else if (said.is_string() && said.get<std::string>().starts_with("iso1:"))
-      wrong.push_back(section.section + ": the source had " + said.get<std::string>());
+      wrong.push_back(section.section + ": the source had " + quote(said.get<std::string>()));
   }
   if (equal > 0)
     result_.certificate += "; " + count_of(equal, "section") + " as the source had them";
@@ -308,7 +311,8 @@ void Verifier::tell_history(const json& certificate) {
     for (const json& text : certificate.value(list, json::array())) {
       if (text.is_string())
         result_.notices.push_back("it was made with doubts, says certificate.json (" +
-                                  std::string(list) + "): " + text.get<std::string>());
+                                  std::string(list) +
+                                  "): " + sentence_of_file(text.get<std::string>()));
     }
   }
 }
@@ -326,7 +330,7 @@ void Verifier::compare_sections(const json& digests) {
       ++equal;
     } else {
       wrong.push_back(section.section + ": " + found + ", the certificate says " +
-                      (said.is_string() ? said.get<std::string>() : "nothing"));
+                      (said.is_string() ? quote(said.get<std::string>()) : "nothing"));
     }
   }
   for (const auto& [section, said] : rest.items()) {
@@ -348,7 +352,7 @@ void Verifier::compare_copies() {
   CopyReport told = result_.copies;
   if (options_.replicas) {  // compare_replicas() tells these
     std::erase_if(told.differences,
-                  [](const CopyDifference& d) { return d.pair.kind == CopyPair::Kind::kReplica; });
+                  [this](const CopyDifference& d) { return in_a_set(*state_, d.pair); });
   }
   for (const std::string& text : tell_differences(*state_, told, orphans))
     find(Verdict::kSuspect, text);
@@ -394,6 +398,7 @@ void Verifier::compare_replicas() {
   if (state_) {
     if (!result_.read_whole) replica_sets_ = replica_sets(*state_);
     judging([&] { compare_sets(*state_, replica_sets_, leaf_crcs_, workers, &report); });
+    compare_dtypes(*state_, &report);
     if (result_.read_whole) add_pairs(*state_, result_.copies, workers, &report);
   }
   if (place_.kind != SourcePlace::Kind::kWeights)
@@ -477,7 +482,10 @@ void Verifier::say_what_is_not_verified() {
     list.push_back(
         "which parameter each optimizer state belongs to: known by shape and order only");
   }
-  if (state_->stepped) list.push_back("values of optimizer states: they are stored once");
+  if (!state_->stepped) return;
+  list.push_back(state_->replicas.empty()
+                     ? "values of optimizer states: they are stored once"
+                     : "values of optimizer states that no other rank holds: they are stored once");
 }
 
 }  // namespace

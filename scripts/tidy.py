@@ -58,7 +58,7 @@ HOMES = [
     (r"benchmark/", "Google Benchmark", r"bench/"),
     (r"(CLI/|spdlog/|fmt/)", "CLI11, spdlog, fmt", r"tools/"),
     (r"(gtest|gmock)/", "GoogleTest", r"(.*_test\.(cc|cu)$|properties/)"),
-    (r"dlfcn\.h$", "the loader", r"tests/shim/"),
+    (r"(dlfcn|link)\.h$", "the loader", r"tests/shim/"),
     (r"(pybind11/|Python\.h$|numpy/)", "Python", r"python/"),
 ]
 STANDARD = re.compile(r"[a-z_0-9]+$")

@@ -51,7 +51,7 @@ def fingerprint(folder):
     return found
 
 
-def run(arguments, before=(), timeout=60, **options):
+def run(arguments, before=(), timeout=600, **options):
     return subprocess.run(
         [*before, CONFIG.program, *map(str, arguments)],
         capture_output=True,

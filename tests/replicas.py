@@ -9,7 +9,6 @@ recording as it is nothing may be told. Python's standard library only.
 Not verified: checkpoints of thousands of ranks.
 """
 
-import hashlib
 import json
 import struct
 import sys
@@ -18,58 +17,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import compare_torch  # noqa: E402
 import hostile as h  # noqa: E402
-from program_case import CONFIG, ProgramCase, run_tests  # noqa: E402
+from program_case import CONFIG, run_tests  # noqa: E402
+from replica_case import MODEL, OPTIM, Case  # noqa: E402
 
-OPTIM, MODEL = "optim_states", "model_states"
 NORM = "model.layers.0.input_layernorm.weight"
 # DeepSpeed's own converter swaps masters there (docs/deepspeed_errata.md).
 ROUND_ROBIN = {("z2_rr_dp3", "universal"), ("z2_rr_groups_dp2", "universal")}
 
 # The config of the model files alone was edited there.
 EDITED = {"edited_data_first_ep2": {"ds_config.use_data_before_expert_parallelism"}}
-
-
-class Altered:
-    """A copy of a recording whose tensors and values can be changed, file by file."""
-
-    def __init__(self, source):
-        self.source, self.folder = source, h.ZeroFolder(source)
-
-    def files(self, *parts):
-        found = [each for each in sorted(self.folder.files) if all(p in each for p in parts)]
-        assert found, parts
-        return found
-
-    def place(self, inside, find):
-        """(record, byte offset, item size, elements) of the tensor that `find` picks."""
-        tensor = find(compare_torch.load(str(self.source / inside)))
-        width = compare_torch.ITEM_BYTES[tensor.dtype]
-        count = 1
-        for size in tensor.shape:
-            count *= size
-        return "data/" + tensor.storage.key, tensor.offset * width, width, count
-
-    def element(self, inside, find, change, at=0):
-        """change(bytes of element `at`) → its new bytes."""
-        record, offset, width, _ = self.place(inside, find)
-        records = self.folder.files[inside][1]
-        data, begin = records[record], offset + at * width
-        new = change(data[begin : begin + width])
-        assert len(new) == width
-        records[record] = data[:begin] + new + data[begin + width :]
-        return self
-
-    def whole(self, inside, find):
-        """All elements with every byte inverted."""
-        record, offset, width, count = self.place(inside, find)
-        records = self.folder.files[inside][1]
-        data, end = records[record], offset + width * count
-        inverted = bytes(255 - byte for byte in data[offset:end])
-        records[record] = data[:offset] + inverted + data[end:]
-        return self
-
-    def write(self, target):
-        return self.folder.write(target)
 
 
 def flip(data):
@@ -104,42 +60,6 @@ def slice_of(path, name):
         if name in group:
             return group[name].state["start"]
     raise AssertionError(name)
-
-
-class Case(ProgramCase):
-    def told(self, status, source, *flags):
-        """The differences, the verification."""
-        result = self.run_program(status, "verify", source, "--json", *flags)
-        lines = [json.loads(line) for line in result.stdout.splitlines()]
-        self.assertEqual(lines[-1]["kind"], "verification")
-        for each in lines[:-1]:
-            self.assertEqual(each["kind"], "replica")
-        return lines[:-1], lines[-1]
-
-    def altered(self, name, inside="ckpt"):
-        return Altered(self.recorded(name, inside))
-
-    def found(self, altered, what, status=1, verdict="SUSPECT"):
-        """The differences of one kind, after a look at the text form."""
-        source = altered.write(self.place / "source")
-        differences, verification = self.told(status, source, "--replicas")
-        self.assertEqual(verification["verdict"], verdict, verification["findings"])
-        self.run_program(status, "verify", source, "--replicas")
-        kind = [each for each in differences if each["what"] == what]
-        self.assertTrue(kind, differences)
-        self.assertEqual(verification["replicas"][what]["differing"], len(kind))
-        return kind
-
-    def alone(self, difference, inside, copies=None):
-        """One copy stands alone, and it is that file's."""
-        self.assertTrue(difference["majority"], difference)
-        self.assertEqual(len(difference["alone"]), 1, difference)
-        [contrast] = difference["contrasts"]
-        self.assertEqual(contrast["copy"], difference["alone"][0])
-        self.assertEqual(contrast["file"], Path(inside).name, difference)
-        if copies is not None:
-            self.assertEqual(len(difference["copies"]), copies)
-        return contrast
 
 
 class Tensors(Case):
@@ -221,6 +141,16 @@ class Tensors(Case):
                 self.assertIn(
                     f"agrees with mp rank {1 - rank}", difference["evidence"].replace(", tp", " tp")
                 )
+
+    def test_what_is_said_without_the_flag(self):
+        altered = self.altered("autotp_z1_tp2_dp1")
+        altered.element(altered.files(MODEL)[1], module(NORM), flip)
+        source = altered.write(self.place / "source")
+        text = self.run_program(1, "verify", source).stdout
+        self.assertIn(": 1 differs\n", text)
+        self.assertIn("values of optimizer states that no other rank holds: they are stored", text)
+        text = self.run_program(0, "verify", self.recorded("z1_bf16_dp2")).stdout
+        self.assertIn("values of optimizer states: they are stored once", text)
 
     def test_stages_of_a_pipeline(self):
         altered = self.altered("pipe_bf16_pp3_dp2")
@@ -374,6 +304,48 @@ class Values(Case):
         [difference] = [each for each in kind if each["name"] == "ds_version"]
         self.alone(difference, inside, copies=3)
 
+    def test_an_entry_that_one_tensor_parallel_rank_has_or_lacks(self):
+        """Such a rank is compared all the same: what it repeats must be right too."""
+        path = "optimizer_state_dict.base_optimizer_state.param_groups[0]"
+        for rank in range(3):
+            for old, new in (("lr", "learning"), ("weight_decay", "decay")):
+                with self.subTest(rank=rank, old=old):
+                    altered = self.altered("autotp_uneven_tp3")
+                    inside = altered.files(OPTIM)[rank]
+                    altered.folder.replace(h.text(old), h.text(new), only=inside)
+                    altered.folder.set_after(
+                        "eps", b"G" + struct.pack(">d", 0.5), only=inside)
+                    kind = self.found(altered, "values of ranks", verdict=None)
+                    names = {each["name"]: each for each in kind}
+                    lacks = self.alone(names[f"{path}.{old}"], inside, copies=3)
+                    self.assertEqual(lacks["found"], "absent")
+                    self.alone(names[f"{path}.{new}"], inside, copies=3)
+                    self.alone(names[f"{path}.eps"], inside, copies=3)
+
+    def test_a_stage_with_other_entries_is_told_as_not_compared(self):
+        altered = self.altered("pipe_bf16_pp3_dp2")
+        for inside in altered.files("mp_rank_01", OPTIM):
+            altered.folder.replace(h.text("weight_decay"), h.text("decay"), only=inside)
+        source = altered.write(self.place / "source")
+        result = self.run_program(None, "verify", source, "--replicas", "--json")
+        told = json.loads(result.stdout.splitlines()[-1])
+        [line] = told["not_compared"]
+        self.assertIn("only among mp ranks that have the same, of 1; of 0, 2", line)
+
+    def test_the_parts_of_an_object_hide_nothing_of_each_other(self):
+        def scheduler(number):
+            made = h.name("deepspeed.runtime.lr_schedules", "WarmupLR") + h.sequence(h.integer(7))
+            return made + h.REDUCE + h.sequence(h.integer(number)) + h.BUILD
+
+        altered = self.altered("z3_bf16_dp3")
+        files = altered.files(MODEL)
+        for each in files:
+            number = 6 if each == files[1] else 5
+            altered.folder.set_after("lr_scheduler", scheduler(number), only=each)
+        [difference] = self.found(altered, "values of ranks", verdict=None)
+        contrast = self.alone(difference, files[1], copies=3)
+        self.assertEqual((contrast["expected"], contrast["found"]), ("5", "6"))
+
     def test_client_state_is_told_and_not_judged(self):
         altered = self.altered("z3_bf16_dp3")
         inside = altered.files(MODEL)[1]
@@ -419,53 +391,6 @@ class Clean(Case):
         if len(ranks) > 1 and case.name.startswith("z3"):
             self.assertEqual(counts["buffers of ranks"],
                              {"sets": 2, "copies": 2 * len(ranks), "differing": 0})
-
-
-class Deep(Case):
-    def ours(self):
-        out = self.place / "out"
-        self.run_program(0, "reshard", self.recorded(), out, "--to", "dp=3", "--quiet")
-        return out, out / (out / "latest").read_text().strip()
-
-    def test_twice_and_all(self):
-        out, tag = self.ours()
-        _, plain = self.told(0, out)
-        (tag / "notes").mkdir()
-        _, told = self.told(0, out, "--deep")
-        self.assertEqual((told["verdict"], told["digest"]), ("VERIFIED", plain["digest"]))
-        files = [each for each in tag.rglob("*") if each.is_file()]
-        deep = told["deep"]
-        self.assertTrue(deep["twice"])
-        self.assertEqual(deep["dropped"] + deep["kept"], len(files))
-        self.assertEqual(deep["other_files"], 2)  # certificate and manifest
-        self.assertIn("6 sections as the source had them", told["certificate"])
-        self.assertGreater(told["replicas"]["values of ranks"]["sets"], 10)
-
-    def test_a_certificate_that_names_another_source(self):
-        out, tag = self.ours()
-        path = tag / "certificate.json"
-        certificate = json.loads(path.read_text())
-        certificate["source"]["digests"]["weights"] = "iso1:" + 64 * "0"
-        path.write_text(json.dumps(certificate))
-        listed = json.loads((tag / "MANIFEST.json").read_text())["files"]
-        for each in listed:
-            if each["path"] == path.name:
-                data = path.read_bytes()
-                each["size_bytes"] = len(data)
-                each["hash"] = "sha256:" + hashlib.sha256(data).hexdigest()
-        (tag / "MANIFEST.json").write_text(
-            h.manifest([(e["path"], e["size_bytes"], e["hash"]) for e in listed]))
-        self.told(0, out, "--replicas")
-        _, told = self.told(1, out, "--deep")
-        self.assertEqual(told["verdict"], "CORRUPT")
-        self.assertIn("weights: the source had", json.dumps(told["findings"]))
-
-    def test_weights_alone(self):
-        out = self.place / "w"
-        self.run_program(0, "convert", self.recorded(), out, "--to", "fp32", "--quiet")
-        for source in (out, out / "model.safetensors"):
-            _, told = self.told(0, source, "--deep")
-            self.assertTrue(told["deep"]["twice"])
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ std::string copies_text(const reshard::CopyReport& copies) {
   const size_t differing = copies.differences.size();
   return text + ", " + count_of(copies.elements, "element") + ": " +
          (differing == 0 ? "all agree, cast to the copy's dtype"
-                         : std::to_string(differing) + " differ");
+                         : std::to_string(differing) + (differing == 1 ? " differs" : " differ"));
 }
 
 void print_text(const Verification& v) {
