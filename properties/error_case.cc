@@ -166,8 +166,9 @@ class ErrorRuns {
   }
 
   std::string ill_told(const ErrorInfo& told, const CallFault& fault, uint64_t arrived) const {
-    if (told.what.empty() || told.file.empty() || told.safe.empty() || told.next.empty()) {
-      return "The message lacks what failed, where, what is safe, or what to do next.";
+    // An empty `safe` is printed as kNothingPublished, which `is_new` below contradicts.
+    if (told.what.empty() || told.file.empty() || told.next.empty()) {
+      return "The message lacks what failed, where, or what to do next.";
     }
     const std::string symbol = strerrorname_np(fault.error);
     if ((told.what + told.found).find(symbol) == std::string::npos) {

@@ -117,10 +117,12 @@ class Killed(Resume):
         """The target is there; its pointer and the files beside it are not."""
         for job in map(self.whole, [self.carrying_job(), *self.jobs()[:2]]):
             job.command += ["--workers", "1"]
-            renames, beside = self.count(job, True)["renameat2"], set()
-            for number in range(1, renames + 1):
+            calls, beside = self.count(job, True), set()
+            points = [(call, number) for call in ("rename", "renameat", "renameat2", "fsync")
+                      for number in range(1, calls.get(call, 0) + 1)]
+            for call, number in points:
                 job.clear()
-                self.strace(job, f"renameat2:signal=KILL:when={number}", True)
+                self.strace(job, f"{call}:signal=KILL:when={number}", True)
                 if not job.output.exists() or job.pointer.exists():
                     continue
                 beside.add(len(list(job.pointer.parent.iterdir())))
