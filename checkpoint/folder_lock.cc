@@ -42,6 +42,12 @@ bool still_has_the_name(int descriptor, const std::string& path) {
          opened.st_dev == named.st_dev && opened.st_ino == named.st_ino;
 }
 
+// Other errors are a failure like any: who went on would write without a lock where there are some.
+bool means_no_locks(int error) {
+  constexpr int kNone[] = {EOPNOTSUPP, ENOSYS, EINVAL, EBADF, ENOLCK};
+  return std::ranges::find(kNone, error) != std::end(kNone);
+}
+
 }  // namespace
 
 bool is_shared_file_system(const std::string& path) {
@@ -64,8 +70,11 @@ LockAnswer lock_folder(Storage& storage, const std::string& path) {
   LockAnswer answer{
       .state = LockAnswer::State::kUnknown, .lock = {}, .shared = is_shared_file_system(path)};
   if (retry_interrupted([&] { return ::flock(number, LOCK_EX | LOCK_NB); }) != 0) {
-    if (errno == EWOULDBLOCK) answer.state = LockAnswer::State::kTheirs;
-    return answer;  // any other errno: no locks here
+    const int error = errno;
+    if (error != EWOULDBLOCK && !means_no_locks(error))
+      fail_system(error, {"Locking the folder", path});
+    if (error == EWOULDBLOCK) answer.state = LockAnswer::State::kTheirs;
+    return answer;
   }
   if (!still_has_the_name(number, path)) {
     answer.state = LockAnswer::State::kTheirs;
@@ -84,7 +93,8 @@ OwnEntry look_at(const std::string& path) {
   }
   OwnEntry entry{.kind = OwnEntry::Kind::kOther,
                  .size_bytes = status.st_size,
-                 .stored_bytes = std::min<int64_t>(status.st_size, status.st_blocks * kBlockBytes)};
+                 .stored_bytes = std::min<int64_t>(status.st_size, status.st_blocks * kBlockBytes),
+                 .changed_at = std::max<int64_t>(status.st_mtim.tv_sec, status.st_ctim.tv_sec)};
   if (status.st_uid != ::geteuid()) return entry;
   const auto allows = [&](mode_t mode) { return (status.st_mode & mode) == mode; };
   if (S_ISDIR(status.st_mode) && allows(S_IRWXU)) {
@@ -95,13 +105,18 @@ OwnEntry look_at(const std::string& path) {
   return entry;
 }
 
-std::unique_ptr<FolderLock> lock_new_folder(Storage& storage, const std::string& path) {
-  for (int tries = 0; tries < kTries; ++tries) {
+LockAnswer lock_folder_patiently(Storage& storage, const std::string& path, int tries) {
+  for (int tried = 1;; ++tried) {
     throw_if_cancelled();
     LockAnswer answer = lock_folder(storage, path);
-    if (answer.state != LockAnswer::State::kTheirs) return std::move(answer.lock);
+    if (answer.state != LockAnswer::State::kTheirs || tried >= tries) return answer;
     std::this_thread::sleep_for(kPause);
   }
+}
+
+std::unique_ptr<FolderLock> lock_new_folder(Storage& storage, const std::string& path) {
+  LockAnswer answer = lock_folder_patiently(storage, path, kTries);
+  if (answer.state != LockAnswer::State::kTheirs) return std::move(answer.lock);
   throw Error(ErrorInfo{.code = ErrorCode::kExists,
                         .what = "Another program holds the lock of a folder that was just made.",
                         .file = path,

@@ -41,11 +41,16 @@ struct OwnEntry {
   Kind kind = Kind::kOther;
   int64_t size_bytes = 0;
   int64_t stored_bytes = 0;  // without holes
+  int64_t changed_at = 0;    // seconds since 1970; the later of content and state
 };
 
-// Does not wait. Throws Error where the folder is not there, or is a link. Only a real disk
-// (PosixStorage) has locks.
+// Does not wait. Throws Error where the folder is not there, or is a link, or where the lock fails
+// for another reason than that there are none. Only a real disk (PosixStorage) has locks.
 LockAnswer lock_folder(Storage& storage, const std::string& path);
+
+// The same, asked for again up to so many times, 20 ms apart, while another holds it: it may be
+// held for a moment alone, by who wants to learn whether somebody does.
+LockAnswer lock_folder_patiently(Storage& storage, const std::string& path, int tries);
 
 // kOther also where nothing is. Of a real disk alone.
 OwnEntry look_at(const std::string& path);
@@ -53,8 +58,7 @@ OwnEntry look_at(const std::string& path);
 // Whether other machines may write where `path` lies: NFS, Lustre, FUSE and what is not known.
 bool is_shared_file_system(const std::string& path);
 
-// lock_folder for a folder that was just made: another program may hold its lock for a moment, to
-// learn whether somebody does, so that it is asked for again. Throws Error(kExists) in the end.
+// lock_folder_patiently for a folder that was just made. Throws Error(kExists) in the end.
 std::unique_ptr<FolderLock> lock_new_folder(Storage& storage, const std::string& path);
 
 }  // namespace isoshard::checkpoint

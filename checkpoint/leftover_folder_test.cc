@@ -8,6 +8,7 @@
 
 #include <filesystem>
 #include <fstream>
+#include <thread>
 
 #include "checkpoint/hidden_name.h"
 #include "checkpoint/memory_storage.h"
@@ -97,6 +98,72 @@ TEST_F(Leftover, WhatATargetOfOursMayHaveReplacedIsPassedOver) {
   EXPECT_NE(search().found, nullptr);
   write(at("target/MANIFEST.json"), "{}");
   EXPECT_EQ(search().found, nullptr);
+}
+
+TEST_F(Leftover, OneWithAManifestIsPassedOverForOneThatHasLess) {
+  const std::string whole = lay("target", 50'000), part = lay("target", 10);
+  write(whole + "/MANIFEST.json", "{}");
+  const LeftoverSearch found = search();
+  ASSERT_NE(found.found, nullptr);
+  EXPECT_EQ(found.found->path, part);
+  EXPECT_EQ(found.found->files, 1);
+  ASSERT_EQ(found.passed_over.size(), 1u);
+  EXPECT_NE(found.passed_over[0].find(whole), std::string::npos);
+  EXPECT_NE(found.passed_over[0].find("one that was replaced"), std::string::npos);
+  EXPECT_EQ(lock_folder(storage_, whole).state, LockAnswer::State::kOurs) << "not held on";
+}
+
+TEST_F(Leftover, OneThatIsKeptLosesItsManifest) {
+  {
+    StagedFolder staged(storage_, at("target"), false);
+    write(staged.path() + "/part", "all");
+    write(staged.path() + "/MANIFEST.json", "{}");
+    staged.keep();
+  }
+  const LeftoverSearch found = search();
+  ASSERT_NE(found.found, nullptr);
+  EXPECT_EQ(text_of(found.found->path + "/part"), "all");
+}
+
+TEST_F(Leftover, AReplacedFolderThatIsKeptLosesNothing) {
+  fs::create_directory(at("target"));
+  write(at("target/MANIFEST.json"), "old");
+  StagedFolder staged(storage_, at("target"), true);
+  write(staged.path() + "/part", "new");
+  staged.publish();
+  fs::create_directory(staged.path());
+  write(staged.path() + "/MANIFEST.json", "old");
+  staged.keep();
+  EXPECT_EQ(text_of(staged.path() + "/MANIFEST.json"), "old");
+}
+
+TEST_F(Leftover, ALockThatIsHeldForAMomentIsAskedForAgain) {
+  const std::string folder = lay("target", 1);
+  LockAnswer held = lock_folder(storage_, folder);
+  EXPECT_EQ(lock_folder_patiently(storage_, folder, 2).state, LockAnswer::State::kTheirs);
+  std::thread moment([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(50));
+    held.lock.reset();
+  });
+  EXPECT_EQ(lock_folder_patiently(storage_, folder, 10'000).state, LockAnswer::State::kOurs);
+  moment.join();
+}
+
+TEST(LeftoverWriter, IsDeadWhereTheLockIsOursAndOnSharedDisksNothingChangedBesides) {
+  const std::string here = hidden_name("target"), other = here + "0";
+  const auto lives = [](LockAnswer::State state, bool shared, const std::string& path,
+                        int64_t quiet) {
+    return !why_its_writer_may_live({.state = state, .lock = {}, .shared = shared}, path, quiet)
+                .empty();
+  };
+  using State = LockAnswer::State;
+  EXPECT_FALSE(lives(State::kOurs, false, other, 0));
+  EXPECT_FALSE(lives(State::kOurs, true, here, kQuietSharedLeftoverSeconds));
+  EXPECT_TRUE(lives(State::kOurs, true, here, kQuietSharedLeftoverSeconds - 1));
+  EXPECT_TRUE(lives(State::kOurs, true, here, -5)) << "of a clock that is ahead";
+  EXPECT_TRUE(lives(State::kOurs, true, other, kQuietSharedLeftoverSeconds));
+  EXPECT_TRUE(lives(State::kTheirs, false, here, kQuietSharedLeftoverSeconds));
+  EXPECT_TRUE(lives(State::kUnknown, false, here, kQuietSharedLeftoverSeconds));
 }
 
 TEST_F(Leftover, WhereThereAreNoLocksNothingIsFound) {

@@ -6,6 +6,7 @@
 
 #include "checkpoint/cancel.h"
 #include "checkpoint/hidden_name.h"
+#include "checkpoint/manifest.h"
 #include "core/check.h"
 #include "core/error.h"
 #include "core/mutant.h"
@@ -97,6 +98,13 @@ StagedFolder::~StagedFolder() {
 void StagedFolder::keep() {
   CHECK(!in_place_, "a folder with its final name is not kept unfinished");
   kept_ = true;
+  if (may_be_shown_) return;
+  try {
+    const std::string manifest = join_path(staging_path_, kManifestName);
+    if (storage_.is_file(manifest)) storage_.remove_file(manifest);
+  } catch (const Error&) {
+    // It stays as it is, and is named to who looks for it.
+  }
 }
 
 void StagedFolder::make_parents() {
@@ -247,6 +255,7 @@ void StagedFolder::publish() {
     sync_folders();
     throw_if_cancelled();
     note_hidden_folder("");  // from here on the name may stand for the folder that is replaced
+    may_be_shown_ = true;
     show(replaces);
   } catch (const Error& error) {
     fail_again(error, "nothing was published; what stood under the final name is untouched");

@@ -46,7 +46,9 @@ class StagedFolder {
   bool resumed() const { return resumed_; }                  // path() holds what a leftover held
   const std::string& final_path() const { return final_path_; }
 
-  // From now on the hidden folder stays, to be taken up again. Not in place.
+  // From now on the hidden folder stays, to be taken up again; its manifest goes, as one that has
+  // it may be a folder that was replaced, which nobody takes up. Not in place, nor once publish()
+  // may have shown it.
   void keep();
 
   // In place: makes durable what was written so far, before the manifest. Otherwise publish() does
@@ -85,6 +87,7 @@ class StagedFolder {
   bool in_place_ = false;
   bool resumed_ = false;
   bool kept_ = false;
+  bool may_be_shown_ = false;              // staging_path_ may be the replaced folder
   std::unique_ptr<FolderLock> lock_;       // of staging_path_
   std::string mark_;                       // in place: the name of the mark
   std::vector<std::string> made_parents_;  // outermost first

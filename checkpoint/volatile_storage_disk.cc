@@ -5,6 +5,7 @@
 #include <cstring>
 #include <utility>
 
+#include "checkpoint/hidden_name.h"
 #include "core/check.h"
 #include "core/random.h"
 
@@ -12,6 +13,7 @@ namespace isoshard::checkpoint {
 namespace {
 
 constexpr uint64_t kUnitKey = 1, kBlockKey = 2, kCutKey = 3, kRangeKey = 4, kEditKey = 5;
+constexpr uint64_t kHiddenMark = 6;
 
 uint64_t hash_bytes(std::span<const std::byte> bytes) {
   uint64_t hash = mix(bytes.size());
@@ -25,6 +27,14 @@ uint64_t hash_bytes(std::span<const std::byte> bytes) {
   uint64_t word = 0;
   if (at < bytes.size()) std::memcpy(&word, bytes.data() + at, bytes.size() - at);
   return mix(hash ^ word);
+}
+
+// What a hidden name is the same by in every run.
+std::string without_nonce(const std::string& name) {
+  for (const char* mark : {kStagingMark, kTrashMark}) {
+    if (ends_in_nonce(name, mark)) return name.substr(0, name.rfind(mark)) + mark;
+  }
+  return name;
 }
 
 uint64_t hash_text(const std::string& text) { return hash_bytes(std::as_bytes(std::span(text))); }
@@ -184,7 +194,10 @@ class VolatileDisk::Survivors {
   uint64_t hash_tree(int folder, uint64_t path_hash, IsShown is_shown) const {
     uint64_t sum = 0;
     for (const auto& [name, node] : names_in(folder)) {
-      if (!is_shown(name)) continue;
+      if (!is_shown(name)) {
+        sum += mix(mix(path_hash ^ hash_text(without_nonce(name))) ^ kHiddenMark);
+        continue;
+      }
       const uint64_t own_hash = mix(path_hash ^ hash_text(name));
       const bool is_folder = disk_.is_folder(node);
       sum += mix(own_hash ^ (is_folder ? 1 : mix(hash_of(node))));

@@ -83,7 +83,8 @@ class VolatileDisk {
   // How many seeds give different disks now: 1, 2, or 0 where there may be any number.
   int seeds_of(Durability model) const;
 
-  // The same for equal trees, whatever lies under names that are not shown.
+  // The same for equal trees, whatever lies under names that are not shown; of these the names
+  // count, but for the nonces that end them.
   using IsShown = bool (*)(const std::string& name);
   uint64_t hash_after(const Crash& crash, IsShown is_shown) const;
   std::unique_ptr<MemoryStorage> after_crash(const Crash& crash) const;

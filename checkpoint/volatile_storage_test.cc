@@ -5,6 +5,7 @@
 
 #include <set>
 
+#include "checkpoint/hidden_name.h"
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
@@ -162,7 +163,25 @@ TEST(VolatileStorage, HashesAreOfShownNames) {
   write(storage.create("/hidden").get(), 0, "text");
   storage.begin_log();
   EXPECT_NE(before.hash_after({}, all), storage.base().hash_after({}, all));
-  EXPECT_EQ(before.hash_after({}, some), storage.base().hash_after({}, some));
+  const uint64_t hidden = storage.base().hash_after({}, some);
+  EXPECT_NE(before.hash_after({}, some), hidden) << "its name is seen";
+  write(storage.open_write("/hidden").get(), 0, "other");
+  storage.begin_log();
+  EXPECT_EQ(storage.base().hash_after({}, some), hidden) << "what it holds is not";
+}
+
+TEST(VolatileStorage, HashesAreOfHiddenNamesWithoutTheirNonces) {
+  const auto shown = [](const std::string& name) { return !name.starts_with("."); };
+  const auto hash_with = [&](const std::string& name) {
+    VolatileStorage storage;
+    storage.create("/" + name);
+    storage.begin_log();
+    return storage.base().hash_after({}, shown);
+  };
+  const uint64_t one = hash_with(hidden_name("a"));
+  EXPECT_EQ(hash_with(hidden_name("a")), one);
+  EXPECT_NE(hash_with(hidden_name("b")), one);
+  EXPECT_NE(hash_with(".a.isoshard-0123"), one) << "not known as a leftover";
 }
 
 TEST(VolatileStorage, FoldersStayWhereTheyCannotBeRenamed) {

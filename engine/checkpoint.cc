@@ -8,6 +8,7 @@
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/source.h"
 #include "checkpoint/format/crc.h"
+#include "checkpoint/hidden_name.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "checkpoint/small_file.h"
@@ -381,15 +382,27 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
       checkpoint::replace_small_file(storage_, pending->save_dir_ + "/latest", pending->tag_);
     if (leads) publish(pending, inventories);
   });
-  if (leads && !pending->staged_->left_behind().empty()) {
-    warn_("The checkpoint that this save replaced could not be removed: " +
-          quote(pending->staged_->left_behind()) + "; isoshard doctor --clean removes it.");
-  }
   safe = "the checkpoint is there; `latest` may be the one before";
   attempt([&] {
     if (!leads || !pending->save_latest_ || mutant("latest_not_moved")) return;
     checkpoint::replace_small_file(storage_, pending->save_dir_ + "/latest", pending->tag_);
   });
+  if (leads) warn_of_replaced(pending->staged_->left_behind());
+}
+
+// Behind all that the ranks do together, as the caller's function may do anything. The save is made
+// whatever that does.
+void CheckpointEngine::warn_of_replaced(const std::string& left_behind) const {
+  if (left_behind.empty()) return;
+  const bool is_trash =
+      checkpoint::split_path(left_behind).name.starts_with(checkpoint::kTrashMark);
+  try {
+    warn_("The checkpoint that this save replaced could not be removed: " + quote(left_behind) +
+          (is_trash ? "; isoshard doctor --clean removes it."
+                    : "; it is whole: when nobody misses it, delete it yourself."));
+  } catch (const std::exception&) {
+    // A warning that cannot be given.
+  }
 }
 
 bool CheckpointEngine::save_checkpoint(const TrainingState& state, const std::string& save_dir,

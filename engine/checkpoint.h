@@ -137,6 +137,7 @@ class CheckpointEngine {
   void commit(PendingSave* pending, const std::function<bool()>& wait);
   void check_files(const PendingSave& pending, const RankInventories& inventories);
   void publish(PendingSave* pending, const RankInventories& inventories);
+  void warn_of_replaced(const std::string& left_behind) const;
   std::string tag_to_load(const std::string& load_dir, const LoadOptions& options);
   bool same_on_all_ranks(const std::string& text);
   // The rank that failed first in order of numbers, or −1. Collective.

@@ -24,7 +24,8 @@ using RankInventories = std::vector<std::vector<checkpoint::ManifestFile>>;
 void check_names_and_sizes(Storage& storage, const std::string& folder,
                            const RankInventories& inventories);
 
-// Reads the files of one rank. Throws Error(kCorrupt) where one has other bytes than were written.
+// Reads the files of one rank, each by its name: the folder is listed by the rank alone that asks
+// for names and sizes. Throws Error(kCorrupt) where one has other bytes than were written.
 void check_contents(Storage& storage, const std::string& folder, size_t rank,
                     const std::vector<checkpoint::ManifestFile>& files);
 

@@ -125,7 +125,7 @@ class ErrorRuns {
     MutantStorage way(counter, mutant, job.pointer);
     job.work(way, number_);
     calls_ = counter.calls();
-    judge_ = std::make_unique<Judge>(job, *before_, *behind_, /*in_place=*/true);
+    judge_ = std::make_unique<Judge>(job, *before_, *behind_, !job.renames_folders);
     replay_ = std::make_unique<CrashReplay>(job, *judge_, range.number, range.seeds);
   }
 
@@ -166,6 +166,7 @@ class ErrorRuns {
   }
 
   std::string ill_told(const ErrorInfo& told, const CallFault& fault, uint64_t arrived) const {
+    // An empty `safe` is printed as kNothingPublished, which `is_new` below contradicts.
     if (told.what.empty() || told.file.empty() || told.next.empty()) {
       return "The message lacks what failed, where, or what to do next.";
     }
@@ -282,7 +283,7 @@ std::string check_second(const CrashJob& job, const ErrorRange& range, MemorySto
                          VolatileStorage* behind, ErrorTally* tally) {
   std::unique_ptr<VolatileStorage> disk = disk_of(job, *survivor);
   if (const auto refused = error_of(job, *disk, range.number)) {
-    Judge judge(job, *survivor, *behind, /*in_place=*/true);
+    Judge judge(job, *survivor, *behind, !job.renames_folders);
     if (may_refuse(job, judge.judge(*survivor).arrived)) return "";
     for (const std::string& place : unfinished_places(job, *survivor)) {
       survivor->remove_tree(place);
@@ -292,7 +293,7 @@ std::string check_second(const CrashJob& job, const ErrorRange& range, MemorySto
       return "the job fails: " + text_of(*error);
     }
   }
-  Judge judge(job, *survivor, *behind, /*in_place=*/true);
+  Judge judge(job, *survivor, *behind, !job.renames_folders);
   const Finding finding = judge.judge(*disk);
   if (!finding.failure.empty()) return finding.failure;
   if ((finding.arrived & judge.changed()) != judge.changed()) return "the new is not there.";

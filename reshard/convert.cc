@@ -10,13 +10,13 @@
 #include "checkpoint/leftover_folder.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
-#include "checkpoint/small_file.h"
 #include "core/cast.h"
 #include "core/check.h"
 #include "core/error.h"
 #include "core/polynomial.h"
 #include "reshard/agreement.h"
 #include "reshard/manifest_check.h"
+#include "reshard/published_target.h"
 #include "reshard/report_text.h"
 #include "reshard/source_manifest.h"
 
@@ -170,7 +170,7 @@ class Conversion {
     StreamOptions stream = options_.stream;
     stream.digest = digested_leaves(
         state_, options_.weights_only ? Sections::kWeightsAndBuffers : Sections::kAll);
-    stream.sync_files = plan_.targets.size() <= 64;
+    stream.sync_files = syncs_each_file();
     if (staged_.resumed()) take_up(&stream);
     Agreement agreement(state_);
     SourceManifest manifest(storage_, state_);
@@ -196,6 +196,8 @@ class Conversion {
     staged_.publish();
   }
 
+  bool syncs_each_file() const { return plan_.targets.size() <= 64; }
+
   // The papers of the run that was interrupted go too: this one's come last, as always.
   void take_up(StreamOptions* stream) {
     std::set<std::string> files;
@@ -212,7 +214,7 @@ class Conversion {
   [[noreturn]] void tell_how_to_go_on(const Error& error) {
     ErrorInfo info = error.info();
     if (staged_.in_place()) throw Error(std::move(info));
-    if (!options_.resume) {
+    if (!options_.resume || !has_written()) {
       info.next =
           "give the same command again; it starts from the beginning. One with --resume "
           "keeps what it has written when it is interrupted";
@@ -223,6 +225,13 @@ class Conversion {
                 quote(staged_.path());
     info.next = "give the same command again, with --resume: it goes on from there";
     throw Error(std::move(info));
+  }
+
+  // Whether a file of the plan is there: without one there is nothing to go on from.
+  bool has_written() const {
+    return std::ranges::any_of(plan_.targets, [&](const TargetFile& target) {
+      return storage_.is_file(staged_.path() + "/" + target.path());
+    });
   }
 
   void phase(const std::string& text) const {
@@ -251,17 +260,16 @@ class Conversion {
   // The folder is there by now; a failure here must say so.
   void move_pointer() {
     try {
-      for (const auto& [from, to] : options_.side_files) checkpoint::copy_file(storage_, from, to);
-      if (!options_.latest_path.empty())
-        checkpoint::replace_small_file(storage_, options_.latest_path, options_.latest_text);
+      place_beside(storage_, options_);
     } catch (const Error& error) {
       ErrorInfo info = error.info();
       info.safe = options_.target + " is published, whole and verified; only the pointer " +
                   (options_.side_files.empty() ? "is" : "and some files beside it are") + " not";
-      info.next = options_.latest_path.empty()
-                      ? "copy the files beside the source yourself"
-                      : "write " + quote(options_.latest_text) + " into " + options_.latest_path +
-                            " yourself, or give the command again with --overwrite";
+      info.next =
+          options_.latest_path.empty()
+              ? "copy the files beside the source yourself"
+              : "write " + quote(options_.latest_text) + " into " + options_.latest_path +
+                    " yourself, or give the command again with --resume: it does what is left";
       throw Error(std::move(info));
     }
   }
@@ -379,6 +387,8 @@ class Conversion {
     }
     write_text("certificate.json", text);
     staged_.settle();
+    // A long sync comes before the manifest: who is killed in it can be gone on from.
+    if (!staged_.in_place() && !syncs_each_file()) storage_.sync_everything(staged_.path());
     manifest.files.push_back({"certificate.json", static_cast<int64_t>(text.size()),
                               "sha256:" + checkpoint::sha256_hex(text)});
     write_text(checkpoint::kManifestName, checkpoint::to_json(manifest));

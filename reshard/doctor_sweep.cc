@@ -91,11 +91,17 @@ bool has_open(const Process& process, const std::string& path) {
   return false;
 }
 
+// Also one whose file was replaced or removed since it was started.
+bool is_isoshard(const Process& process) {
+  std::error_code error;
+  const std::string program = fs::read_symlink(process.folder / "exe", error).filename().string();
+  return program == "isoshard" || program == "isoshard (deleted)";
+}
+
 // A program of isoshard that was given the leftover's folder, or something in it, as an argument.
 bool works_there(const Process& process, const std::string& parent) {
   std::error_code error;
-  if (fs::read_symlink(process.folder / "exe", error).filename().string() != "isoshard")
-    return false;
+  if (!is_isoshard(process)) return false;
   const fs::path here = fs::read_symlink(process.folder / "cwd", error);
   std::ifstream file(process.folder / "cmdline", std::ios::binary);
   for (std::string argument; std::getline(file, argument, '\0');) {
@@ -150,13 +156,22 @@ std::string why_dear(Storage& storage, const Leftover& leftover) {
   return "";
 }
 
-// Where its lock is held by another, that is why it must stay. Null also where there are no locks.
+// Where its lock is held by another, or cannot be asked for, that is why it must stay. Null also
+// where there are no locks. What is gone by now has no lock; its removal says so.
 std::unique_ptr<checkpoint::FolderLock> lock(Storage& storage, Leftover* leftover) {
   if (leftover->kind == Leftover::Kind::kTemporary) return nullptr;  // a file
-  checkpoint::LockAnswer answer = checkpoint::lock_folder(storage, leftover->path);
-  if (answer.state == checkpoint::LockAnswer::State::kTheirs)
-    leftover->kept = "a process holds its lock: a command of isoshard is at work there";
-  return std::move(answer.lock);
+  try {
+    checkpoint::LockAnswer answer = checkpoint::lock_folder(storage, leftover->path);
+    if (answer.state == checkpoint::LockAnswer::State::kTheirs)
+      leftover->kept = "a process holds its lock: a command of isoshard is at work there";
+    return std::move(answer.lock);
+  } catch (const Error& error) {
+    if (error.info().code == ErrorCode::kInterrupted) throw;
+    leftover->kept = error.info().code == ErrorCode::kNotFound
+                         ? "it is gone: it was shown or removed meanwhile"
+                         : "its lock cannot be asked for: " + error.info().what;
+    return nullptr;
+  }
 }
 
 void judge(Storage& storage, Leftover* leftover) {
@@ -205,6 +220,17 @@ std::string what_is(Leftover::Kind kind, const std::string& name) {
       break;
   }
   return "a folder written under its final name by a command that did not end";
+}
+
+// A folder that may not be listed cannot be told from one of somebody else.
+bool is_marked(Storage& storage, const std::string& folder) {
+  try {
+    return checkpoint::is_unfinished(storage, folder);
+  } catch (const Error& error) {
+    const ErrorCode code = error.info().code;
+    if (code == ErrorCode::kPermission || code == ErrorCode::kNotFound) return false;
+    throw;
+  }
 }
 
 }  // namespace
@@ -263,7 +289,7 @@ std::vector<Leftover> find_leftovers(Storage& storage, const std::string& source
     }
   }
   for (const std::string& folder : marked) {
-    if (checkpoint::is_unfinished(storage, folder)) add(Leftover::Kind::kUnfinished, folder);
+    if (is_marked(storage, folder)) add(Leftover::Kind::kUnfinished, folder);
   }
   std::ranges::sort(result, {}, &Leftover::path);
   return result;

@@ -124,6 +124,14 @@ ManifestFile manifest_file(const FileHash& file) {
   return {file.path, file.size_bytes, hash_text(file.ecma, file.jones)};
 }
 
+std::string why_file_differs(Storage& storage, const std::string& folder,
+                             const ManifestFile& file) {
+  const int64_t size = storage.open_read(checkpoint::join(folder, file.path))->size_bytes();
+  FileCheck check;
+  check.run(storage, folder, file, size, {});
+  return check.text;
+}
+
 ManifestReport check_manifest(Storage& storage, const std::string& folder,
                               const checkpoint::Manifest& manifest, const FileCrcs& known,
                               int workers) {

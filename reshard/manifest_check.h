@@ -42,4 +42,10 @@ ManifestReport check_manifest(Storage& storage, const std::string& folder,
                               const checkpoint::Manifest& manifest, const FileCrcs& known,
                               int workers);
 
+// One file, opened by its name and not looked for in a list: how it differs from what the entry
+// says, or that its hash is of an unknown kind; "" where it is equal. Throws what reading throws,
+// also where it is not there.
+std::string why_file_differs(Storage& storage, const std::string& folder,
+                             const checkpoint::ManifestFile& file);
+
 }  // namespace isoshard::reshard

@@ -80,6 +80,46 @@ class Sweep(Case):
         self.assertIn(f"process {sleeper.pid}", told[trash.name]["kept"])
         self.assertTrue((trash / sorted(trash.iterdir())[0].name).exists())
 
+    def test_one_that_cannot_be_locked_stays_and_the_others_go(self):
+        if not shutil.which("strace"):
+            self.skipTest("no strace")
+        source, staging, temporary, trash, unfinished = self.lay()
+        result = subprocess.run(
+            ["strace", "-qq", "-o", "/dev/null", "-e", "trace=flock", "-e",
+             "inject=flock:error=EIO:when=1", CONFIG.program, "doctor", source, "--clean",
+             "--json"], capture_output=True, text=True)
+        self.assertEqual(result.returncode, 1, result.stderr)
+        told = {Path(each["path"]).name: each
+                for each in map(json.loads, result.stdout.splitlines())}
+        kept = [each for each in told.values() if each["kept"]]
+        self.assertEqual(len(kept), 1, told)
+        self.assertIn("lock cannot be asked for", kept[0]["kept"])
+        self.assertEqual([path.exists() for path in (staging, temporary, trash, unfinished)],
+                         [str(path) == kept[0]["path"]
+                          for path in (staging, temporary, trash, unfinished)])
+
+    def test_a_folder_that_may_not_be_opened_stays_and_the_others_go(self):
+        source, staging, temporary, trash, unfinished = self.lay()
+        staging.chmod(0)
+        user = {}
+        if os.geteuid() == 0:
+            user = {"user": 65534, "group": 65534, "extra_groups": []}
+            self.place.chmod(0o755)
+            for path in [source, *source.rglob("*")]:
+                os.chown(path, 65534, 65534)
+        try:
+            result = subprocess.run([CONFIG.program, "doctor", source, "--clean", "--json"],
+                                    capture_output=True, text=True, **user)
+        except PermissionError:
+            self.skipTest("the program cannot be started by another user")
+        staging.chmod(0o700)
+        self.assertEqual(result.returncode, 1, result.stderr)
+        told = {Path(each["path"]).name: each
+                for each in map(json.loads, result.stdout.splitlines())}
+        self.assertIn("lock cannot be asked for", told[staging.name]["kept"])
+        self.assertTrue(staging.exists())
+        self.assertEqual([path.exists() for path in (temporary, trash, unfinished)], [False] * 3)
+
     def test_a_running_command_keeps_its_folder(self):
         """Held up in its first fsync, with all its times set back; then killed there."""
         if not shutil.which("strace"):
@@ -112,6 +152,8 @@ class Sweep(Case):
         for argument in (source, source / "global_step4", f"--out={source}"):
             worker = subprocess.Popen([program, "-c", "read line", "reshard", argument],
                                       stdin=subprocess.PIPE)
+            if argument not in (source, source / "global_step4"):
+                program.unlink()  # as where a newer one is installed while it runs
             try:
                 told = self.clean(1, source)
             finally:

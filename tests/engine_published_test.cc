@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <stdexcept>
 
 #include "checkpoint/failing_storage.h"
+#include "checkpoint/format/crc.h"
 #include "engine/published_files.h"
 #include "properties/mutant_storage.h"
 #include "reshard/verify.h"
@@ -145,6 +147,33 @@ TEST(PublishedFiles, TwoRanksOfOneFileAreNamed) {
   }
 }
 
+// As a network file system whose list is older than its files.
+class ListsNothing final : public MemoryStorage {
+ public:
+  std::vector<DirectoryEntry> list(const std::string&) override { return {}; }
+};
+
+TEST(PublishedFiles, AFileThatTheListLacksIsReadAllTheSame) {
+  ListsNothing disk;
+  disk.make_directory("/f");
+  write(disk, "/f/a", "text");
+  write(disk, "/f/b", "texu");
+  checkpoint::ManifestFile file{
+      .path = "a", .size_bytes = 4, .hash = "sha256:" + checkpoint::sha256_hex("text")};
+  engine::check_contents(disk, "/f", 1, {file});
+  file.path = "b";
+  try {
+    engine::check_contents(disk, "/f", 1, {file});
+    FAIL() << "a file of other bytes was taken";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.info().code, ErrorCode::kCorrupt);
+    EXPECT_EQ(error.info().entry, "rank 1");
+    EXPECT_EQ(error.info().file, "/f/b");
+  }
+  file.path = "c";
+  EXPECT_THROW(engine::check_contents(disk, "/f", 1, {file}), Error);
+}
+
 // Rank 1's disk is full, and its writer keeps that to itself.
 TEST(PublishedFiles, ARankThatSwallowsItsErrorsIsNamed) {
   World world;
@@ -172,7 +201,8 @@ TEST(PublishedFiles, ARankThatSwallowsItsErrorsIsNamed) {
 }
 
 // A save of one rank over itself; `fault` strikes in the second. Returns its calls.
-std::vector<checkpoint::StorageCall> save_over(World* world, const checkpoint::CallFault& fault) {
+std::vector<checkpoint::StorageCall> save_over(World* world, const checkpoint::CallFault& fault,
+                                               bool warning_fails = false) {
   world->topology = {};
   std::vector<checkpoint::StorageCall> calls;
   const Error error = world->run([&](sim::Rank& rank, Trainer& trainer, CheckpointEngine& files) {
@@ -181,7 +211,10 @@ std::vector<checkpoint::StorageCall> save_over(World* world, const checkpoint::C
     const ParallelState parallel = properties::parallel_state(rank);
     CheckpointEngine again(failing, parallel,
                            properties::deepspeed_config(world->config, world->topology, 1),
-                           [&](const std::string& text) { world->warnings.push_back(text); });
+                           [&](const std::string& text) {
+                             world->warnings.push_back(text);
+                             if (warning_fails) throw std::runtime_error("no terminal");
+                           });
     save(trainer, again, "tag");
     calls = failing.calls();
   });
@@ -198,7 +231,33 @@ TEST(PublishedFiles, AReplacedFolderThatStaysIsTold) {
   save_over(&failing, {.at = calls.rend() - last - 1, .error = EACCES});
   ASSERT_EQ(failing.warnings.size(), 1u);
   EXPECT_NE(failing.warnings[0].find("/run/.trash-"), std::string::npos) << failing.warnings[0];
+  EXPECT_NE(failing.warnings[0].find("doctor --clean"), std::string::npos);
   EXPECT_EQ(reshard::verify(failing.disk, "/run", {}).verdict, reshard::Verdict::kVerified);
+}
+
+// The warning is the caller's function: what it throws changes nothing, and no rank waits for it.
+TEST(PublishedFiles, AWarningThatThrowsChangesNothing) {
+  World sound, failing;
+  const auto calls = save_over(&sound, {});
+  const auto last = std::find(calls.rbegin(), calls.rend(), checkpoint::StorageCall::kRemoveTree);
+  ASSERT_NE(last, calls.rend());
+  save_over(&failing, {.at = calls.rend() - last - 1, .error = EACCES}, /*warning_fails=*/true);
+  EXPECT_EQ(failing.warnings.size(), 1u);
+  EXPECT_EQ(failing.latest(), "tag");
+}
+
+// Where it could not even be moved aside, doctor leaves it alone.
+TEST(PublishedFiles, AReplacedFolderThatKeepsItsNameIsNotLeftToDoctor) {
+  World sound, failing;
+  const auto calls = save_over(&sound, {});
+  const auto exchange = std::find(calls.rbegin(), calls.rend(), checkpoint::StorageCall::kExchange);
+  const auto move = std::find(exchange.base(), calls.end(), checkpoint::StorageCall::kRename);
+  ASSERT_NE(move, calls.end());
+  save_over(&failing, {.at = move - calls.begin(), .error = EACCES});
+  ASSERT_EQ(failing.warnings.size(), 1u);
+  EXPECT_NE(failing.warnings[0].find("/run/.tag.isoshard-"), std::string::npos)
+      << failing.warnings[0];
+  EXPECT_EQ(failing.warnings[0].find("doctor"), std::string::npos);
 }
 
 }  // namespace

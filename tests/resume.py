@@ -14,187 +14,16 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import unittest
-from pathlib import Path
 
-from crash_case import Crash, Job, fingerprint, run
+from crash_case import fingerprint, run
 from program_case import CONFIG, run_tests
+from resume_case import NONCE, RESUMED, Resume, contents
+from resume_killed import Killed
 
-NONCE = "0123456789abcdef0123456789abcdef"
-RESUMED = {"killed": 0, "resumed": 0, "bytes saved": 0}
-
-
-def contents(folder):
-    """{path: sha256 or what it is}, of all below."""
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        if path.is_file() and not path.is_symlink()
-        else "folder" if path.is_dir() and not path.is_symlink() else "other"
-        for path in sorted(Path(folder).rglob("*"))
-    }
-
-
-class Resume(Crash):
-    def jobs(self):
-        """reshard, universal, fp32."""
-        out = self.place / "out" / "weights"
-        fp32 = Job(self.place, self.recording("z3_bf16_dp3"), ["convert", out, "--to", "fp32"], out)
-        return [self.reshard_job(), self.universal_job(), fp32]
-
-    def whole(self, job):
-        """What an uninterrupted run leaves in out/, and the target itself, set aside."""
-        job.clear()
-        result = run([*job.command, "--json"])
-        self.assertEqual(result.returncode, 0, result.stderr)
-        job.whole = contents(job.parent())
-        job.bytes = self.figures(result)["bytes_written"]
-        job.aside = self.place / "aside" / job.output.name
-        shutil.rmtree(job.aside, ignore_errors=True)
-        shutil.copytree(job.output, job.aside)
-        return job
-
-    @staticmethod
-    def figures(result):
-        return next(
-            each for each in map(json.loads, result.stdout.splitlines())
-            if each["kind"] == "conversion"
-        )
-
-    def lay(self, job, nonce=NONCE, papers=True):
-        """A leftover that holds everything, as one killed before the last rename leaves it."""
-        job.clear()
-        staging = job.output.parent / f".{job.output.name}.isoshard-{nonce}"
-        shutil.copytree(job.aside, staging)
-        if not papers:
-            (staging / "MANIFEST.json").unlink()
-            (staging / "certificate.json").unlink()
-        return staging
-
-    def resume(self, job, *more):
-        """Must end well, with what the uninterrupted run left and nothing else."""
-        result = run([*(each for each in job.command if each != "--quiet"),
-                      "--resume", "--json", *more])
-        self.assertEqual(result.returncode, 0, result.stderr)
-        self.same(job)
-        RESUMED["resumed"] += 1
-        return self.figures(result), result.stderr
-
-    def same(self, job):
-        self.assertEqual(contents(job.parent()), job.whole)
-        source = job.source if job.source.is_dir() else job.source.parent
-        self.assertEqual(fingerprint(source), job.before, "the source changed")
-
-    def staged(self, job):
-        folder = job.output.parent
-        return sorted(folder.glob(f".{job.output.name}.isoshard-*")) if folder.is_dir() else []
-
-
-@unittest.skipUnless(shutil.which("strace"), "strace is not installed")
-class Killed(Resume):
-    def setUp(self):
-        super().setUp()
-        probe = subprocess.run(
-            ["strace", "-qq", "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"],
-            capture_output=True,
-        )
-        if probe.returncode != 0:
-            self.skipTest(f"strace cannot trace here: {probe.stderr.decode().strip()[:100]}")
-
-    def points(self, job):
-        """(system call, number): at the beginning, in between, and at the end of each kind."""
-        job.command += ["--workers", "1"]
-        for call, most in self.count(job, True).items():
-            if call in ("pwrite64", "fsync", "renameat2", "ftruncate", "syncfs"):
-                for number in sorted({1, 1 + most // 3, 1 + 2 * most // 3, most}):
-                    if number <= most:
-                        yield call, number
-
-    def test_killed_anywhere_and_gone_on(self):
-        for job in map(self.whole, self.jobs()):
-            for call, number in list(self.points(job)):
-                with self.subTest(job.command[0], call=call, number=number):
-                    job.clear()
-                    killed = self.strace(job, f"{call}:signal=KILL:when={number}", True)
-                    if killed.returncode == 0 or job.output.exists():
-                        continue  # other threads made fewer, or it was past the last rename
-                    RESUMED["killed"] += 1
-                    held = sum(
-                        path.stat().st_size for each in self.staged(job)
-                        for path in each.rglob("*") if path.is_file()
-                    )
-                    figures, _ = self.resume(job)
-                    if held == 0:  # nothing was written: an ordinary run, and the folder stays
-                        continue
-                    self.assertIsNotNone(figures["resumed"])
-                    self.assertLessEqual(figures["bytes_written"], job.bytes)
-                    RESUMED["bytes saved"] += job.bytes - figures["bytes_written"]
-
-    def same(self, job):
-        """Folders without a byte may lie there still: they may be a living command's."""
-        for each in self.staged(job):
-            if not any(path.is_file() and path.stat().st_size for path in each.rglob("*")):
-                shutil.rmtree(each)
-        super().same(job)
-
-    def test_killed_at_the_last_rename_nothing_is_written_again(self):
-        for job in map(self.whole, self.jobs()):
-            renames = self.count(job, True)["renameat2"]
-            job.clear()
-            for number in range(renames, 0, -1):  # a pointer's come behind the folder's
-                self.strace(job, f"renameat2:signal=KILL:when={number}", True)
-                if self.staged(job) and not job.output.exists():
-                    break
-                job.clear()
-            figures, _ = self.resume(job)
-            self.assertEqual(figures["bytes_written"], 0)
-            self.assertEqual(figures["resumed"]["files_equal"], figures["resumed"]["files_found"])
-
-    def test_a_resumed_run_is_killed_too(self):
-        job = self.whole(self.reshard_job())
-        job.command += ["--workers", "1"]
-        self.lay(job)
-        half = next(path for path in self.staged(job)[0].rglob("*") if path.suffix == ".pt")
-        half.write_bytes(half.read_bytes()[:100])
-        plain, job.command = job.command, [*job.command, "--resume"]
-        for call in ("fsync", "pwrite64", "syncfs", "renameat2"):
-            result = self.strace(job, f"{call}:signal=KILL:when=1", True)
-            self.assertNotEqual(result.returncode, 0)
-            self.assertTrue(self.staged(job))
-        job.command = plain
-        self.resume(job)
-
-    def test_a_signal_keeps_what_was_written_with_resume_alone(self):
-        for job in map(self.whole, self.jobs()):
-            job.command += ["--workers", "1"]
-            plain = job.command
-            for name, number in (("TERM", signal.SIGTERM), ("INT", signal.SIGINT)):
-                job.clear()
-                job.command = plain
-                result = self.strace(job, f"fsync:signal={name}:when=1", True)
-                self.assertEqual(result.returncode, 128 + number, result.stderr)
-                self.assertIn("One with --resume keeps", result.stderr)
-                self.assertEqual(job.hidden(), [])
-                job.command = [*plain, "--resume"]
-                result = self.strace(job, f"fsync:signal={name}:when=1", True)
-                self.assertEqual(result.returncode, 128 + number, result.stderr)
-                self.assertEqual(len(self.staged(job)), 1)
-                self.assertIn(str(self.staged(job)[0]), result.stderr)
-                self.assertIn("with --resume: it goes on from there", result.stderr)
-                job.command = plain
-                figures, _ = self.resume(job)
-                self.assertIsNotNone(figures["resumed"])
-
-    def test_an_error_removes_what_was_written(self):
-        job = self.whole(self.reshard_job())
-        self.lay(job)
-        job.command.append("--resume")
-        result = self.strace(job, "fsync:error=EIO:when=2", True)
-        self.assertEqual(result.returncode, 2, result.stderr)
-        self.assertEqual(job.hidden(), [])
+assert Killed  # its tests run here too
 
 
 class Leftovers(Resume):
@@ -205,19 +34,20 @@ class Leftovers(Resume):
             self.assertIsNone(figures["resumed"])
             self.assertEqual(figures["bytes_written"], job.bytes)
         job.clear()
-        result = run([*(each for each in job.command if each != "--quiet"), "--resume"])
+        result = run([*(each for each in job.command if each not in ("--quiet", "--json")),
+                      "--resume"])
         self.assertIn("nothing to resume", result.stdout)
 
     def test_a_whole_one_is_compared_and_not_written(self):
         for job in map(self.whole, self.jobs()):
-            self.lay(job)
+            self.lay(job, papers=True)
             figures, errors = self.resume(job)
             self.assertEqual(figures["bytes_written"], 0)
             self.assertEqual(figures["resumed"]["files_equal"], len(list(
                 path for path in job.aside.rglob("*") if path.is_file())) - 2)
             self.assertEqual(errors, "")
             self.lay(job)
-            plain = [each for each in job.command if each != "--quiet"]
+            plain = [each for each in job.command if each not in ("--quiet", "--json")]
             said = run([*plain, "--resume"]).stdout
             self.assertIn("were there already and are equal, 0 B written", said)
             self.same(job)
@@ -312,6 +142,7 @@ class Leftovers(Resume):
         out = self.place / "other"
         self.assertEqual(run(["reshard", other, out, "--to", "dp=4", "--quiet"]).returncode, 0)
         shutil.copytree(next(path for path in out.iterdir() if path.is_dir()), staging)
+        (staging / "MANIFEST.json").unlink()
         self.resume(job)
 
     def test_the_largest_is_taken(self):
@@ -418,6 +249,65 @@ class Leftovers(Resume):
         self.assertIn("verify", result.stderr)
         self.same(job)
 
+    def test_a_target_that_is_another(self):
+        """Made of another source, or damaged, without its pointer: that is not put there."""
+        job = self.whole(self.reshard_job())
+        plain = [each for each in job.command if each != "--quiet"]
+        job.pointer.unlink()
+        told = run([*plain, "--resume", "--dry-run", "--json"])
+        self.assertEqual(json.loads(told.stdout)["to_finish"], [str(job.pointer)])
+        self.assertFalse(job.pointer.exists())
+        victim = next(job.output.glob("*.pt"))
+        data = victim.read_bytes()
+        for change in ("damaged", "of other weights", "with another file"):
+            if change == "damaged":
+                victim.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+            elif change == "with another file":
+                (job.output / "more").touch()
+            else:
+                self.lie_about_the_source(job.output)
+            before = fingerprint(job.output)
+            with self.subTest(change):
+                result = run([*plain, "--resume"])
+                self.assertEqual(result.returncode, 2)
+                self.assertIn("not known to be what this command makes", result.stderr)
+                self.assertFalse(job.pointer.exists())
+                self.assertEqual(fingerprint(job.output), before)
+            shutil.rmtree(job.output)
+            shutil.copytree(job.aside, job.output)
+
+    @staticmethod
+    def lie_about_the_source(folder):
+        """Papers that agree with each other, of a source with other weights."""
+        path = folder / "certificate.json"
+        certificate = json.loads(path.read_text())
+        digest = certificate["source"]["digests"]["weights"]
+        other = digest[:-1] + ("0" if digest[-1] != "0" else "1")
+        path.write_text(path.read_text().replace(digest, other))
+        manifest = json.loads((folder / "MANIFEST.json").read_text())
+        del manifest["self_hash"]
+        for each in manifest["files"]:
+            if each["path"] == "certificate.json":
+                each["hash"] = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
+        text = json.dumps(manifest, indent=1) + "\n"
+        manifest["self_hash"] = "sha256:" + hashlib.sha256(text.encode()).hexdigest()
+        (folder / "MANIFEST.json").write_text(json.dumps(manifest, indent=1) + "\n")
+
+    def test_few_inodes_suffice_where_the_files_are_there(self):
+        job = self.whole(self.universal_job())
+        files = [path for path in job.aside.rglob("*")]
+        mount = self.mount(f"size=64m,nr_inodes={len(files) + 16}")
+        target = mount / job.output.name
+        staging = mount / f".{target.name}.isoshard-{NONCE}"
+        shutil.copytree(job.aside, staging)
+        (staging / "MANIFEST.json").unlink()
+        command = ["convert", job.source, target, "--to", "universal"]
+        result = run([*command, "--resume"])
+        self.assertEqual(result.returncode, 0, result.stderr)
+        self.assertEqual(contents(target), contents(job.aside))
+        shutil.rmtree(target)
+        self.assertIn("too few inodes", run(command).stderr)
+
     def test_the_plan_names_it_and_takes_nothing(self):
         job = self.whole(self.reshard_job())
         staging = self.lay(job)
@@ -456,6 +346,7 @@ class Leftovers(Resume):
             self.assertEqual(run([*command, "--inject_missing_state"] if target == out
                                  else command).returncode, 0)
             whole = contents(target)
+            (target / "MANIFEST.json").unlink()
             target.rename(target.parent / f".{target.name}.isoshard-{NONCE}")
             (target.parent / "latest_universal").unlink(missing_ok=True)
             result = run([*command, "--resume",

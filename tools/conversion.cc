@@ -8,6 +8,7 @@
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
 #include "core/error.h"
+#include "reshard/published_target.h"
 #include "tools/version.h"
 
 namespace isoshard::tools {
@@ -51,10 +52,12 @@ void print_plan(Session* session, const reshard::ReshardPlan& plan,
 }  // namespace
 
 void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target,
-                 int64_t there_bytes) {
+                 const checkpoint::LeftoverFolder* there) {
   const FreeSpace space = session->storage.free_space(existing_parent(session, target));
-  const auto files = static_cast<int64_t>(plan.targets.size()) + 2;
-  const int64_t bytes = std::max<int64_t>(0, plan.bytes_to_write() - there_bytes);
+  const auto planned = static_cast<int64_t>(plan.targets.size());
+  const int64_t files = planned + 2 - (there ? std::min(there->files, planned) : 0);
+  const int64_t bytes =
+      std::max<int64_t>(0, plan.bytes_to_write() - (there ? there->stored_bytes : 0));
   const bool bytes_short = space.bytes < bytes,
              inodes_short = space.inodes >= 0 && space.inodes < 2 * files;
   if (!bytes_short && !inodes_short) return;
@@ -200,6 +203,52 @@ reshard::ConvertOptions conversion_options(Session* session, const ConversionFla
 
 namespace {
 
+bool has_manifest(Session* session, const std::string& folder) {
+  return session->storage.is_file(checkpoint::join(folder, checkpoint::kManifestName));
+}
+
+// The target is there; of what comes beside it, something may be missing. Whether that was done.
+bool finish_published(Session* session, const checkpoint::ShardedState& state,
+                      const reshard::ReshardPlan& plan, const reshard::ConvertOptions& options,
+                      bool dry_run) {
+  if (!options.resume || options.overwrite || !has_manifest(session, options.target)) return false;
+  const std::vector<std::string> missing = reshard::missing_beside(session->storage, options);
+  if (missing.empty()) return false;
+  std::string list;
+  for (const std::string& path : missing) list += (list.empty() ? "" : ", ") + quote(path);
+  const std::string why = reshard::why_another_target(session->storage, state, plan, options);
+  if (!why.empty()) {
+    throw Error(ErrorInfo{.code = ErrorCode::kExists,
+                          .what = "The target is there, and is not known to be what this command "
+                                  "makes: " +
+                                  why + ".",
+                          .file = options.target,
+                          .found = "missing beside it, or another: " + list,
+                          .safe = "nothing was written",
+                          .next = "isoshard verify it; name another target, or give --overwrite "
+                                  "to make it anew"});
+  }
+  if (dry_run) {
+    session->say("the target is there; missing beside it is " + list +
+                 "; nothing was written (--dry-run)");
+    if (session->json)
+      session->print_json({{"kind", "plan"}, {"target", options.target}, {"to_finish", missing}});
+    return true;
+  }
+  reshard::place_beside(session->storage, options);
+  session->say("resumed: the target is there, whole, and of this source; missing beside it was " +
+               list);
+  if (session->json) {
+    session->print_json({{"kind", "conversion"},
+                         {"target", options.target},
+                         {"bytes_read", 0},
+                         {"bytes_written", 0},
+                         {"finished", missing}});
+  }
+  session->say("*** Done! " + options.target);
+  return true;
+}
+
 // A target that stands there is not what --resume goes on from.
 void refuse_to_resume(Session* session, const reshard::ConvertOptions& options) {
   if (options.overwrite || !session->storage.is_directory(options.target)) return;
@@ -212,17 +261,13 @@ void refuse_to_resume(Session* session, const reshard::ConvertOptions& options) 
         .safe = "nothing was written",
         .next = "when no command is at work there, delete it and give the command again"});
   }
-  if (!session->storage.is_file(checkpoint::join(options.target, checkpoint::kManifestName)))
-    return;
-  const std::string pointer = options.latest_path.empty()
-                                  ? ""
-                                  : "; write " + quote(options.latest_text) + " into " +
-                                        quote(options.latest_path) + " if that is not there";
+  if (!has_manifest(session, options.target)) return;
   throw Error(ErrorInfo{.code = ErrorCode::kExists,
-                        .what = "The target is there, whole: there is nothing to go on from.",
+                        .what = "The target is there, with its manifest and what belongs beside "
+                                "it: there is nothing to go on from.",
                         .file = options.target,
                         .safe = "nothing was written",
-                        .next = "isoshard verify it" + pointer + "; --overwrite makes it anew"});
+                        .next = "isoshard verify it; --overwrite makes it anew"});
 }
 
 // What lies beside the target: taken up, or told.
@@ -275,10 +320,10 @@ void finish_conversion(Session* session, const checkpoint::ShardedState& state,
                        std::vector<checkpoint::FileBlueprint> files, const ConversionFlags& flags,
                        reshard::ConvertOptions* options) {
   const reshard::ReshardPlan plan = reshard::make_plan(state, std::move(files));
+  if (finish_published(session, state, plan, *options, flags.dry_run)) return;
   look_for_leftovers(session, options);
   if (flags.dry_run) return print_plan(session, plan, *options);
-  check_space(session, plan, options->target,
-              options->leftover ? options->leftover->stored_bytes : 0);
+  check_space(session, plan, options->target, options->leftover.get());
   const reshard::ConvertResult result = reshard::convert(session->storage, state, plan, *options);
   if (const int64_t wrong = result.stream.resumed.bytes_wrong; wrong > 0) {
     session->notice("notice: " + std::to_string(wrong) +

@@ -40,10 +40,10 @@ void run_convert(Session* session, const ConvertFlags& flags);
 
 void add_conversion_flags(CLI::App* verb, ConversionFlags* flags);
 
-// Refuses a target whose file system has too little room for the plan. `there_bytes`: what lies
-// there already, to be written into.
+// Refuses a target whose file system has too little room for the plan. `there`: what lies
+// there already, to be written into, or null.
 void check_space(Session* session, const reshard::ReshardPlan& plan, const std::string& target,
-                 int64_t there_bytes = 0);
+                 const checkpoint::LeftoverFolder* there = nullptr);
 
 // Whether a canonical path is the other or lies inside it.
 bool is_inside(const std::string& inner, const std::string& outer);

@@ -30,6 +30,12 @@ void say_at_once(const char* text, size_t length) {
   }
 }
 
+// Whether --resume was given, for a handler that has no way to be told.
+bool& wants_resume() {
+  static bool wants = false;
+  return wants;
+}
+
 // A second signal ends at once, as the user then wants: nothing is cleaned up, so that what stays
 // behind is named.
 void on_signal(int number) {
@@ -37,18 +43,25 @@ void on_signal(int number) {
   const auto say = [](std::string_view text) { say_at_once(text.data(), text.size()); };
   const isoshard::checkpoint::HiddenFolder& left = isoshard::checkpoint::hidden_folder();
   const size_t length = left.length;
+  const bool is_replaced =  // the target is published then, and this is what stood there before
+      std::string_view(left.text, length).find("/.trash-") != std::string_view::npos;
+  const bool goes_on = length > 0 && wants_resume() && !is_replaced;
   say("\nisoshard: Ended at once by a second signal.\n");
   if (length > 0) {
     say("  file:     ");
     say_at_once(left.text, length);
-    say("\n  found:    an unfinished folder that was not removed; nothing in it is needed\n");
+    say(goes_on ? "\n  found:    an unfinished folder, which stays\n"
+                : "\n  found:    a folder that was not removed; nothing in it is needed\n");
   }
   say("  safe now: the source was only read; ");
-  say(length > 0 ? "nothing was published" : "a target is there whole or not at all");
+  say(length > 0 && !is_replaced ? "nothing was published"
+                                 : "a target is there whole or not at all");
   say("\n  next:     ");
-  if (length > 0) say("delete that folder, then ");
+  if (length > 0 && !goes_on) say("delete that folder, then ");
   say("give the same command again");
-  say(length > 0 ? "; or, where it takes --resume, give it with that\n" : "\n");
+  say(goes_on                      ? ", with --resume: it goes on from there\n"
+      : length > 0 && !is_replaced ? "; or, where it takes --resume, give it with that\n"
+                                   : "\n");
   std::_Exit(128 + number);
 }
 
@@ -129,9 +142,8 @@ not, 70 our own bug. Read and written: ZeRO 0 to 3, BF16_Optimizer, Ulysses, Aut
 MoE, pipelines. docs/SUPPORT.md says what is not, and is refused by name.
 )";
 
-bool asks_for_json(int argc, char** argv) {
-  return std::any_of(argv, argv + argc,
-                     [](const char* a) { return std::string_view(a) == "--json"; });
+bool was_given(int argc, char** argv, std::string_view flag) {
+  return std::any_of(argv, argv + argc, [&](const char* a) { return flag == a; });
 }
 
 // Whether --json was given, for a handler that has no way to be told.
@@ -281,7 +293,8 @@ int guarded_run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  wants_json() = asks_for_json(argc, argv);
+  wants_json() = was_given(argc, argv, "--json");
+  wants_resume() = was_given(argc, argv, "--resume");
   std::set_terminate(on_terminate);
   try {
     return guarded_run(argc, argv);
