@@ -21,7 +21,7 @@ namespace {
 using Json = nlohmann::json;
 
 constexpr int kSchema = 1;
-constexpr size_t kLongestToken = 1 << 16;  // no path, hash or version is near it
+constexpr size_t kLongestStretch = 1 << 16;  // no path, hash or version is near it
 constexpr const char* kKind = "isoshard-manifest";
 constexpr std::string_view kSelfHash = ",\n \"self_hash\": ";
 constexpr std::string_view kEnd = "\n}\n";
@@ -86,22 +86,20 @@ std::vector<const ManifestFile*> pointers_to(const std::vector<ManifestFile>& fi
   return pointers;
 }
 
-// Whether a word or a text of the JSON is longer than any of a manifest; the parser would keep it.
-bool has_long_token(const std::string& text) {
+// Whether a text of the JSON, or what stands between two, is longer than any of a manifest: the
+// parser keeps a text, and all signs without a text or number among them.
+bool has_long_stretch(const std::string& text) {
   bool inside = false;
   size_t length = 0;
   for (size_t i = 0; i < text.size(); ++i) {
-    const char c = text[i];
-    if (inside && c == '\\') {
+    if (inside && text[i] == '\\') {
       ++i;
       ++length;
-    } else if (c == '"') {
+    } else if (text[i] == '"') {
       inside = !inside;
       length = 0;
-    } else if (!inside && std::string_view(",:[]{} \n\t\r").find(c) != std::string_view::npos) {
-      length = 0;
     }
-    if (++length > kLongestToken) return true;
+    if (++length > kLongestStretch) return true;
   }
   return false;
 }
@@ -157,9 +155,10 @@ class ManifestReader {
 
   // JSON libraries keep one of two equal keys in silence; two readers could keep different ones.
   void parse(ManifestEvents* events) const {
-    if (has_long_token(text_)) {
-      fail({.what = "The manifest cannot be read: it has a text of more than " +
-                    std::to_string(kLongestToken) + " bytes."});
+    if (has_long_stretch(text_)) {
+      fail({.what = "The manifest cannot be read: a text of it, or what stands between two, has "
+                    "more than " +
+                    std::to_string(kLongestStretch) + " bytes."});
     }
     Json::sax_parse(text_, events);
     if (!events->key_twice.empty()) {

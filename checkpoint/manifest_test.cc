@@ -132,7 +132,7 @@ TEST(Manifest, MalformedEntriesAreRefused) {
 }
 
 TEST(Manifest, DeepNestingEndsEarly) {
-  EXPECT_NE(refusal_of(std::string(1000000, '[')).what.find("deeper"), std::string::npos);
+  EXPECT_NE(refusal_of(std::string(60000, '[')).what.find("deeper"), std::string::npos);
 }
 
 TEST(Manifest, ATextOfManyKilobytesIsRefusedBeforeItIsKept) {

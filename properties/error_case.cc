@@ -125,13 +125,16 @@ class ErrorRuns {
     MutantStorage way(counter, mutant, job.pointer);
     job.work(way, number_);
     calls_ = counter.calls();
-    judge_ = std::make_unique<Judge>(job, *before_, *behind_, !job.renames_folders);
-    replay_ = std::make_unique<CrashReplay>(job, *judge_, range.number, range.seeds);
+    strict_ = eyes(/*in_place=*/!job.renames_folders, range);
+    lenient_ = eyes(/*in_place=*/true, range);
+    use(*strict_);
   }
 
   const std::vector<StorageCall>& calls() const { return calls_; }
 
   std::string check(const CallFault& fault, ErrorTally* tally) {
+    // Where folders are found not to be renamed, a job goes on under the final name.
+    use(calls_at(fault) == StorageCall::kRename ? *lenient_ : *strict_);
     const std::unique_ptr<VolatileStorage> disk = disk_of(job_, *before_);
     size_t first = 0;
     FailingStorage failing(*disk, fault, [&] { first = disk->log().size(); });
@@ -157,6 +160,23 @@ class ErrorRuns {
   }
 
  private:
+  struct Eyes {
+    std::unique_ptr<Judge> judge;
+    std::unique_ptr<CrashReplay> replay;
+  };
+
+  std::unique_ptr<Eyes> eyes(bool in_place, const ErrorRange& range) const {
+    auto made = std::make_unique<Eyes>();
+    made->judge = std::make_unique<Judge>(job_, *before_, *behind_, in_place);
+    made->replay = std::make_unique<CrashReplay>(job_, *made->judge, range.number, range.seeds);
+    return made;
+  }
+
+  void use(const Eyes& eyes) {
+    judge_ = eyes.judge.get();
+    replay_ = eyes.replay.get();
+  }
+
   StorageCall calls_at(const CallFault& fault) const {
     return calls_[static_cast<size_t>(fault.at)];
   }
@@ -211,8 +231,9 @@ class ErrorRuns {
   std::unique_ptr<MemoryStorage> before_;
   std::unique_ptr<VolatileStorage> behind_;
   std::vector<StorageCall> calls_;
-  std::unique_ptr<Judge> judge_;
-  std::unique_ptr<CrashReplay> replay_;
+  std::unique_ptr<Eyes> strict_, lenient_;
+  Judge* judge_ = nullptr;
+  CrashReplay* replay_ = nullptr;
 };
 
 // Whether one of `count` is among the `most` that are run; by chance, and the same for one number.
