@@ -142,7 +142,7 @@ void TargetPool::evict() {
       open_.pop_front();
       Target& target = targets_[static_cast<size_t>(number)];
       std::unique_lock held(target.mutex, std::try_to_lock);
-      if (!held || target.open.use_count() > 1) {
+      if (!held || target.users.load(std::memory_order_acquire) > 0) {
         open_.push_back(number);
         break;
       }
@@ -171,18 +171,24 @@ void TargetPool::write(const Piece& piece, std::vector<std::byte>* buffer) {
   Target& target = targets_[static_cast<size_t>(piece.target)];
   // Adds nothing to any sum, and a new file has a hole there.
   if (piece.zero && !options_.resume) return;
-  std::shared_ptr<ComparedFile> file;
   {
-    const std::lock_guard lock(target.mutex);
-    file = acquire(piece.target);
+    // What a thread did in the file happens before it is closed by another.
+    struct InUse {
+      std::atomic<int>& users;
+      ~InUse() { users.fetch_sub(1, std::memory_order_release); }
+    };
+    std::unique_lock lock(target.mutex);
+    target.users.fetch_add(1, std::memory_order_relaxed);
+    const InUse in_use{target.users};
+    const std::shared_ptr<ComparedFile> file = acquire(piece.target);
+    lock.unlock();
+    if (piece.zero) {
+      count(piece.target, file->put_zeros(piece.offset, piece.size_bytes, buffer));
+    } else {
+      count(piece.target, file->put(piece.offset, piece.bytes, buffer));
+      add_to_sums(piece);
+    }
   }
-  if (piece.zero) {
-    count(piece.target, file->put_zeros(piece.offset, piece.size_bytes, buffer));
-  } else {
-    count(piece.target, file->put(piece.offset, piece.bytes, buffer));
-    add_to_sums(piece);
-  }
-  file.reset();
   evict();
 }
 

@@ -60,6 +60,7 @@ class TargetPool {
     bool found = false;  // it lay there already; comparing goes on until it is finished
     Ranges covered;      // by pieces and literals; with `resume`, until it is created
     std::shared_ptr<ComparedFile> open;
+    std::atomic<int> users{0};  // threads at work in it: begun under the mutex
     std::atomic<int64_t> written{0};
     std::vector<CrcSum> storages;
     CrcSum ecma, jones;
