@@ -232,7 +232,8 @@ TEST_F(Leftover, OnlyPlainFilesOfThePlanStayAndNothingOutsideChanges) {
 }
 
 TEST(HiddenName, IsKnownAgainAndSaysWhichMachineMadeIt) {
-  for (const std::string name : {"global_step3", "x", "layer_1", std::string(255, 'n').c_str()}) {
+  const std::string names[] = {"global_step3", "x", "layer_1", std::string(255, 'n')};
+  for (const std::string& name : names) {
     const std::string hidden = hidden_name(name);
     EXPECT_LE(hidden.size(), 255u);
     EXPECT_TRUE(is_hidden_name_of(name, hidden));
