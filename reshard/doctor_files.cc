@@ -6,7 +6,7 @@
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/reader.h"
 #include "checkpoint/deepspeed/zero_files.h"
-#include "core/check.h"
+#include "checkpoint/reading_view.h"
 #include "core/error.h"
 #include "core/zero_rules.h"
 #include "reshard/doctor_rules.h"
@@ -150,37 +150,17 @@ std::map<std::string, std::string> steps_of(const Patient& patient, const Patien
   return steps;
 }
 
-// Under other names, for reading alone.
-class Renamed : public Storage {
+// Under other names.
+class Renamed final : public checkpoint::ReadingView {
  public:
   Renamed(Storage& storage, std::map<std::string, std::string> names)
-      : storage_(storage), names_(std::move(names)) {}
+      : ReadingView(storage), names_(std::move(names)) {}
   std::unique_ptr<ReadableFile> open_read(const std::string& path) override {
     const auto found = names_.find(path);
-    return storage_.open_read(found == names_.end() ? path : found->second);
+    return base_.open_read(found == names_.end() ? path : found->second);
   }
-  std::vector<DirectoryEntry> list(const std::string& path) override { return storage_.list(path); }
-  bool is_file(const std::string& path) override { return storage_.is_file(path); }
-  bool is_directory(const std::string& path) override { return storage_.is_directory(path); }
-  FreeSpace free_space(const std::string& path) override { return storage_.free_space(path); }
-  std::string canonical(const std::string& path) override { return storage_.canonical(path); }
-  std::unique_ptr<WritableFile> create(const std::string&) override { refuse(); }
-  std::unique_ptr<WritableFile> open_write(const std::string&) override { refuse(); }
-  void make_directories(const std::string&) override { refuse(); }
-  void make_directory(const std::string&) override { refuse(); }
-  bool rename_if_absent(const std::string&, const std::string&) override { refuse(); }
-  void rename_over(const std::string&, const std::string&) override { refuse(); }
-  void exchange(const std::string&, const std::string&) override { refuse(); }
-  void remove_file(const std::string&) override { refuse(); }
-  void remove_tree(const std::string&) override { refuse(); }
-  void sync_directory(const std::string&) override { refuse(); }
-  void sync_everything(const std::string&) override { refuse(); }
-  void drop_cache(const std::string&) override { refuse(); }
 
  private:
-  [[noreturn]] static void refuse() { throw CheckFailure("a renamed view is for reading"); }
-
-  Storage& storage_;
   std::map<std::string, std::string> names_;  // asked → there
 };
 

@@ -13,7 +13,7 @@
 #include "checkpoint/blueprint.h"
 #include "checkpoint/deepspeed/model_states.h"
 #include "checkpoint/format/torn_file.h"
-#include "core/storage.h"
+#include "checkpoint/reading_view.h"
 
 namespace isoshard::reshard {
 
@@ -83,34 +83,17 @@ StandIn partition_stand_in(const std::string& name, const checkpoint::TorchFile&
                            const std::string& why);
 
 // A storage for reading, in which some files of one folder are stand-ins.
-class StandInStorage : public Storage {
+class StandInStorage final : public checkpoint::ReadingView {
  public:
-  StandInStorage(Storage& base, std::string folder) : base_(base), folder_(std::move(folder)) {}
+  StandInStorage(Storage& base, std::string folder)
+      : ReadingView(base), folder_(std::move(folder)) {}
   void put(const std::string& name, std::shared_ptr<const Pieces> contents);
 
   std::unique_ptr<ReadableFile> open_read(const std::string& path) override;
   std::vector<DirectoryEntry> list(const std::string& directory) override;
   bool is_file(const std::string& path) override;
-  bool is_directory(const std::string& path) override { return base_.is_directory(path); }
-  FreeSpace free_space(const std::string& path) override { return base_.free_space(path); }
-  std::string canonical(const std::string& path) override { return base_.canonical(path); }
-
-  // Nothing is written through it: these are bugs of the caller.
-  std::unique_ptr<WritableFile> create(const std::string& path) override;
-  std::unique_ptr<WritableFile> open_write(const std::string& path) override;
-  void make_directories(const std::string& path) override;
-  void make_directory(const std::string& path) override;
-  bool rename_if_absent(const std::string& from, const std::string& to) override;
-  void rename_over(const std::string& from, const std::string& to) override;
-  void exchange(const std::string& a, const std::string& b) override;
-  void remove_file(const std::string& path) override;
-  void remove_tree(const std::string& path) override;
-  void sync_directory(const std::string& path) override;
-  void sync_everything(const std::string& path) override;
-  void drop_cache(const std::string& path) override;
 
  private:
-  Storage& base_;
   std::string folder_;
   std::map<std::string, std::shared_ptr<const Pieces>> files_;  // by path
 };

@@ -3,7 +3,6 @@
 #include <cstring>
 
 #include "checkpoint/deepspeed/source.h"
-#include "core/check.h"
 #include "core/error.h"
 #include "reshard/stand_in.h"
 
@@ -32,11 +31,6 @@ class PieceFile : public ReadableFile {
   std::string path_;
   std::shared_ptr<const Pieces> pieces_;
 };
-
-[[noreturn]] void written(const std::string& path) {
-  CHECK(false, "salvage writes into its source: " + quote(path));
-  std::abort();
-}
 
 }  // namespace
 
@@ -88,20 +82,5 @@ std::vector<DirectoryEntry> StandInStorage::list(const std::string& directory) {
 bool StandInStorage::is_file(const std::string& path) {
   return files_.contains(path) || base_.is_file(path);
 }
-
-std::unique_ptr<WritableFile> StandInStorage::create(const std::string& path) { written(path); }
-std::unique_ptr<WritableFile> StandInStorage::open_write(const std::string& path) { written(path); }
-void StandInStorage::make_directories(const std::string& path) { written(path); }
-void StandInStorage::make_directory(const std::string& path) { written(path); }
-bool StandInStorage::rename_if_absent(const std::string& from, const std::string&) {
-  written(from);
-}
-void StandInStorage::rename_over(const std::string& from, const std::string&) { written(from); }
-void StandInStorage::exchange(const std::string& a, const std::string&) { written(a); }
-void StandInStorage::remove_file(const std::string& path) { written(path); }
-void StandInStorage::remove_tree(const std::string& path) { written(path); }
-void StandInStorage::sync_directory(const std::string& path) { written(path); }
-void StandInStorage::sync_everything(const std::string& path) { written(path); }
-void StandInStorage::drop_cache(const std::string& path) { written(path); }
 
 }  // namespace isoshard::reshard
