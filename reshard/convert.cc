@@ -368,12 +368,10 @@ class Conversion {
                             : options_.verify == VerifyMode::kReread ? "reread"
                                                                      : "disk";
     for (const SectionDigest& section : result_.source.sections)
-      certificate["source"]["digests"][section.section] =
-          section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+      certificate["source"]["digests"][section.section] = stated(section);
     if (options_.verify != VerifyMode::kStream) {
       for (const SectionDigest& section : result_.target.sections)
-        certificate["target"]["digests"][section.section] =
-            section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+        certificate["target"]["digests"][section.section] = stated(section);
     }
     if (!result_.forced.empty()) certificate["forced"] = result_.forced;
     for (const char* list : {"lossy", "inferred", "synthesised", "dropped", "skipped"}) {

@@ -198,6 +198,10 @@ Digest compute_digest(Storage& storage, const ShardedState& state, const StreamO
   return make_digest(state, digest_leaves(storage, state, all).leaves);
 }
 
+std::string stated(const SectionDigest& section) {
+  return section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+}
+
 bool has_digest(const Digest& digest, const std::string& expected) {
   const std::string hex = expected.starts_with("iso1:") ? expected.substr(5) : expected;
   return digest.root == hex || std::ranges::any_of(digest.sections, [&](const SectionDigest& s) {

@@ -50,6 +50,9 @@ std::string leaf_line(const LeafLine& leaf);
 // True when the root or a section is `expected`: 64 hexadecimal digits, with or without "iso1:".
 bool has_digest(const Digest& digest, const std::string& expected);
 
+// What a certificate says of a section: "iso1:<hex>", or "absent: <why>".
+std::string stated(const SectionDigest& section);
+
 const SectionDigest* find_section(const Digest& digest, const std::string& section);
 
 }  // namespace isoshard::reshard

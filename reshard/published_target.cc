@@ -64,8 +64,7 @@ json source_part(Storage& storage, const checkpoint::ShardedState& state,
   const Digest digest = make_digest(state, digest_leaves(storage, state, stream).leaves);
   json source = options.certificate.value("source", json::object());
   for (const SectionDigest& section : digest.sections)
-    source["digests"][section.section] =
-        section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+    source["digests"][section.section] = stated(section);
   return source;
 }
 
@@ -100,9 +99,9 @@ std::string why_another_target(Storage& storage, const checkpoint::ShardedState&
       read_small_file(storage, checkpoint::join(options.target, kCertificate), kLargestCertificate);
   json found = checkpoint::read_shallow_json(text).value;
   if (!found.is_object()) return "its certificate cannot be read";
-  if (const std::string part = differing_part(std::move(found), options); !part.empty())
+  if (const std::string part = differing_part(found, options); !part.empty())
     return "its certificate tells of another " + part;
-  if (checkpoint::read_shallow_json(text).value["source"] != source_part(storage, state, options))
+  if (found["source"] != source_part(storage, state, options))
     return "its certificate tells of another source";
   return "";
 }

@@ -322,8 +322,7 @@ void Verifier::compare_sections(const json& digests) {
   json rest = digests;
   size_t equal = 0;
   for (const SectionDigest& section : result_.digest->sections) {
-    const std::string found =
-        section.absent.empty() ? "iso1:" + section.hex : "absent: " + section.absent;
+    const std::string found = stated(section);
     const json said = rest.value(section.section, json());
     rest.erase(section.section);
     if (said == found || mutant("certificate_any_digest")) {
