@@ -19,26 +19,17 @@ import signal
 import subprocess
 import sys
 import time
-import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from crash_case import ERRORS, FIGURES, Crash, fingerprint, run, sections, spread  # noqa: E402
 from message_check import problems  # noqa: E402
 from program_case import CONFIG, run_tests  # noqa: E402
+from tracing import injected  # noqa: E402
 
 
-@unittest.skipUnless(shutil.which("strace"), "strace is not installed")
+@injected
 class EveryCall(Crash):
-    def setUp(self):
-        super().setUp()
-        probe = subprocess.run(
-            ["strace", "-qq", "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"],
-            capture_output=True,
-        )
-        if probe.returncode != 0:
-            self.skipTest(f"strace cannot trace here: {probe.stderr.decode().strip()[:100]}")
-
     def points(self, job):
         """(system call, number, with threads) of each point. Without -f only the main thread
         is seen, whose calls the worker's would otherwise hide."""

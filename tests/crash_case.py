@@ -35,11 +35,11 @@ ERRORS = {
 }
 
 
-def spread(count):
-    """1 … count, or as many of them as asked for, evenly spread, with both ends."""
-    if count <= MOST:
+def spread(count, most=MOST):
+    """1 … count, or `most` of them, evenly spread, with both ends."""
+    if count <= most:
         return range(1, count + 1)
-    return sorted({1 + i * (count - 1) // (MOST - 1) for i in range(MOST)})
+    return sorted({1 + i * (count - 1) // (most - 1) for i in range(most)})
 
 
 def fingerprint(folder):

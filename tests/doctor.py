@@ -315,9 +315,7 @@ class Files(Case):
         source, tag = self.copy()
         path = sorted(tag.glob("*optim*"))[1]
         new, old = path.read_bytes(), faults.longer(path)
-        prefix, records = faults.read(path)
-        shifted = h.torch_zip([(f"{prefix}/{name}", data) for name, data in records.items()],
-                              before=new)
+        shifted = h.join_zip(*faults.read(path), before=new)
         for name, data in (("as it is", new + old), ("shifted", shifted),
                            ("zip64", new + faults.with_zip64_end(old)),
                            ("zip64, shifted", faults.with_zip64_end(shifted))):

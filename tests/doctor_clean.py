@@ -15,6 +15,7 @@ from pathlib import Path
 import doctor_faults as faults
 from doctor_case import Case
 from program_case import CONFIG
+from tracing import injected
 
 OLD = time.time() - 10 * 24 * 3600
 
@@ -80,9 +81,8 @@ class Sweep(Case):
         self.assertIn(f"process {sleeper.pid}", told[trash.name]["kept"])
         self.assertTrue((trash / sorted(trash.iterdir())[0].name).exists())
 
+    @injected
     def test_one_that_cannot_be_locked_stays_and_the_others_go(self):
-        if not shutil.which("strace"):
-            self.skipTest("no strace")
         source, staging, temporary, trash, unfinished = self.lay()
         result = subprocess.run(
             ["strace", "-qq", "-o", "/dev/null", "-e", "trace=flock", "-e",
@@ -120,10 +120,9 @@ class Sweep(Case):
         self.assertTrue(staging.exists())
         self.assertEqual([path.exists() for path in (temporary, trash, unfinished)], [False] * 3)
 
+    @injected
     def test_a_running_command_keeps_its_folder(self):
         """Held up in its first fsync, with all its times set back; then killed there."""
-        if not shutil.which("strace"):
-            self.skipTest("no strace")
         out = self.place / "out"
         process = subprocess.Popen(
             ["strace", "-f", "-o", "/dev/null", "-e", "trace=fsync", "-e",

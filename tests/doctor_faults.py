@@ -22,7 +22,7 @@ def read(path):
 
 
 def write(path, prefix, records):
-    path.write_bytes(h.torch_zip([(f"{prefix}/{name}", data) for name, data in records.items()]))
+    path.write_bytes(h.join_zip(prefix, records))
 
 
 # ---- which record holds which tensor -------------------------------------------------------------
@@ -167,7 +167,7 @@ def longer(path):
     prefix, records = read(path)
     name = [each for each in records if each.startswith("data/")][-1]
     records[name] = records[name] + b"\7" * 4096
-    return h.torch_zip([(f"{prefix}/{each}", data) for each, data in records.items()])
+    return h.join_zip(prefix, records)
 
 
 def keep_padding(universal, name, ranks):

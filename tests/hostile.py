@@ -332,6 +332,11 @@ def split_zip(path):
         return prefix, {each[len(prefix) + 1 :]: archive.read(each) for each in names}
 
 
+def join_zip(prefix, records, **options):
+    """The archive that split_zip() takes apart."""
+    return torch_zip([(f"{prefix}/{name}", data) for name, data in records.items()], **options)
+
+
 def bfloat16_of(data):
     """float32 bytes as bfloat16: to nearest, ties to even; a NaN keeps its upper half."""
     found = b""
@@ -411,9 +416,7 @@ class ZeroFolder:
         for inside, (prefix, records) in self.files.items():
             path = target / inside
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(
-                torch_zip([(f"{prefix}/{each}", data) for each, data in records.items()])
-            )
+            path.write_bytes(join_zip(prefix, records))
         if self.latest:
             (target / self.latest[0]).write_bytes(self.latest[1])
         return target

@@ -8,24 +8,15 @@ import shutil
 import signal
 import subprocess
 import time
-import unittest
 
 from crash_case import fingerprint, run
 from program_case import CONFIG
 from resume_case import RESUMED, Resume, contents
+from tracing import injected
 
 
-@unittest.skipUnless(shutil.which("strace"), "strace is not installed")
+@injected
 class Killed(Resume):
-    def setUp(self):
-        super().setUp()
-        probe = subprocess.run(
-            ["strace", "-qq", "-o", "/dev/null", "-e", "inject=fsync:error=EIO", "true"],
-            capture_output=True,
-        )
-        if probe.returncode != 0:
-            self.skipTest(f"strace cannot trace here: {probe.stderr.decode().strip()[:100]}")
-
     def points(self, job):
         """(system call, number): at the beginning, in between, and at the end of each kind."""
         job.command += ["--workers", "1"]

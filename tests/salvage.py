@@ -12,7 +12,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 from random import Random
 
@@ -29,11 +28,7 @@ OTHERS = ("z1_bf16opt_dp4", "z1_bf16opt_spill_dp4", "z1_adagrad_dp2", "z1_fp16_d
 class Salvage(ProgramCase):
     def damaged(self, name):
         """(copy of the recording, its tag folder, truth about the undamaged one)."""
-        source, self.out = self.place / "source", self.place / "out"
-        shutil.rmtree(source, ignore_errors=True)
-        shutil.rmtree(self.out, ignore_errors=True)
-        shutil.copytree(self.recorded(name), source)
-        tag = source / (source / "latest").read_text().strip()
+        source, tag = self.damaged_files(name)
         return source, tag, Truth(tag)
 
     def tensors_of(self, folder):
@@ -170,7 +165,7 @@ class Salvage(ProgramCase):
         truths = {name: self.damaged(name)[2] for name in FLAT + SLOTS}
         for case in range(2000 if ASKED == "all" else int(ASKED)):
             name = random.choice(FLAT + SLOTS)
-            (source, tag, _), truth = self.damaged_files(name), truths[name]
+            (source, tag), truth = self.damaged_files(name), truths[name]
             for each in random.sample(sorted(truth.files), random.choice((1, 1, 2))):
                 path = tag / each
                 if harm(path, random) and random.random() < 0.3:
@@ -204,7 +199,7 @@ class Salvage(ProgramCase):
                 for at in {begin, (begin + end) // 2, end, behind, behind + 20}:
                     if not first <= at <= last:
                         continue
-                    source, tag, _ = self.damaged_files(name)
+                    source, tag = self.damaged_files(name)
                     (tag / each).write_bytes(data[:at] + older[at:])
                     lost = {p for p in truth.places(each) if ends[f"data/{p[1]}"][1] > at}
                     with self.subTest(name, at=at):
@@ -336,7 +331,7 @@ class Salvage(ProgramCase):
     def test_tensor_parallel_ranks(self):
         """Against what salvage takes of the undamaged checkpoint."""
         for name in ("autotp_z1_tp2_dp2", "autotp_uneven_tp3", "autotp_qwen2_bias_tp2_dp2_z2"):
-            source, tag, _ = self.damaged_files(name)
+            source, tag = self.damaged_files(name)
             clean = self.salvage(source, 0)
             folders = {t["in"] for t in clean["tensors"]}
             truth = {folder: self.tensors_of(folder) for folder in folders}
@@ -348,7 +343,7 @@ class Salvage(ProgramCase):
                 (self.out / "weights" / "model.safetensors").read_bytes(),
             )
             for each in sorted(path.name for path in tag.glob("*.pt")):
-                source, tag, _ = self.damaged_files(name)
+                source, tag = self.damaged_files(name)
                 with self.subTest(name, missing=each):
                     (tag / each).unlink()
                     if (name, each) == ("autotp_uneven_tp3", "mp_rank_02_model_states.pt"):
@@ -373,7 +368,7 @@ class Salvage(ProgramCase):
         shutil.rmtree(source, ignore_errors=True)
         shutil.rmtree(self.out, ignore_errors=True)
         shutil.copytree(self.recorded(name), source)
-        return source, source / (source / "latest").read_text().strip(), None
+        return source, source / (source / "latest").read_text().strip()
 
     def test_what_it_cannot(self):
         """Status 2, one message with what to do next, and no target."""
@@ -383,7 +378,7 @@ class Salvage(ProgramCase):
             ("moe_z1_ep2_dp4", "nothing", "not salvaged yet"),
             ("pipe_z1_pp2_dp1", "nothing", "not salvaged yet"),
         ):
-            source, tag, _ = self.damaged_files(name)
+            source, tag = self.damaged_files(name)
             for path in tag.glob(lose):
                 path.unlink()
             with self.subTest(name, lose=lose):
@@ -463,18 +458,10 @@ def first_storage(path):
 
 def older_save(path):
     """Of the same shapes, with other bytes in every storage, under right CRCs."""
-    data = bytearray(path.read_bytes())
-    for record, (begin, end, _) in record_ends(path).items():
-        if not record.startswith("data/") or begin == end:
-            continue
-        data[begin:end] = bytes(byte ^ 0x5A for byte in data[begin:end])
-        crc = struct.pack("<I", zlib.crc32(data[begin:end]))
-        data[end + 4 : end + 8] = crc
-        name = f"{path.name.rsplit('.', 1)[0]}/{record}".encode()
-        at = data.rindex(name) - 46  # the directory's entry
-        assert data[at : at + 4] == b"PK\1\2", record
-        data[at + 16 : at + 20] = crc
-    return bytes(data)
+    prefix, records = h.split_zip(path)
+    return h.join_zip(prefix, {name: bytes(byte ^ 0x5A for byte in data)
+                               if name.startswith("data/") else data
+                               for name, data in records.items()})
 
 
 if __name__ == "__main__":

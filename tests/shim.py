@@ -15,11 +15,10 @@ Not verified: EINTR without end, which would be repeated without end; sanitized 
 import os
 import subprocess
 import sys
-import unittest
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from crash_case import MOST, Crash, Job, fingerprint, run, sections  # noqa: E402
+from crash_case import MOST, Crash, Job, fingerprint, run, sections, spread  # noqa: E402
 from message_check import problems  # noqa: E402
 from program_case import CONFIG, run_tests  # noqa: E402
 
@@ -27,17 +26,10 @@ STRUCK = {}  # what was struck → [cases, refused, done all the same]
 EACH = MOST if MOST > 60 else max(4, MOST // 6)
 
 
-def some(count, most=EACH):
-    """1 … count, or `most` of them, evenly spread, with both ends."""
-    if count <= most:
-        return range(1, count + 1)
-    return sorted({1 + i * (count - 1) // (most - 1) for i in range(most)})
-
-
 class Outcome:
     """One run under the shim: its status, what it said, and what the shim logged."""
 
-    def __init__(self, place, job, fault, side, more=()):
+    def __init__(self, place, job, fault, side):
         log = place / "faults.log"
         log.unlink(missing_ok=True)
         under = {"source": place / "in", "target": place / "out", "all": place}[side]
@@ -48,7 +40,7 @@ class Outcome:
             "ISOSHARD_FAULT_LOG": str(log),
             "ASAN_OPTIONS": "verify_asan_link_order=0:" + os.environ.get("ASAN_OPTIONS", ""),
         }
-        done = run([*job.command, *more], env={**os.environ, **environment})
+        done = run([*job.command, "--workers", "1"], env={**os.environ, **environment})
         self.fault, self.status = f"{fault} of {side}", done.returncode
         self.out, self.err = done.stdout, done.stderr
         words = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
@@ -71,21 +63,26 @@ class Shim(Crash):
 
     def counts(self, job, side):
         job.clear()
-        outcome = Outcome(self.place, job, "", side, ["--workers", "1"])
+        outcome = Outcome(self.place, job, "", side)
         self.assertEqual(outcome.status, 0, outcome)
         return outcome.counts
 
-    def strike(self, job, fault, side, expected=(0, 2)):
-        """Runs it, judges what is there, and counts. More than one worker: any call may be it."""
+    def met(self, job, fault, side):
+        """Runs it, and counts. By one worker: with more, any call may be the one."""
         job.clear()
-        outcome = Outcome(self.place, job, fault, side, ["--workers", "1"])
+        outcome = Outcome(self.place, job, fault, side)
         self.assertTrue(outcome.struck, f"{fault} of {side} was never met")
-        self.assertIn(outcome.status, expected, outcome)
-        self.judge(job, outcome)
         kind = "{0} {2}".format(*fault.replace("+", "").split(":"))
         row = STRUCK.setdefault(f"{kind} of {side}", [0, 0, 0])
         row[0] += 1
         row[1 if outcome.status else 2] += 1
+        return outcome
+
+    def strike(self, job, fault, side, expected=(0, 2)):
+        """Runs it, and judges what is there."""
+        outcome = self.met(job, fault, side)
+        self.assertIn(outcome.status, expected, outcome)
+        self.judge(job, outcome)
         return outcome
 
     def judge(self, job, outcome):
@@ -102,8 +99,9 @@ class Shim(Crash):
 
     def each(self, call, whats, side, expected, most=EACH):
         for job in self.jobs:
+            numbers = spread(self.counts(job, side)[call], most)
             for what in whats:
-                for number in some(self.counts(job, side)[call], most):
+                for number in numbers:
                     with self.subTest(job=job.command[0], number=number, what=what, side=side):
                         self.strike(job, f"{call}:{number}:{what}", side, expected)
 
@@ -156,7 +154,7 @@ class Durable(Shim):
         """The fsync that should have told succeeds; the next that can tell does."""
         for call in ("fsync", "syncfs", "close"):
             for job in self.jobs:
-                for number in some(self.counts(job, "target")["fsync"]):
+                for number in spread(self.counts(job, "target")["fsync"], EACH):
                     with self.subTest(job=job.command[0], number=number, told_by=call):
                         fault = f"fsync:{number}:EIO@{call}"
                         outcome = self.strike(job, fault, "target")
@@ -178,11 +176,11 @@ class Reads(Shim):
     def test_verify_sees_one_bit(self):
         for source in (self.jobs[0].source, self.jobs[1].source):
             job = Job(self.place, source, ["verify"], source)
-            whole = Outcome(self.place, job, "", "source", ["--workers", "1"])
+            whole = Outcome(self.place, job, "", "source")
             self.assertEqual(whole.status, 0, whole)
-            for number in some(whole.counts["pread"]):
+            for number in spread(whole.counts["pread"], EACH):
                 fault = f"pread:{number}:flip"
-                outcome = Outcome(self.place, job, fault, "source", ["--workers", "1"])
+                outcome = Outcome(self.place, job, fault, "source")
                 with self.subTest(source=source.name, number=number):
                     self.assertTrue(outcome.struck)
                     self.assertIn(outcome.status, (0, 1, 2), outcome)
@@ -195,7 +193,7 @@ class Reads(Shim):
         errors = "EMFILE ENFILE ELOOP ENOTDIR ENAMETOOLONG EACCES EPERM EROFS".split()
         for side in ("source", "target"):
             for job in self.jobs:
-                for turn, number in enumerate(some(self.counts(job, side)["open"])):
+                for turn, number in enumerate(spread(self.counts(job, side)["open"], EACH)):
                     what = errors[turn % len(errors)]
                     with self.subTest(job=job.command[0], number=number, what=what, side=side):
                         self.strike(job, f"open:{number}:{what}", side)
@@ -212,18 +210,13 @@ class Lies(Shim):
     def test_a_write_is_not_what_was_written(self):
         for job in self.jobs:
             for what in ("flip", "lost", "aside"):
-                for number in some(self.counts(job, "target")["pwrite"]):
+                for number in spread(self.counts(job, "target")["pwrite"], EACH):
                     with self.subTest(job=job.command[0], number=number, what=what):
                         self.lied(job, f"pwrite:{number}:{what}", what)
 
     def lied(self, job, fault, what):
         """Told at once by reading again, or by `verify` or the pointer later."""
-        job.clear()
-        outcome = Outcome(self.place, job, fault, "target", ["--workers", "1"])
-        self.assertTrue(outcome.struck)
-        row = STRUCK.setdefault(f"pwrite {what} of target", [0, 0, 0])
-        row[0] += 1
-        row[1 if outcome.status else 2] += 1
+        outcome = self.met(job, fault, "target")
         if outcome.status != 0:
             self.assertEqual(outcome.status, 2, outcome)
             return self.judge(job, outcome)
@@ -245,7 +238,7 @@ class Memory(Shim):
             self.skipTest("a sanitized program has its own malloc")
         for job in self.jobs:
             counts = self.counts(job, "all")["malloc"]
-            for number in some(counts, 3 * EACH):
+            for number in spread(counts, 3 * EACH):
                 with self.subTest(job=job.command[0], number=number):
                     self.strike(job, f"malloc:{number}:ENOMEM", "all")
 

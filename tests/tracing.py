@@ -29,6 +29,22 @@ def why_not_traced():
     return f"strace cannot trace here (is ptrace forbidden?): {said}"
 
 
+@functools.cache
+def why_not_injected():
+    """Why strace can let no system call fail on this machine; "" where it can."""
+    if shutil.which("strace") is None:
+        return "strace is not installed"
+    tried = subprocess.run(["strace", "-qq", "-o", "/dev/null", "-e", "inject=fsync:error=EIO",
+                            "true"], capture_output=True, text=True, errors="replace", check=False)
+    said = tried.stderr.strip()[:100]
+    return "" if tried.returncode == 0 else f"strace cannot trace here: {said}"
+
+
+def injected(test):
+    """A test, or a class of them, in which strace disturbs system calls: else it is skipped."""
+    return unittest.skipIf(why_not_injected(), why_not_injected())(test)
+
+
 class TracedCase(unittest.TestCase):
     """Skipped, and said aloud, where there is no tracing."""
 
