@@ -47,6 +47,13 @@ void replace_file(Storage& storage, const std::string& path, const Write& write)
 
 }  // namespace
 
+void write_new_file(Storage& storage, const std::string& path, const std::string& bytes) {
+  const std::unique_ptr<WritableFile> file = storage.create(path);
+  file->write_at(0, std::as_bytes(std::span(bytes)));
+  file->sync();
+  file->close();
+}
+
 void replace_small_file(Storage& storage, const std::string& path, const std::string& text) {
   replace_file(storage, path,
                [&](WritableFile* file) { file->write_at(0, std::as_bytes(std::span(text))); });

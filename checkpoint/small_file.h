@@ -7,6 +7,9 @@
 
 namespace isoshard::checkpoint {
 
+// Makes the file, which must not be there yet, with all its bytes durable; its name is not.
+void write_new_file(Storage& storage, const std::string& path, const std::string& bytes);
+
 // Replaces `path`, or makes it, in one step: readers see the old text or the new, never a mixture.
 void replace_small_file(Storage& storage, const std::string& path, const std::string& text);
 

@@ -325,11 +325,7 @@ void CheckpointEngine::publish(PendingSave* pending, const RankInventories& inve
   }
   const std::string text = checkpoint::to_json(manifest);
   if (pending->staged_->in_place()) pending->staged_->settle();
-  const std::unique_ptr<WritableFile> file =
-      storage_.create(pending->folder_ + "/" + checkpoint::kManifestName);
-  file->write_at(0, std::as_bytes(std::span(text)));
-  file->sync();
-  file->close();
+  checkpoint::write_new_file(storage_, pending->folder_ + "/" + checkpoint::kManifestName, text);
   pending->staged_->publish();
 }
 
@@ -349,7 +345,7 @@ void CheckpointEngine::commit(PendingSave* pending, const std::function<bool()>&
   const char* safe = kAsItWas;
   std::exception_ptr failure;
   const bool early = leads && mutant("publish_before_barrier");
-  if (early) publish(pending, {files_of_text(0, text_of_files(pending->written_))});
+  if (early) publish(pending, {pending->written_});
   const auto attempt = [&](auto work) {
     try {
       work();

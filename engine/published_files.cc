@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <map>
 
+#include "checkpoint/hidden_name.h"
 #include "core/error.h"
 #include "reshard/manifest_check.h"
 
@@ -58,7 +59,7 @@ void check_size(Storage& storage, const std::string& folder, size_t rank,
 }
 
 bool is_mark(const std::string& name) {
-  return name.starts_with(".isoshard-") || name.starts_with(".nfs");
+  return checkpoint::is_mark_and_nonce(name, checkpoint::kStagingMark) || name.starts_with(".nfs");
 }
 
 }  // namespace
@@ -94,14 +95,14 @@ void check_contents(Storage& storage, const std::string& folder, size_t rank,
                     const std::vector<checkpoint::ManifestFile>& files) {
   for (const checkpoint::ManifestFile& file : files) {
     check_size(storage, folder, rank, file);
-    const std::string text = reshard::why_file_differs(storage, folder, file);
-    if (text.empty()) continue;
+    const std::string how = reshard::why_file_differs(storage, folder, file);
+    if (how.empty()) continue;
     refuse(folder, {.code = ErrorCode::kCorrupt,
                     .what = "A rank's file holds other bytes than the rank has written.",
                     .path = file.path,
                     .ranks = rank_text(rank),
                     .expected = file.hash,
-                    .found = text.substr(quote(file.path).size() + 2)});
+                    .found = how});
   }
 }
 

@@ -10,6 +10,7 @@
 #include "checkpoint/leftover_folder.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/cast.h"
 #include "core/check.h"
 #include "core/error.h"
@@ -383,21 +384,15 @@ class Conversion {
     for (const FileHash& file : result_.stream.files) {
       manifest.files.push_back(manifest_file(file));
     }
-    write_text("certificate.json", text);
+    checkpoint::write_new_file(storage_, staged_.path() + "/certificate.json", text);
     staged_.settle();
     // A long sync comes before the manifest: who is killed in it can be gone on from.
     if (!staged_.in_place() && !syncs_each_file()) storage_.sync_everything(staged_.path());
     manifest.files.push_back({"certificate.json", static_cast<int64_t>(text.size()),
                               "sha256:" + checkpoint::sha256_hex(text)});
-    write_text(checkpoint::kManifestName, checkpoint::to_json(manifest));
+    checkpoint::write_new_file(storage_, staged_.path() + "/" + checkpoint::kManifestName,
+                               checkpoint::to_json(manifest));
     result_.certificate = std::move(certificate);
-  }
-
-  void write_text(const std::string& name, const std::string& text) {
-    const std::unique_ptr<WritableFile> file = storage_.create(staged_.path() + "/" + name);
-    file->write_at(0, std::as_bytes(std::span(text)));
-    file->sync();
-    file->close();
   }
 
   Storage& storage_;

@@ -9,6 +9,7 @@
 #include <unordered_map>
 
 #include "checkpoint/format/pickle_reader.h"
+#include "checkpoint/format/torch_file.h"
 #include "checkpoint/format/zip.h"
 #include "checkpoint/format/zip_fields.h"
 #include "core/error.h"
@@ -163,9 +164,6 @@ std::optional<int64_t> Walk::find_size(int64_t data, int64_t limit) {
 }
 
 void Walk::read_sizes(int64_t data, int64_t size_bytes) {
-  const std::unordered_map<std::string, int64_t> widths = {
-      {"DoubleStorage", 8}, {"FloatStorage", 4}, {"BFloat16Storage", 2}, {"HalfStorage", 2},
-      {"LongStorage", 8},   {"IntStorage", 4},   {"ShortStorage", 2}};
   const checkpoint::Pickle pickle = checkpoint::read_pickle(bytes(data, size_bytes), file_.path());
   for (NodeId node = 0; node < pickle.size(); ++node) {
     if (pickle.kind(node) != Kind::kPersistent) continue;
@@ -175,10 +173,10 @@ void Walk::read_sizes(int64_t data, int64_t size_bytes) {
     if (pickle.kind(parts[1]) != Kind::kGlobal || pickle.kind(parts[2]) != Kind::kString ||
         pickle.kind(parts[4]) != Kind::kInt)
       continue;
-    const auto width = widths.find(pickle.attribute(parts[1]));
     const int64_t numel = pickle.integer_value(parts[4]);
     if (numel < 0 || numel > file_.size_bytes()) continue;
-    sizes_[pickle.text(parts[2])] = numel * (width == widths.end() ? 1 : width->second);
+    const int64_t width = checkpoint::storage_item_bytes(pickle.attribute(parts[1]));
+    sizes_[pickle.text(parts[2])] = numel * std::max<int64_t>(width, 1);
   }
 }
 

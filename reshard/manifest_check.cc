@@ -68,13 +68,12 @@ class FileCheck {
   enum class Outcome { kEqual, kDiffers, kUnchecked };
 
   Outcome outcome = Outcome::kEqual;
-  std::string text;
+  std::string how;  // it differs, or why it was not checked
 
   void run(Storage& storage, const std::string& folder, const ManifestFile& file, int64_t size,
            const FileCrcs& known) {
     if (size != file.size_bytes) {
-      return differs(file,
-                     std::to_string(size) + " bytes instead of " + std::to_string(file.size_bytes));
+      return differs(std::to_string(size) + " bytes instead of " + std::to_string(file.size_bytes));
     }
     const std::string path = checkpoint::join(folder, file.path);
     std::string found;
@@ -86,17 +85,17 @@ class FileCheck {
       found = "sha256:" + checkpoint::sha256_hex(read_small_file(storage, path, kSha256Bytes));
     } else {
       outcome = Outcome::kUnchecked;
-      text = quote(file.path) + ": " + file.hash;
+      how = file.hash;
       return;
     }
     if (found != file.hash && !mutant("manifest_sizes_only"))
-      differs(file, found + " instead of " + file.hash);
+      differs(found + " instead of " + file.hash);
   }
 
  private:
-  void differs(const ManifestFile& file, const std::string& how) {
+  void differs(std::string text) {
     outcome = Outcome::kDiffers;
-    text = quote(file.path) + ": " + how;
+    how = std::move(text);
   }
 };
 
@@ -129,7 +128,7 @@ std::string why_file_differs(Storage& storage, const std::string& folder,
   const int64_t size = storage.open_read(checkpoint::join(folder, file.path))->size_bytes();
   FileCheck check;
   check.run(storage, folder, file, size, {});
-  return check.text;
+  return check.how;
 }
 
 ManifestReport check_manifest(Storage& storage, const std::string& folder,
@@ -152,10 +151,9 @@ ManifestReport check_manifest(Storage& storage, const std::string& folder,
     const bool absent = there.count(path) == 0;
     const bool differs = checks[i].outcome == FileCheck::Outcome::kDiffers;
     if (absent && !mutant("manifest_missing_ignored")) report.missing.push_back(quote(path));
-    if (differs) report.differing.push_back(checks[i].text);
-    if (checks[i].outcome == FileCheck::Outcome::kUnchecked) {
-      report.unchecked.push_back(checks[i].text);
-    }
+    const std::string text = quote(path) + ": " + checks[i].how;
+    if (differs) report.differing.push_back(text);
+    if (checks[i].outcome == FileCheck::Outcome::kUnchecked) report.unchecked.push_back(text);
     if (!ends_with(path, ".pt")) continue;
     any_torch = true;
     all_differ = all_differ && differs;

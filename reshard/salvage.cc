@@ -21,6 +21,12 @@ using Status = SalvagedTensor::Status;
 
 namespace {
 
+// Lost elements are shown as NaN where the dtype has one.
+bool can_be_nan(DType dtype) {
+  return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kFloat16 ||
+         dtype == DType::kBFloat16;
+}
+
 class Stock {
  public:
   Stock(const Survey& survey, Salvage* salvage, bool partial)
@@ -118,7 +124,7 @@ SalvagedTensor Stock::judge(const std::string& name, const std::string& state, i
   }
   keep(leaf.size_elements());
   tensor.status = tensor.kept.empty() ? Status::kLost : Status::kPartial;
-  if (tensor.status == Status::kPartial && partial_ && is_floating(leaf.dtype))
+  if (tensor.status == Status::kPartial && partial_ && can_be_nan(leaf.dtype))
     tensor.partial_leaf = number;
   return tensor;
 }
@@ -249,13 +255,11 @@ int Stock::buffer_of_other_rank(const checkpoint::BufferState& buffer, std::stri
 
 void Stock::add_numbers() {
   std::set<std::pair<int, std::string>> seen;
-  checkpoint::ScalarTexts texts(state_);
   for (const ParameterState& parameter : state_.parameters) {
     for (const checkpoint::Scalar& scalar : parameter.scalars) {
       if (!seen.insert({parameter.group, scalar.name}).second) continue;
-      SalvagedNumber number{scalar.name, texts.of({scalar}), parameter.group};
-      number.value = number.value.substr(scalar.name.size() + 1);
-      number.value.pop_back();  // the blank behind it
+      SalvagedNumber number{scalar.name, checkpoint::scalar_text(state_, scalar.value),
+                            parameter.group};
       const checkpoint::TorchFile& document = state_.document(scalar.value.file);
       const SurveyedFile* of = files_[static_cast<size_t>(scalar.value.file)];
       const auto view = document.tensor(scalar.value.node);

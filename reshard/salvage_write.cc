@@ -8,10 +8,10 @@
 #include "checkpoint/format/crc.h"
 #include "checkpoint/manifest.h"
 #include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/cast.h"
 #include "core/check.h"
 #include "core/error.h"
-#include "core/polynomial.h"
 #include "reshard/manifest_check.h"
 #include "reshard/plan.h"
 #include "reshard/salvage.h"
@@ -56,11 +56,6 @@ class NanFile : public ReadableFile {
   int64_t size_bytes_;
   std::vector<std::byte> pattern_;
 };
-
-bool can_be_nan(DType dtype) {
-  return dtype == DType::kFloat32 || dtype == DType::kFloat64 || dtype == DType::kFloat16 ||
-         dtype == DType::kBFloat16;
-}
 
 // The leaf with its lost elements taken from a file of NaN, of which there is one a dtype.
 class NanFill {
@@ -146,7 +141,7 @@ class Selection {
   std::vector<ParameterState> parameters_;
 };
 
-json ranges_json(const SalvagedTensor& tensor, json* object) {
+void add_ranges(const SalvagedTensor& tensor, json* object) {
   json lost = json::array(), kept = json::array();
   for (size_t i = 0; i < std::min(tensor.lost.size(), kMostRanges); ++i) {
     const LostRange& range = tensor.lost[i];
@@ -159,7 +154,6 @@ json ranges_json(const SalvagedTensor& tensor, json* object) {
   (*object)["kept"] = kept;
   const size_t most = std::max(tensor.lost.size(), tensor.kept.size());
   if (most > kMostRanges) (*object)["ranges_left_out"] = most - kMostRanges;
-  return *object;
 }
 
 json tensor_json(const SalvagedTensor& tensor) {
@@ -174,7 +168,7 @@ json tensor_json(const SalvagedTensor& tensor) {
   if (!tensor.from.empty()) object["from"] = tensor.from;
   if (!tensor.lost.empty()) {
     object["reason"] = tensor.lost[0].file + ": " + tensor.lost[0].why;
-    ranges_json(tensor, &object);
+    add_ranges(tensor, &object);
   }
   return object;
 }
@@ -187,33 +181,16 @@ json file_json(const SurveyedFile& file) {
   return object;
 }
 
-void write_text(Storage& storage, const std::string& path, const std::string& text) {
-  const std::unique_ptr<WritableFile> file = storage.create(path);
-  file->write_at(0, std::as_bytes(std::span(text)));
-  file->sync();
-  file->close();
-}
-
 // What stands on the disk now is what was handed to write.
 void read_back(Storage& storage, const std::string& folder, const FileHash& hash) {
-  const std::unique_ptr<ReadableFile> file = storage.open_read(folder + "/" + hash.path);
-  checkpoint::RawCrcs crcs;
-  std::vector<std::byte> bytes;
-  const int64_t size = file->size_bytes();
-  for (int64_t at = 0; at < size; at += 1 << 20) {
-    bytes.resize(static_cast<size_t>(std::min<int64_t>(1 << 20, size - at)));
-    file->read_at(at, bytes);
-    crcs.update(bytes);
-  }
-  if (size == hash.size_bytes && crc64_ecma_polynomial().finish(crcs.ecma, size) == hash.ecma &&
-      crc64_jones_polynomial().finish(crcs.jones, size) == hash.jones)
-    return;
+  const std::string why = why_file_differs(storage, folder, manifest_file(hash));
+  if (why.empty()) return;
   throw Error(ErrorInfo{
       .code = ErrorCode::kMismatch,
       .what = "A file reads back differently from what was written.",
       .file = hash.path,
       .expected = std::to_string(hash.size_bytes) + " bytes as written",
-      .found = std::to_string(size) + " bytes, or others",
+      .found = why,
       .safe = "nothing was published; the source was only read",
       .next = "check memory and disk of this machine, then run again; report it if it repeats"});
 }
@@ -262,10 +239,6 @@ std::vector<FileBlueprint> salvage_files(Salvage* salvage, int64_t max_shard_byt
   NanFill nan(&salvage->state);
   for (SalvagedTensor& tensor : salvage->tensors) {
     if (!tensor.in.empty()) folders[tensor.in].emplace_back(&tensor, tensor.leaf);
-    if (tensor.partial_leaf >= 0 && !can_be_nan(salvage->state.leaf(tensor.partial_leaf).dtype)) {
-      tensor.partial_leaf = -1;
-      tensor.partial_in.clear();
-    }
     if (tensor.partial_in.empty()) continue;
     nan.fill(tensor);
     folders[tensor.partial_in].emplace_back(&tensor, tensor.partial_leaf);
@@ -326,15 +299,15 @@ StreamResult write_salvage(Storage& storage, const Salvage& salvage, const Resha
   for (const FileHash& hash : result.files) manifest.files.push_back(manifest_file(hash));
   const auto write = [&](const std::string& name, const json& object) {
     const std::string text = object.dump(1) + "\n";
-    write_text(storage, staged.path() + "/" + name, text);
+    checkpoint::write_new_file(storage, staged.path() + "/" + name, text);
     manifest.files.push_back(
         {name, static_cast<int64_t>(text.size()), "sha256:" + checkpoint::sha256_hex(text)});
   };
   write("salvage.json", salvage_report(salvage, options.program));
   write("certificate.json", certificate_of(salvage, options));
   staged.settle();
-  write_text(storage, staged.path() + "/" + checkpoint::kManifestName,
-             checkpoint::to_json(manifest));
+  checkpoint::write_new_file(storage, staged.path() + "/" + checkpoint::kManifestName,
+                             checkpoint::to_json(manifest));
   staged.publish();
   return result;
 }

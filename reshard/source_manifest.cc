@@ -15,7 +15,8 @@ SourceManifest::SourceManifest(Storage& storage, const ShardedState& state)
     : storage_(storage), state_(state) {
   const std::string path = checkpoint::join(state.folder, checkpoint::kManifestName);
   if (!storage.is_file(path)) return;
-  manifest_ = checkpoint::parse_manifest(read_small_file(storage, path, int64_t{1} << 28), path);
+  manifest_ = checkpoint::parse_manifest(
+      read_small_file(storage, path, checkpoint::kLargestManifestBytes), path);
 }
 
 void SourceManifest::ask(bool all_files, StreamOptions* options) {

@@ -272,11 +272,7 @@ void Survey::expect_files(const Inventory& inventory) {
                           .found = reasons,
                           .next = "bring a model file of this very save; that of an earlier step "
                                   "is refused"});
-  checkpoint::ShardedState only;
-  only.folder = folder_;
-  only.files.push_back({first->torch->path(), first->name,
-                        std::const_pointer_cast<TorchFile>(first->torch), nullptr});
-  const ModelStates model = checkpoint::read_model_states(only, 0);
+  const ModelStates model = model_states_of(*first);
   const Fields fields(*first->torch);
   for (const char* key : {"folding", "ds_autoep_layers"}) {
     if (fields.maybe(fields.root(), key) != kNoNode)
@@ -315,16 +311,19 @@ const SurveyedFile* Survey::sibling_of(const Place& place) const {
   return other;
 }
 
+ModelStates Survey::model_states_of(const SurveyedFile& file) const {
+  checkpoint::ShardedState only;
+  only.folder = folder_;
+  only.files.push_back({file.torch->path(), file.name, file.torch, nullptr});
+  return checkpoint::read_model_states(only, 0);
+}
+
 const ModelStates& Survey::model_of(int mp) {
   if (const auto known = models_.find(mp); known != models_.end()) return known->second;
   for (const auto& [name, place] : places_) {
     const SurveyedFile* model = find(name);
     if (place.optim || place.mp != mp || !model->torch) continue;
-    checkpoint::ShardedState only;
-    only.folder = folder_;
-    only.files.push_back(
-        {model->torch->path(), name, std::const_pointer_cast<TorchFile>(model->torch), nullptr});
-    return models_[mp] = checkpoint::read_model_states(only, 0);
+    return models_[mp] = model_states_of(*model);
   }
   throw Error(ErrorCode::kIncomplete, "No model file of a model-parallel rank can be read.");
 }

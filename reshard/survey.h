@@ -30,7 +30,7 @@ struct SurveyedFile {
   Health health = Health::kWhole;
   std::string why;  // it is not whole
   std::vector<Damage> damage;
-  std::shared_ptr<const checkpoint::TorchFile> torch;  // as the reader sees it
+  std::shared_ptr<checkpoint::TorchFile> torch;  // as the reader sees it
   bool has_header() const { return health <= Health::kTorn; }
 };
 
@@ -77,6 +77,7 @@ class Survey {
   void refuse_too_much() const;
   const SiblingForm& form_of(const SurveyedFile& sibling);
   const SurveyedFile* sibling_of(const Place& place) const;
+  checkpoint::ModelStates model_states_of(const SurveyedFile& file) const;
   const checkpoint::ModelStates& model_of(int mp);
   void add(SurveyedFile file);
   void refuse_borrowed_shapes(const ErrorInfo& info) const;

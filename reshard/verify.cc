@@ -28,7 +28,7 @@ using nlohmann::json;
 
 constexpr const char* kUnfinished =
     "The folder holds the mark of a command of isoshard that did not finish.";
-constexpr int64_t kManifestBytes = int64_t{1} << 28, kCertificateBytes = int64_t{1} << 26;
+constexpr int64_t kCertificateBytes = int64_t{1} << 26;
 
 class Verifier {
  public:
@@ -159,7 +159,8 @@ void Verifier::read_manifest() {
   } else if (in_folder(checkpoint::kManifestName) &&
              !checkpoint::is_unfinished(storage_, place_.folder)) {
     try {
-      manifest_ = checkpoint::parse_manifest(read_small_file(storage_, path, kManifestBytes), path);
+      manifest_ = checkpoint::parse_manifest(
+          read_small_file(storage_, path, checkpoint::kLargestManifestBytes), path);
       result_.manifest.clear();
     } catch (const Error& error) {
       result_.manifest = "damaged";

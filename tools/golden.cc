@@ -15,6 +15,7 @@
 #include "checkpoint/format/crc.h"
 #include "checkpoint/format/hdf5.h"
 #include "checkpoint/publication.h"
+#include "checkpoint/small_file.h"
 #include "core/error.h"
 #include "core/hex_float.h"
 #include "properties/simulation.h"
@@ -110,8 +111,9 @@ class Golden {
     });
     std::vector<const TrainingState*> states;
     for (const auto& trainer : trainers) states.push_back(&trainer->state());
-    put(folder + "/golden.h5", hdf5(states, reports, trace));
-    put(folder + "/golden.json", description(reports, trace).dump(1) + "\n");
+    checkpoint::write_new_file(storage_, folder + "/golden.h5", hdf5(states, reports, trace));
+    checkpoint::write_new_file(storage_, folder + "/golden.json",
+                               description(reports, trace).dump(1) + "\n");
   }
 
   const std::vector<std::string>& without_effect() const { return without_effect_; }
@@ -128,13 +130,6 @@ class Golden {
       if (made.contains(key) && !config.contains(key)) config[key] = made[key];
     }
     return config;
-  }
-
-  void put(const std::string& path, const std::string& bytes) {
-    const std::unique_ptr<WritableFile> file = storage_.create(path);
-    file->write_at(0, std::as_bytes(std::span(bytes)));
-    file->sync();
-    file->close();
   }
 
   std::string hdf5(const std::vector<const TrainingState*>& states,

@@ -47,6 +47,27 @@ std::string storage_type_name(DType dtype) {
   return "UntypedStorage";
 }
 
+int64_t storage_item_bytes(const std::string& type_name) {
+  if (type_name == "UntypedStorage") return 1;
+  for (const TypeRow& row : kTypes) {
+    if (type_name == row.name) return item_size_bytes(row.dtype);
+  }
+  return 0;
+}
+
+void refuse_hostile(const Pickle& pickle, const std::string& path) {
+  const HostileGlobal hostile = find_hostile_global(pickle);
+  if (hostile.name.empty() || mutant("torch_hostile_allowed")) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kHostile,
+                        .what = "The pickle names a function that would run a program or reach "
+                                "the system when loaded by Python.",
+                        .file = path,
+                        .entry = "global " + quote(hostile.name),
+                        .found = hostile.called ? kCalledGlobal : "its name alone",
+                        .safe = "nothing was executed: this program never runs a pickle",
+                        .next = "do not load this file with torch; find out who wrote it"});
+}
+
 bool TensorView::is_contiguous() const {
   int64_t step = 1;
   for (size_t i = shape.size(); i-- > 0;) {
@@ -138,17 +159,7 @@ void TorchFile::read_pickle_record(PickleShelf* shelf) {
     if (document_ != nullptr) return;
     auto document = std::make_shared<TorchDocument>();
     document->pickle = read_pickle(bytes, path_);
-    const HostileGlobal hostile = find_hostile_global(document->pickle);
-    if (!hostile.name.empty() && !mutant("torch_hostile_allowed")) {
-      throw Error(ErrorInfo{.code = ErrorCode::kHostile,
-                            .what = "The pickle names a function that would run a program or reach "
-                                    "the system when loaded by Python.",
-                            .file = path_,
-                            .entry = "global " + quote(hostile.name),
-                            .found = hostile.called ? kCalledGlobal : "its name alone",
-                            .safe = "nothing was executed: this program never runs a pickle",
-                            .next = "do not load this file with torch; find out who wrote it"});
-    }
+    refuse_hostile(document->pickle, path_);
     if (bytes[0] != '\x80')
       corrupt("A pickle does not begin with its protocol.", "data.pkl", "protocol 2", "none");
     read_storages(document.get());

@@ -107,4 +107,10 @@ class TorchFile {
 // Name of the storage class that torch uses for a dtype, or "UntypedStorage".
 std::string storage_type_name(DType dtype);
 
+// Bytes of an element of that class; 1 of UntypedStorage, 0 of one that torch does not have.
+int64_t storage_item_bytes(const std::string& type_name);
+
+// Throws Error(kHostile) where the pickle names what would run a program when Python loads it.
+void refuse_hostile(const Pickle& pickle, const std::string& path);
+
 }  // namespace isoshard::checkpoint

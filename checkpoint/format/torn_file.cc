@@ -8,7 +8,6 @@
 
 #include "checkpoint/cancel.h"
 #include "checkpoint/format/crc.h"
-#include "checkpoint/format/hostile_globals.h"
 #include "checkpoint/format/pickle_reader.h"
 #include "checkpoint/format/record_proof.h"
 #include "checkpoint/format/torch_file.h"
@@ -139,31 +138,11 @@ void Walker::read_pickle_record() {
   }
 }
 
-int64_t item_bytes_of(const std::string& type_name) {
-  constexpr DType kDTypes[] = {DType::kFloat64,  DType::kFloat32,   DType::kFloat16,
-                               DType::kBFloat16, DType::kInt64,     DType::kInt32,
-                               DType::kInt16,    DType::kInt8,      DType::kUInt8,
-                               DType::kBool,     DType::kComplex64, DType::kComplex128};
-  if (type_name == "UntypedStorage") return 1;
-  for (DType dtype : kDTypes) {
-    if (storage_type_name(dtype) == type_name) return item_size_bytes(dtype);
-  }
-  return 0;
-}
-
 }  // namespace
 
 std::vector<int64_t> storage_sizes(const std::string& bytes, const std::string& path) {
   const Pickle pickle = read_pickle(bytes, path);
-  if (const HostileGlobal hostile = find_hostile_global(pickle); !hostile.name.empty())
-    throw Error(ErrorInfo{.code = ErrorCode::kHostile,
-                          .what = "The pickle names a function that would run a program or reach "
-                                  "the system when loaded by Python.",
-                          .file = path,
-                          .entry = "global " + quote(hostile.name),
-                          .found = hostile.called ? kCalledGlobal : "its name alone",
-                          .safe = "nothing was executed: this program never runs a pickle",
-                          .next = "do not load this file with torch; find out who wrote it"});
+  refuse_hostile(pickle, path);
   const auto bad = [&] {
     fail(ErrorCode::kCorrupt, path, "A persistent id is not that of a storage.", "data.pkl");
   };
@@ -179,7 +158,7 @@ std::vector<int64_t> storage_sizes(const std::string& bytes, const std::string& 
     const std::string& text = pickle.text(parts[2]);
     int64_t key = -1;
     const auto [stop, failure] = std::from_chars(text.data(), text.data() + text.size(), key);
-    const int64_t item = item_bytes_of(pickle.attribute(parts[1]));
+    const int64_t item = storage_item_bytes(pickle.attribute(parts[1]));
     const int64_t count = pickle.integer_value(parts[4]);
     if (failure != std::errc() || stop != text.data() + text.size() || text.size() > 9 ||
         item == 0 || count < 0 || count > kMostStorageBytes / 16)
