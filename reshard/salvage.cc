@@ -8,6 +8,7 @@
 
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/source.h"
+#include "core/check.h"
 #include "core/error.h"
 #include "core/utf8.h"
 #include "reshard/copies.h"
@@ -31,11 +32,17 @@ class Stock {
  public:
   Stock(const Survey& survey, Salvage* salvage, bool partial)
       : survey_(survey), salvage_(*salvage), state_(salvage->state), partial_(partial) {
-    for (const checkpoint::SourceFile& file : state_.files)
+    for (const checkpoint::SourceFile& file : state_.files) {
       files_.push_back(survey_.find(file.relative));
+      CHECK(files_.back() != nullptr, "a file was read that was not surveyed");
+    }
     const auto model = checkpoint::read_model_states(state_, state_.model_files[0]);
     for (const checkpoint::NamedShapes& group : model.param_shapes) {
       for (const auto& [name, shape] : group) optimized_.insert(name);
+    }
+    for (const std::vector<int>& stage : state_.pipeline.held) {
+      for (int number : stage)
+        optimized_.insert(state_.parameters[static_cast<size_t>(number)].name);
     }
   }
 
@@ -75,7 +82,6 @@ class Stock {
 
 const Damage* Stock::damage_at(int file, int64_t begin, int64_t end) const {
   const SurveyedFile* of = files_[static_cast<size_t>(file)];
-  if (of == nullptr) return nullptr;  // layers and experts, which are refused
   for (const Damage& damage : of->damage) {
     if (damage.begin < end && begin < damage.end) return &damage;
   }
@@ -177,8 +183,7 @@ void Stock::lose_unknown_tie(SalvagedTensor* tensor) const {
   const SurveyedFile* first = files_[static_cast<size_t>(state_.model_files[0])];
   const bool empty = numel(tensor->shape) == 0 &&
                      state_.parameters[static_cast<size_t>(tensor->parameter)].group < 0;
-  if (state_.flavour != checkpoint::Flavour::kZero3 || !empty || !first || first->has_header())
-    return;
+  if (state_.flavour != checkpoint::Flavour::kZero3 || !empty || first->has_header()) return;
   tensor->status = Status::kLost;
   tensor->leaf = -1;
   tensor->lost = {{0, 0, first->name,
@@ -238,7 +243,7 @@ int Stock::buffer_of_other_rank(const checkpoint::BufferState& buffer, std::stri
   if (state_.flavour != checkpoint::Flavour::kZero3 || state_.topology.tensor > 1) return -1;
   for (int file : state_.model_files) {
     const SurveyedFile* of = files_[static_cast<size_t>(file)];
-    if (of == nullptr || !of->has_header() || !of->torch) continue;
+    if (!of->has_header() || !of->torch) continue;
     const checkpoint::Fields fields(*of->torch);
     const checkpoint::NodeId module = fields.maybe(fields.root(), "module");
     const checkpoint::NodeId node =
@@ -263,7 +268,7 @@ void Stock::add_numbers() {
       const checkpoint::TorchFile& document = state_.document(scalar.value.file);
       const SurveyedFile* of = files_[static_cast<size_t>(scalar.value.file)];
       const auto view = document.tensor(scalar.value.node);
-      if (of != nullptr && !of->has_header()) number.proven = false;
+      if (!of->has_header()) number.proven = false;
       if (view && damage_at(scalar.value.file, document.data_offset(*view),
                             document.data_offset(*view) + item_size_bytes(view->dtype)))
         number.proven = false;
@@ -333,9 +338,6 @@ Salvage take_stock(Storage& storage, const std::string& source,
   Salvage salvage;
   salvage.state = survey.read();
   salvage.model_files_only = survey.model_files_only();
-  if (salvage.state.expert_layout != checkpoint::ExpertLayout::kNone)
-    salvage.state.refuse(ErrorCode::kUnsupported, "Experts are not salvaged yet.", "", "", "",
-                         "docs/KNOWN_GAPS.md says what salvage leaves out");
   Stock(survey, &salvage, partial).run();
   salvage.files = survey.files();
   std::ranges::sort(salvage.files, {}, &SurveyedFile::name);

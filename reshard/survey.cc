@@ -86,8 +86,11 @@ Survey::Survey(Storage& storage, std::string folder, const checkpoint::ReadOptio
   options_.prove = false;
   options_.tag.clear();
   const Inventory inventory = checkpoint::take_inventory(storage, folder_);
-  refuse_uncovered(inventory);
-  std::vector<std::string> names;
+  layers_ = !inventory.layers.empty();
+  experts_ = !inventory.experts.empty() || !inventory.expert_optim.empty();
+  std::vector<std::string> names = inventory.layers;
+  names.insert(names.end(), inventory.experts.begin(), inventory.experts.end());
+  for (const auto& [rank, file] : inventory.expert_optim) names.push_back(file);
   for (const auto& [mp, model] : inventory.model) names.push_back(model);
   for (const auto* ranks : {&inventory.model_of_rank, &inventory.optim}) {
     for (const auto& [mp, by_rank] : *ranks) {
@@ -99,6 +102,7 @@ Survey::Survey(Storage& storage, std::string folder, const checkpoint::ReadOptio
   for (const Look& each : looks) add(each.file);
   for (Look& each : looks) put_together(&each);
   expect_files(inventory);
+  for (const SurveyedFile& each : files_) refuse_without_sibling(each);
   stand_in_for_lost();
 }
 
@@ -110,21 +114,6 @@ const SurveyedFile* Survey::find(const std::string& name) const {
 void Survey::add(SurveyedFile file) {
   numbers_[file.name] = files_.size();
   files_.push_back(std::move(file));
-}
-
-void Survey::refuse_uncovered(const Inventory& inventory) const {
-  const std::string found = !inventory.layers.empty()    ? inventory.layers[0]
-                            : !inventory.experts.empty() ? inventory.experts[0]
-                            : !inventory.expert_optim.empty()
-                                ? inventory.expert_optim.begin()->second
-                                : "";
-  if (found.empty()) return;
-  throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                        .what = "Pipelines and experts are not salvaged yet.",
-                        .file = folder_,
-                        .expected = "ZeRO stages 0 to 3, with or without tensor-parallel ranks",
-                        .found = found,
-                        .next = kNext});
 }
 
 Survey::Look Survey::look(const std::string& name) {
@@ -194,18 +183,24 @@ void Survey::check_records(Look* look) {
   }
 }
 
-// The storage of a 0-d tensor in a sibling's file: ranks share their step.
+// The storage of a 0-d tensor in a sibling's file, of the same mp rank first: ranks share their
+// step.
 std::string Survey::borrowed_number(const std::string& name, size_t key, int64_t size_bytes) const {
   const FileName own = checkpoint::parse_file_name(name);
-  for (const SurveyedFile& other : files_) {
-    const FileName kin = checkpoint::parse_file_name(other.name);
-    if (other.name == name || kin.kind != own.kind || kin.mp != own.mp || !other.torch) continue;
-    for (const ZipRecord& record : other.torch->zip().records) {
-      if (record.name != "data/" + std::to_string(key) || record.size_bytes != size_bytes) continue;
-      if (!why_unproven(other.torch->file(), record).empty()) continue;
-      std::string bytes(static_cast<size_t>(size_bytes), '\0');
-      other.torch->file().read_at(record.data_offset, std::as_writable_bytes(std::span(bytes)));
-      return bytes;
+  for (const bool same_mp : {true, false}) {
+    for (const SurveyedFile& other : files_) {
+      const FileName kin = checkpoint::parse_file_name(other.name);
+      if (other.name == name || kin.kind != own.kind || (kin.mp == own.mp) != same_mp ||
+          !other.torch)
+        continue;
+      for (const ZipRecord& record : other.torch->zip().records) {
+        if (record.name != "data/" + std::to_string(key) || record.size_bytes != size_bytes)
+          continue;
+        if (!why_unproven(other.torch->file(), record).empty()) continue;
+        std::string bytes(static_cast<size_t>(size_bytes), '\0');
+        other.torch->file().read_at(record.data_offset, std::as_writable_bytes(std::span(bytes)));
+        return bytes;
+      }
     }
   }
   return std::string(static_cast<size_t>(size_bytes), '\0');
@@ -259,7 +254,7 @@ void Survey::expect_files(const Inventory& inventory) {
   std::string reasons;
   for (const SurveyedFile& each : files_) {
     const FileName::Kind kind = checkpoint::parse_file_name(each.name).kind;
-    if (kind == FileName::Kind::kOptim) continue;
+    if (kind != FileName::Kind::kModel && kind != FileName::Kind::kModelOfRank) continue;
     if (each.torch && !first) first = &each;
     if (!each.torch && reasons.size() < 500) reasons += quote(each.name) + ": " + each.why + " ";
   }
@@ -274,14 +269,8 @@ void Survey::expect_files(const Inventory& inventory) {
                                   "is refused"});
   const ModelStates model = model_states_of(*first);
   const Fields fields(*first->torch);
-  for (const char* key : {"folding", "ds_autoep_layers"}) {
-    if (fields.maybe(fields.root(), key) != kNoNode)
-      throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
-                            .what = "Experts are not salvaged yet.",
-                            .file = first->torch->path(),
-                            .entry = key,
-                            .next = kNext});
-  }
+  for (const char* key : {"folding", "ds_autoep_layers"})
+    experts_ = experts_ || fields.maybe(fields.root(), key) != kNoNode;
   stage3_ = inventory.stage3();
   ranks_ = static_cast<int>(model.dp_world);
   const auto mp_ranks = static_cast<int>(
@@ -297,6 +286,24 @@ void Survey::expect_files(const Inventory& inventory) {
         expect(checkpoint::optim_file_name(prefix, rank, mp), {true, mp, rank});
     }
   }
+}
+
+// What an expert, a layer or a stage of a pipeline holds, no other file of its kind tells. Where
+// there are experts, ranks own different ones, so that their partitions are not laid out alike.
+void Survey::refuse_without_sibling(const SurveyedFile& file) const {
+  if (file.torch || (!experts_ && !layers_)) return;
+  const auto place = places_.find(file.name);
+  if (!experts_ && place != places_.end() && place->second.optim) return;
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kIncomplete,
+      .what =
+          std::string("A file is lost whose header no other stands for: of a checkpoint with ") +
+          (experts_ ? "experts every file's is needed."
+                    : "pipeline stages those of models and layers are needed."),
+      .file = checkpoint::join(folder_, file.name),
+      .expected = "a header that can be read; payloads may be damaged",
+      .found = file.why,
+      .next = "bring that file from another copy of this very save"});
 }
 
 // A file with a header of the same kind: of the same mp rank if there is one.
@@ -429,6 +436,8 @@ checkpoint::ShardedState Survey::read() {
       SurveyedFile& wrong = file(name);
       wrong.health = info.code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
       wrong.why = one_line(info);
+      wrong.torch.reset();
+      refuse_without_sibling(wrong);
       replace(&wrong, place->second);
     }
   }

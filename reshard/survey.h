@@ -62,7 +62,6 @@ class Survey {
     std::shared_ptr<const ReadableFile> bytes;
   };
 
-  void refuse_uncovered(const checkpoint::Inventory& inventory) const;
   Look look(const std::string& name);
   void look_into(Look* look, const std::string& path);
   void check_records(Look* look);
@@ -74,6 +73,7 @@ class Survey {
   void stand_in_for_lost();
   void replace(SurveyedFile* file, const Place& place);
   void show(SurveyedFile* file, StandIn made);
+  void refuse_without_sibling(const SurveyedFile& file) const;
   void refuse_too_much() const;
   const SiblingForm& form_of(const SurveyedFile& sibling);
   const SurveyedFile* sibling_of(const Place& place) const;
@@ -98,7 +98,9 @@ class Survey {
   size_t missing_ = 0;
   std::map<std::string, Place> places_;  // of files that the checkpoint consists of
   bool stage3_ = false;
-  int ranks_ = 1;  // of the partition group
+  bool layers_ = false;   // of a pipeline
+  bool experts_ = false;  // native MoE or AutoEP
+  int ranks_ = 1;         // of the partition group
 };
 
 }  // namespace isoshard::reshard

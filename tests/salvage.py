@@ -375,8 +375,8 @@ class Salvage(ProgramCase):
         for name, lose, words in (
             ("z1_bf16_dp2", "*model*", "model file"),
             ("z3_bf16_dp3", "*optim*", "optimizer file"),
-            ("moe_z1_ep2_dp4", "nothing", "not salvaged yet"),
-            ("pipe_z1_pp2_dp1", "nothing", "not salvaged yet"),
+            ("moe_z1_ep2_dp4", "*zero_pp_rank_1_*", "no other stands for"),
+            ("pipe_z1_pp2_dp1", "layer_01*", "layer"),
         ):
             source, tag = self.damaged_files(name)
             for path in tag.glob(lose):

@@ -1,0 +1,176 @@
+#!/usr/bin/env python3
+"""salvage_forms.py PROGRAM TRACES [unittest arguments]: `isoshard salvage` of experts and pipelines.
+
+What must be lost is not computed from any layout: a record is given other bytes under a right CRC,
+and those tensors whose bytes change are the ones that it holds. The same record with a wrong CRC
+must then cost these tensors and no other. Python's standard library only. Not verified: the names
+and shapes, which are those of `convert --to fp32` on the undamaged checkpoint.
+"""
+
+import contextlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import hostile as h  # noqa: E402
+from crash_case import spread  # noqa: E402
+from program_case import ASKED, ProgramCase, run_tests  # noqa: E402
+from salvage_truth import load, record_ends  # noqa: E402
+
+MOST = 10**9 if ASKED == "all" else max(5, int(ASKED) // 5)  # records of a recording
+EXPERTS = ("autoep_folded_z2_tp2_ep2_dp1", "autoep_z0_ep2_dp4", "autoep_z1_ep2_dp2",
+           "autoep_z3_ep2_dp4", "moe_z0_ep2_dp4", "moe_z1_ep2_dp4",
+           "moe2_groups_z1_ep2_dp4")  # fmt: skip
+PIPELINES = ("pipe_bf16_pp3_dp2", "pipe_frozen_pp2_dp2", "pipe_tp2_pp2_dp2",
+             "pipe_z0_bf16_pp2_dp2", "pipe_z1_pp2_dp2_tied")  # fmt: skip
+
+
+class Forms(ProgramCase):
+    def setUp(self):
+        super().setUp()
+        self.source, self.out = self.place / "source", self.place / "out"
+
+    def copied(self, name):
+        """The tag folder of a copy."""
+        shutil.rmtree(self.source, ignore_errors=True)
+        shutil.copytree(self.recorded(name), self.source)
+        return self.source / (self.source / "latest").read_text().strip()
+
+    def salvage(self, status):
+        """(report, {(name, state): bits of what is exported}); None where it is refused."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        result = self.run_program(None, "salvage", self.source, self.out, "--quiet")
+        self.assertIn(result.returncode, status, result)
+        if result.returncode == 2:
+            self.assertIn("next:", result.stderr)
+            self.assertFalse(self.out.exists())
+            return None
+        report = json.loads((self.out / "salvage.json").read_text())
+        folders = {}
+        for path in sorted(self.out.rglob("*.safetensors")):
+            folders.setdefault(path.parent.name, {}).update(load(str(path)))
+        found = {}
+        for tensor in report["tensors"]:
+            if tensor["status"] == "exported":
+                bits = folders[tensor["in"]][tensor["name"]].bits()
+                found[tensor["name"], tensor["state"]] = bytes(bits)
+        return report, found
+
+    def test_clean_is_what_convert_gives(self):
+        for name in EXPERTS + PIPELINES:
+            with self.subTest(name):
+                self.copied(name)
+                report, _ = self.salvage((0,))
+                self.assertTrue(report["complete"])
+                fp32 = self.place / "fp32"
+                shutil.rmtree(fp32, ignore_errors=True)
+                self.run_program(0, "convert", self.source, fp32, "--to", "fp32", "--quiet")
+                self.assertEqual((fp32 / "model.safetensors").read_bytes(),
+                                 (self.out / "weights" / "model.safetensors").read_bytes())
+
+    def test_a_record_costs_what_it_holds_and_no_more(self):
+        for name in EXPERTS + PIPELINES:
+            tag = self.copied(name)
+            _, clean = self.salvage((0,))
+            ends = {path.name: payloads(path) for path in sorted(tag.glob("*_states.pt"))}
+            records = [(file, record) for file, found in ends.items() for record in found]
+            cost = 0
+            for number in spread(len(records), MOST):
+                file, record = records[number - 1]
+                with self.subTest(name, file=file, record=record):
+                    with kept(tag / file) as sound:
+                        (tag / file).write_bytes(changed(tag / file, record))
+                        other = self.salvage((0, 1, 2))
+                        (tag / file).write_bytes(flipped(sound, {record: ends[file][record]}))
+                        report, found = self.salvage((0, 1))
+                    cost += self.judge(clean, other, report, found)
+            self.assertGreater(cost, 0, name)
+
+    def judge(self, clean, other, report, found):
+        """How many tensors the record has cost."""
+        self.assertEqual({(t["name"], t["state"]) for t in report["tensors"]}, clean.keys())
+        for key, bits in found.items():
+            self.assertEqual(bits, clean[key], key)
+        elsewhere = {(t["name"], t["state"]) for t in report["tensors"] if t.get("from")}
+        lost = clean.keys() - (found.keys() - elsewhere)
+        if other is not None:
+            self.assertEqual(lost, {key for key in clean if other[1].get(key) != clean[key]})
+        return len(lost)
+
+    def test_a_lost_file(self):
+        """Of a pipeline's rank: as if each of its records were damaged. Others are refused, but
+        what holds nothing of its own: a layer without tensors, at stage 0 a copy of rank 0's."""
+        for name in EXPERTS + PIPELINES:
+            tag = self.copied(name)
+            _, clean = self.salvage((0,))
+            files = sorted(path.name for path in tag.glob("*_states.pt"))
+            for number in spread(len(files), MOST):
+                file = files[number - 1]
+                stands = name in PIPELINES and "_optim_" in file and "_z0_" not in name
+                nothing = not payloads(tag / file) if "layer" in file else "expp_rank_0_" in file
+                with self.subTest(name, file=file):
+                    with kept(tag / file) as sound:
+                        (tag / file).write_bytes(flipped(sound, payloads(tag / file)))
+                        damaged = self.salvage((0, 1, 2))
+                        (tag / file).unlink()
+                        missing = self.salvage((1,) if stands else (0,) if nothing else (2,))
+                    if stands:
+                        self.assertEqual(missing[1].keys(), damaged[1].keys())
+                        self.assertEqual({key: clean[key] for key in missing[1]}, missing[1])
+                        self.assertLess(len(missing[1]), len(clean))
+
+    def test_a_torn_file(self):
+        """Cut within its payloads: its header is found, what lies before the cut is good."""
+        for name in EXPERTS + PIPELINES:
+            tag = self.copied(name)
+            _, clean = self.salvage((0,))
+            files = sorted(path.name for path in tag.glob("*_states.pt"))
+            for number in spread(len(files), MOST):
+                file = files[number - 1]
+                ends = list(payloads(tag / file).values())
+                if not ends:
+                    continue
+                with self.subTest(name, file=file):
+                    with kept(tag / file) as sound:
+                        (tag / file).write_bytes(sound[: ends[-1] + 1])
+                        report, found = self.salvage((0, 1))
+                    health = {f["name"]: f["health"] for f in report["files"]}[file]
+                    self.assertEqual(health, "torn")
+                    self.assertEqual({key: clean[key] for key in found}, found)
+
+
+@contextlib.contextmanager
+def kept(path):
+    """Its bytes, which it has again afterwards."""
+    sound = path.read_bytes()
+    try:
+        yield sound
+    finally:
+        path.write_bytes(sound)
+
+
+def payloads(path):
+    """{record of a storage that is not empty: where its bytes begin}."""
+    return {record: begin for record, (begin, end, _) in record_ends(path).items()
+            if record.startswith("data/") and begin < end}
+
+
+def changed(path, record):
+    """The file with other bytes in one record, under right CRCs."""
+    prefix, records = h.split_zip(path)
+    records[record] = bytes(byte ^ 0x5A for byte in records[record])
+    return h.join_zip(prefix, records)
+
+
+def flipped(sound, places):
+    content = bytearray(sound)
+    for at in places.values():
+        content[at] ^= 0x10
+    return bytes(content)
+
+
+if __name__ == "__main__":
+    outcome, _ = run_tests(__doc__)
+    sys.exit(0 if outcome.wasSuccessful() else 1)
