@@ -5,6 +5,7 @@
 #include <cmath>
 #include <map>
 #include <set>
+#include <tuple>
 
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/source.h"
@@ -258,21 +259,24 @@ int Stock::buffer_of_other_rank(const checkpoint::BufferState& buffer, std::stri
   return -1;
 }
 
+// Once where parameters of a group have the same number, and again where one is not proven.
 void Stock::add_numbers() {
-  std::set<std::pair<int, std::string>> seen;
+  std::set<std::tuple<int, std::string, int, checkpoint::NodeId>> read;
+  std::set<std::tuple<int, std::string, std::string, bool>> told;
   for (const ParameterState& parameter : state_.parameters) {
     for (const checkpoint::Scalar& scalar : parameter.scalars) {
-      if (!seen.insert({parameter.group, scalar.name}).second) continue;
+      const auto [file, node] = scalar.value;
+      if (!read.insert({parameter.group, scalar.name, file, node}).second) continue;
       SalvagedNumber number{scalar.name, checkpoint::scalar_text(state_, scalar.value),
                             parameter.group};
-      const checkpoint::TorchFile& document = state_.document(scalar.value.file);
-      const SurveyedFile* of = files_[static_cast<size_t>(scalar.value.file)];
-      const auto view = document.tensor(scalar.value.node);
-      if (!of->has_header()) number.proven = false;
-      if (view && damage_at(scalar.value.file, document.data_offset(*view),
+      const checkpoint::TorchFile& document = state_.document(file);
+      const auto view = document.tensor(node);
+      if (!files_[static_cast<size_t>(file)]->has_header()) number.proven = false;
+      if (view && damage_at(file, document.data_offset(*view),
                             document.data_offset(*view) + item_size_bytes(view->dtype)))
         number.proven = false;
-      salvage_.numbers.push_back(std::move(number));
+      if (told.insert({number.group, number.name, number.value, number.proven}).second)
+        salvage_.numbers.push_back(std::move(number));
     }
   }
 }
@@ -291,17 +295,12 @@ void Stock::compare() {
 }
 
 void refuse_form(const checkpoint::SourcePlace& place) {
-  if (place.kind == checkpoint::SourcePlace::Kind::kZero) return;
-  const bool universal = place.kind == checkpoint::SourcePlace::Kind::kUniversal;
-  throw Error(ErrorInfo{
-      .code = ErrorCode::kUnsupported,
-      .what = std::string(universal ? "Universal folders" : "Files of weights") +
-              " are not salvaged yet.",
-      .file = place.folder,
-      .expected = "a save folder or tag folder of ZeRO stages 0 to 3",
-      .next = universal ? "salvage the checkpoint that it was made from, or take what is whole by "
-                          "hand: a file a tensor, zero/NAME/fp32.pt"
-                        : "docs/KNOWN_GAPS.md says what salvage leaves out"});
+  if (place.kind != checkpoint::SourcePlace::Kind::kWeights) return;
+  throw Error(ErrorInfo{.code = ErrorCode::kUnsupported,
+                        .what = "Files of weights are not salvaged yet.",
+                        .file = place.folder,
+                        .expected = "a save folder, tag folder or universal folder",
+                        .next = "docs/KNOWN_GAPS.md says what salvage leaves out"});
 }
 
 }  // namespace
@@ -334,7 +333,7 @@ Salvage take_stock(Storage& storage, const std::string& source,
   checkpoint::require_source(storage, source, options.tag);
   const checkpoint::SourcePlace place = checkpoint::resolve_source(storage, source, options.tag);
   refuse_form(place);
-  Survey survey(storage, place.folder, options);
+  Survey survey(storage, place, options);
   Salvage salvage;
   salvage.state = survey.read();
   salvage.model_files_only = survey.model_files_only();

@@ -66,11 +66,14 @@ std::unique_ptr<ReadableFile> StandInStorage::open_read(const std::string& path)
 
 std::vector<DirectoryEntry> StandInStorage::list(const std::string& directory) {
   std::vector<DirectoryEntry> entries = base_.list(directory);
-  if (directory != folder_) return entries;
   std::erase_if(entries, [&](const DirectoryEntry& entry) {
-    return files_.contains(checkpoint::join(folder_, entry.name));
+    return files_.contains(checkpoint::join(directory, entry.name));
   });
-  for (const auto& [path, contents] : files_) {
+  const std::string inside = checkpoint::join(directory, "");
+  for (auto at = files_.lower_bound(inside); at != files_.end() && at->first.starts_with(inside);
+       ++at) {
+    const auto& [path, contents] = *at;
+    if (path.find('/', inside.size()) != std::string::npos) continue;
     entries.push_back({.name = checkpoint::base_name(path),
                        .kind = DirectoryEntry::Kind::kFile,
                        .size_bytes = contents->size_bytes});

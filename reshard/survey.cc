@@ -81,11 +81,24 @@ const char* name(Health health) {
   return "missing";
 }
 
-Survey::Survey(Storage& storage, std::string folder, const checkpoint::ReadOptions& options)
-    : base_(storage), folder_(std::move(folder)), options_(options), shown_(storage, folder_) {
+Survey::Survey(Storage& storage, const checkpoint::SourcePlace& place,
+               const checkpoint::ReadOptions& options)
+    : base_(storage),
+      folder_(place.folder),
+      options_(options),
+      shown_(storage, folder_),
+      universal_(place.kind == checkpoint::SourcePlace::Kind::kUniversal) {
   options_.prove = false;
   options_.tag.clear();
-  const Inventory inventory = checkpoint::take_inventory(storage, folder_);
+  options_.lost_experts = universal_;
+  if (universal_)
+    survey_universal();
+  else
+    survey_zero();
+}
+
+void Survey::survey_zero() {
+  const Inventory inventory = checkpoint::take_inventory(base_, folder_);
   layers_ = !inventory.layers.empty();
   experts_ = !inventory.experts.empty() || !inventory.expert_optim.empty();
   std::vector<std::string> names = inventory.layers;
@@ -97,13 +110,17 @@ Survey::Survey(Storage& storage, std::string folder, const checkpoint::ReadOptio
       for (const auto& [rank, file] : by_rank) names.push_back(file);
     }
   }
-  std::vector<Look> looks(names.size());
-  parallel_for(names.size(), options.workers, [&](size_t i) { looks[i] = look(names[i]); });
-  for (const Look& each : looks) add(each.file);
-  for (Look& each : looks) put_together(&each);
+  look_at(names);
   expect_files(inventory);
   for (const SurveyedFile& each : files_) refuse_without_sibling(each);
   stand_in_for_lost();
+}
+
+void Survey::look_at(const std::vector<std::string>& names) {
+  std::vector<Look> looks(names.size());
+  parallel_for(names.size(), options_.workers, [&](size_t i) { looks[i] = look(names[i]); });
+  for (const Look& each : looks) add(each.file);
+  for (Look& each : looks) put_together(&each);
 }
 
 const SurveyedFile* Survey::find(const std::string& name) const {
@@ -164,7 +181,8 @@ void Survey::look_into(Look* look, const std::string& path) {
     look->torn = checkpoint::read_torn_file(*look->bytes);
   }
   const std::string prefix = look->torn ? look->torn->prefix : look->file.torch->zip().prefix;
-  const std::string stem = look->file.name.substr(0, look->file.name.rfind('.'));
+  const std::string own = checkpoint::base_name(look->file.name);
+  const std::string stem = own.substr(0, own.rfind('.'));
   if (prefix != stem && prefix != "archive" && !options_.allow_renamed)
     throw Error(ErrorInfo{
         .code = ErrorCode::kMismatch,
@@ -191,7 +209,8 @@ std::string Survey::borrowed_number(const std::string& name, size_t key, int64_t
     for (const SurveyedFile& other : files_) {
       const FileName kin = checkpoint::parse_file_name(other.name);
       if (other.name == name || kin.kind != own.kind || (kin.mp == own.mp) != same_mp ||
-          !other.torch)
+          !other.torch ||
+          (universal_ && checkpoint::base_name(other.name) != checkpoint::base_name(name)))
         continue;
       for (const ZipRecord& record : other.torch->zip().records) {
         if (record.name != "data/" + std::to_string(key) || record.size_bytes != size_bytes)
@@ -425,7 +444,8 @@ void Survey::refuse_borrowed_shapes(const ErrorInfo& info) const {
 checkpoint::ShardedState Survey::read() {
   for (;;) {
     try {
-      return checkpoint::read_checkpoint(shown_, folder_, options_);
+      checkpoint::ShardedState state = checkpoint::read_checkpoint(shown_, folder_, options_);
+      if (!universal_ || !add_lacking(state)) return state;
     } catch (const Error& error) {
       const ErrorInfo& info = error.info();
       const std::string name = checkpoint::base_name(info.file);

@@ -12,6 +12,7 @@
 
 #include "checkpoint/deepspeed/inventory.h"
 #include "checkpoint/deepspeed/reader.h"
+#include "checkpoint/deepspeed/source.h"
 #include "checkpoint/format/torn_file.h"
 #include "reshard/stand_in.h"
 
@@ -40,7 +41,8 @@ class Survey {
  public:
   // Throws the Error that says why nothing can be made of the folder: no model file with names and
   // shapes, a form that salvage does not cover, or what reading the disk throws.
-  Survey(Storage& storage, std::string folder, const checkpoint::ReadOptions& options);
+  Survey(Storage& storage, const checkpoint::SourcePlace& place,
+         const checkpoint::ReadOptions& options);
 
   // Reads the folder; a file whose contents prove wrong on the way is given up, and told.
   checkpoint::ShardedState read();
@@ -62,6 +64,11 @@ class Survey {
     std::shared_ptr<const ReadableFile> bytes;
   };
 
+  void look_at(const std::vector<std::string>& names);
+  void survey_zero();
+  void survey_universal();
+  void stand_in_for_state(SurveyedFile* lost);
+  bool add_lacking(const checkpoint::ShardedState& state);
   Look look(const std::string& name);
   void look_into(Look* look, const std::string& path);
   void check_records(Look* look);
@@ -90,6 +97,7 @@ class Survey {
   checkpoint::PickleShelf shelf_;  // ranks often have the same pickle
   std::vector<SurveyedFile> files_;
   std::map<std::string, size_t> numbers_;          // by name, in files_
+  std::map<std::string, size_t> namesakes_;        // universal: of each state, one with a header
   std::map<int, checkpoint::ModelStates> models_;  // by mp rank, for shapes alone
   // By file, which they keep, so that no other takes its address.
   std::map<const checkpoint::TorchFile*, SiblingForm> forms_;
@@ -98,6 +106,7 @@ class Survey {
   size_t missing_ = 0;
   std::map<std::string, Place> places_;  // of files that the checkpoint consists of
   bool stage3_ = false;
+  bool universal_ = false;
   bool layers_ = false;   // of a pipeline
   bool experts_ = false;  // native MoE or AutoEP
   int ranks_ = 1;         // of the partition group

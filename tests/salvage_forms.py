@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""salvage_forms.py PROGRAM TRACES [unittest arguments]: `isoshard salvage` of experts and pipelines.
+"""salvage_forms.py PROGRAM TRACES [unittest arguments]: `isoshard salvage` of experts, pipelines
+and universal folders.
 
 What must be lost is not computed from any layout: a record is given other bytes under a right CRC,
 and those tensors whose bytes change are the ones that it holds. The same record with a wrong CRC
@@ -26,6 +27,10 @@ EXPERTS = ("autoep_folded_z2_tp2_ep2_dp1", "autoep_z0_ep2_dp4", "autoep_z1_ep2_d
 PIPELINES = ("pipe_bf16_pp3_dp2", "pipe_frozen_pp2_dp2", "pipe_tp2_pp2_dp2",
              "pipe_z0_bf16_pp2_dp2", "pipe_z1_pp2_dp2_tied")  # fmt: skip
 
+UNIVERSAL = ("z1_bf16_dp2", "z3_bf16_dp3", "autotp_z1_tp2_dp2", "z2_bf16_dp4",
+             "z3_bf16_dp2_frozen")  # fmt: skip
+ALL = EXPERTS + PIPELINES + tuple(f"{name}/universal" for name in UNIVERSAL)
+
 
 class Forms(ProgramCase):
     def setUp(self):
@@ -33,10 +38,13 @@ class Forms(ProgramCase):
         self.source, self.out = self.place / "source", self.place / "out"
 
     def copied(self, name):
-        """The tag folder of a copy."""
+        """(tag folder of a copy, the names of its files below that)."""
+        name, _, inside = name.partition("/")
         shutil.rmtree(self.source, ignore_errors=True)
-        shutil.copytree(self.recorded(name), self.source)
-        return self.source / (self.source / "latest").read_text().strip()
+        shutil.copytree(self.recorded(name, inside or "ckpt"), self.source)
+        latest = self.source / ("latest_universal" if inside else "latest")
+        tag = self.source / latest.read_text().strip()
+        return tag, sorted(str(path.relative_to(tag)) for path in tag.rglob("*.pt"))
 
     def salvage(self, status):
         """(report, {(name, state): bits of what is exported}); None where it is refused."""
@@ -59,7 +67,7 @@ class Forms(ProgramCase):
         return report, found
 
     def test_clean_is_what_convert_gives(self):
-        for name in EXPERTS + PIPELINES:
+        for name in ALL:
             with self.subTest(name):
                 self.copied(name)
                 report, _ = self.salvage((0,))
@@ -71,10 +79,10 @@ class Forms(ProgramCase):
                                  (self.out / "weights" / "model.safetensors").read_bytes())
 
     def test_a_record_costs_what_it_holds_and_no_more(self):
-        for name in EXPERTS + PIPELINES:
-            tag = self.copied(name)
+        for name in ALL:
+            tag, files = self.copied(name)
             _, clean = self.salvage((0,))
-            ends = {path.name: payloads(path) for path in sorted(tag.glob("*_states.pt"))}
+            ends = {file: payloads(tag / file) for file in files}
             records = [(file, record) for file, found in ends.items() for record in found]
             cost = 0
             for number in spread(len(records), MOST):
@@ -100,16 +108,19 @@ class Forms(ProgramCase):
         return len(lost)
 
     def test_a_lost_file(self):
-        """Of a pipeline's rank: as if each of its records were damaged. Others are refused, but
-        what holds nothing of its own: a layer without tensors, at stage 0 a copy of rank 0's."""
-        for name in EXPERTS + PIPELINES:
-            tag = self.copied(name)
+        """Of a pipeline's rank, and states of universal folders: as if each of its records were
+        damaged. Others are refused, but what holds nothing of its own: a layer without tensors, at
+        stage 0 a copy of rank 0's, in universal folders the models of other ranks."""
+        for name in ALL:
+            tag, files = self.copied(name)
             _, clean = self.salvage((0,))
-            files = sorted(path.name for path in tag.glob("*_states.pt"))
             for number in spread(len(files), MOST):
                 file = files[number - 1]
                 stands = name in PIPELINES and "_optim_" in file and "_z0_" not in name
+                stands = stands or file.count("/") > 1
                 nothing = not payloads(tag / file) if "layer" in file else "expp_rank_0_" in file
+                if name == "z3_bf16_dp3/universal" and "_model_" in file:
+                    nothing = "rank_0_mp" not in file
                 with self.subTest(name, file=file):
                     with kept(tag / file) as sound:
                         (tag / file).write_bytes(flipped(sound, payloads(tag / file)))
@@ -119,14 +130,14 @@ class Forms(ProgramCase):
                     if stands:
                         self.assertEqual(missing[1].keys(), damaged[1].keys())
                         self.assertEqual({key: clean[key] for key in missing[1]}, missing[1])
-                        self.assertLess(len(missing[1]), len(clean))
+                        if not file.endswith("step.pt"):  # a number, which is no tensor
+                            self.assertLess(len(missing[1]), len(clean))
 
     def test_a_torn_file(self):
         """Cut within its payloads: its header is found, what lies before the cut is good."""
-        for name in EXPERTS + PIPELINES:
-            tag = self.copied(name)
+        for name in ALL:
+            tag, files = self.copied(name)
             _, clean = self.salvage((0,))
-            files = sorted(path.name for path in tag.glob("*_states.pt"))
             for number in spread(len(files), MOST):
                 file = files[number - 1]
                 ends = list(payloads(tag / file).values())

@@ -79,7 +79,6 @@ class UniversalReader {
   void open_model_files();
   void count_degrees(ModelStates* model) const;
   void open_zero_folder();
-  void walk(const std::string& folder, const std::string& name, std::vector<std::string>* files);
   int read_stage() const;
   void check_mp_ranks() const;
   void add_shapes(const ModelStates& model, ShardedState* state) const;
@@ -246,20 +245,6 @@ void UniversalReader::read_parts(const TensorParallelInfo& info) {
   merge_tensor_ranks(&state_, parts, info);
 }
 
-// Depth-first: a name may contain '/', so a folder may hold both states and further folders.
-void UniversalReader::walk(const std::string& folder, const std::string& name,
-                           std::vector<std::string>* files) {
-  for (const DirectoryEntry& entry : storage_.list(folder)) {
-    const std::string inner = name.empty() ? entry.name : name + "/" + entry.name;
-    if (entry.kind == DirectoryEntry::Kind::kDirectory) {
-      walk(join(folder, entry.name), inner, files);
-    } else if (!name.empty() && entry.name.size() > 3 &&
-               entry.name.substr(entry.name.size() - 3) == ".pt") {
-      files->push_back("zero/" + inner);
-    }
-  }
-}
-
 void UniversalReader::open_zero_folder() {
   const std::string folder = join(state_.folder, "zero");
   if (!storage_.is_file(join(folder, "optimizer_state.pt"))) {
@@ -267,8 +252,7 @@ void UniversalReader::open_zero_folder() {
             "convert the source checkpoint again");
   }
   state_.optim_files = open_files(&state_, storage_, {"zero/optimizer_state.pt"}, options_);
-  std::vector<std::string> names;
-  walk(folder, "", &names);
+  const std::vector<std::string> names = universal_state_files(storage_, state_.folder);
   const std::vector<int> files = open_files(&state_, storage_, names, options_);
   for (size_t i = 0; i < names.size(); ++i) {
     const std::string inner = names[i].substr(5);

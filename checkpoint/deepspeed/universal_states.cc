@@ -33,6 +33,17 @@ std::vector<size_t> families_of(const ShardedState& state) {
   return families;
 }
 
+void walk(Storage& storage, const std::string& folder, const std::string& name,
+          std::vector<std::string>* files) {
+  for (const DirectoryEntry& entry : storage.list(folder)) {
+    const std::string inner = name.empty() ? entry.name : name + "/" + entry.name;
+    if (entry.kind == DirectoryEntry::Kind::kDirectory)
+      walk(storage, join(folder, entry.name), inner, files);
+    else if (!name.empty() && entry.name.size() > 3 && entry.name.ends_with(".pt"))
+      files->push_back("zero/" + inner);
+  }
+}
+
 // The files that were missing from the start, of a folder that isoshard wrote.
 class LeftOut {
  public:
@@ -61,38 +72,48 @@ class LeftOut {
 
 }  // namespace
 
-void check_universal_states(ShardedState* state, Storage& storage, const ReadOptions& options) {
-  const std::vector<size_t> families = families_of(*state);
+std::vector<std::string> universal_state_files(Storage& storage, const std::string& folder) {
+  std::vector<std::string> files;
+  walk(storage, join(folder, "zero"), "", &files);
+  return files;
+}
+
+std::vector<LackingState> lacking_universal_states(const ShardedState& state, Storage& storage) {
+  const std::vector<size_t> families = families_of(state);
   const auto family_of = [&](const ParameterState& parameter) {
     return families.at(static_cast<size_t>(parameter.group));
   };
   std::map<size_t, std::map<std::string, std::string>> states;  // by family: state, who has it
-  for (const ParameterState& parameter : state->parameters) {
+  for (const ParameterState& parameter : state.parameters) {
     if (parameter.group < 0) continue;
-    for (const std::string& name : states_of(*state, parameter))
+    for (const std::string& name : states_of(state, parameter))
       states[family_of(parameter)].emplace(name, parameter.name);
   }
-  LeftOut left_out(storage, state->folder);
-  std::string first;
-  int lacking = 0;
-  for (const ParameterState& parameter : state->parameters) {
+  LeftOut left_out(storage, state.folder);
+  std::vector<LackingState> lacking;
+  for (const ParameterState& parameter : state.parameters) {
     if (parameter.group < 0) continue;
-    const std::set<std::string> own = states_of(*state, parameter);
+    const std::set<std::string> own = states_of(state, parameter);
     for (const auto& [name, owner] : states[family_of(parameter)]) {
       const std::string file = "zero/" + parameter.name + "/" + name + ".pt";
-      if (own.count(name) > 0 || left_out.holds(file)) continue;
-      if (!options.lost_experts)
-        state->refuse(ErrorCode::kIncomplete,
-                      "A parameter lacks a state that others with its settings have.", file,
-                      "as " + quote(owner) + " has", "absent",
-                      "copy it from where the folder was written, or convert the source checkpoint "
-                      "again");
-      if (lacking++ == 0) first = file;
+      if (own.count(name) == 0 && !left_out.holds(file)) lacking.push_back({file, owner});
     }
   }
-  if (lacking == 0) return;
-  const std::string more = lacking > 1 ? " and " + std::to_string(lacking - 1) + " others" : "";
-  state->notices.push_back(quote(first) + more + (lacking > 1 ? " are" : " is") +
+  return lacking;
+}
+
+void check_universal_states(ShardedState* state, Storage& storage, const ReadOptions& options) {
+  const std::vector<LackingState> lacking = lacking_universal_states(*state, storage);
+  if (lacking.empty()) return;
+  if (!options.lost_experts)
+    state->refuse(ErrorCode::kIncomplete,
+                  "A parameter lacks a state that others with its settings have.", lacking[0].file,
+                  "as " + quote(lacking[0].owner) + " has", "absent",
+                  "copy it from where the folder was written, or convert the source checkpoint "
+                  "again");
+  const bool several = lacking.size() > 1;
+  const std::string more = several ? " and " + std::to_string(lacking.size() - 1) + " others" : "";
+  state->notices.push_back(quote(lacking[0].file) + more + (several ? " are" : " is") +
                            " missing: states that others with the same settings have");
 }
 
