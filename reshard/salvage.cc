@@ -9,6 +9,7 @@
 
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/source.h"
+#include "checkpoint/manifest.h"
 #include "core/check.h"
 #include "core/error.h"
 #include "core/utf8.h"
@@ -36,14 +37,6 @@ class Stock {
     for (const checkpoint::SourceFile& file : state_.files) {
       files_.push_back(survey_.find(file.relative));
       CHECK(files_.back() != nullptr, "a file was read that was not surveyed");
-    }
-    const auto model = checkpoint::read_model_states(state_, state_.model_files[0]);
-    for (const checkpoint::NamedShapes& group : model.param_shapes) {
-      for (const auto& [name, shape] : group) optimized_.insert(name);
-    }
-    for (const std::vector<int>& stage : state_.pipeline.held) {
-      for (int number : stage)
-        optimized_.insert(state_.parameters[static_cast<size_t>(number)].name);
     }
   }
 
@@ -78,7 +71,6 @@ class Stock {
   ShardedState& state_;
   bool partial_;
   std::vector<const SurveyedFile*> files_;  // by number in the state
-  std::set<std::string> optimized_;         // parameters that the optimizer has, not frozen ones
 };
 
 const Damage* Stock::damage_at(int file, int64_t begin, int64_t end) const {
@@ -196,7 +188,7 @@ void Stock::add_weight(int number) {
   const ParameterState& parameter = state_.parameters[static_cast<size_t>(number)];
   SalvagedTensor tensor = judge(parameter.name, "weight", parameter.weight);
   tensor.parameter = number;
-  const bool optimized = parameter.group >= 0 || optimized_.contains(parameter.name);
+  const bool optimized = parameter.group >= 0 || survey_.optimized().contains(parameter.name);
   const bool master =
       optimized && !salvage_.model_files_only && state_.leaf(parameter.weight).state != "param";
   tensor.kind = master ? "master" : optimized ? "model" : "frozen";
@@ -204,7 +196,7 @@ void Stock::add_weight(int number) {
   if (tensor.status != Status::kExported && !take_replica(&tensor, parameter.weight))
     take_copy(&tensor, parameter);
   if (salvage_.model_files_only && tensor.status == Status::kExported &&
-      optimized_.contains(tensor.name)) {
+      survey_.optimized().contains(tensor.name)) {
     tensor.status = Status::kCopy;
     tensor.from = "the model's copy in " + std::string(name(tensor.dtype)) +
                   ": no optimizer file can be read";
@@ -218,8 +210,11 @@ void Stock::add_state(int parameter, int leaf) {
   tensor.parameter = parameter;
   if (tensor.status != Status::kExported) take_replica(&tensor, leaf);
   const std::string folder = tensor.state;
-  if (folder == "weights" || folder == "copies" || folder == "partial" ||
-      folder.find('/') != std::string::npos || !why_unsafe_name(folder).empty())
+  static const std::set<std::string> taken = {
+      "weights", "copies",       "partial",          "weight",
+      "buffer",  "salvage.json", "certificate.json", checkpoint::kManifestName};
+  if (taken.contains(folder) || folder.find('/') != std::string::npos ||
+      !why_unsafe_name(folder).empty())
     state_.refuse(ErrorCode::kUnsupported, "A state's name cannot be that of a folder here.",
                   quote(of.name), "a name such as exp_avg", quote(folder),
                   "docs/KNOWN_GAPS.md says what salvage leaves out");

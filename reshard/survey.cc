@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "checkpoint/deepspeed/experts.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/source.h"
 #include "checkpoint/format/record_proof.h"
@@ -39,7 +40,9 @@ void refuse_own_trouble(const Error& error) {
                        code == ErrorCode::kHostile || code == ErrorCode::kUnsupported ||
                        code == ErrorCode::kLimit || code == ErrorCode::kMismatch ||
                        code == ErrorCode::kNotFound;
-  if (!of_file && !checkpoint::is_bad_sector(error.info())) throw error;
+  const std::string& found = error.info().found;
+  const bool no_file = found.ends_with(", EISDIR") || found.ends_with(", ELOOP");
+  if (!of_file && !no_file && !checkpoint::is_bad_sector(error.info())) throw error;
 }
 
 bool is_storage(const ZipRecord& record) { return record.name.starts_with("data/"); }
@@ -113,7 +116,19 @@ void Survey::survey_zero() {
   look_at(names);
   expect_files(inventory);
   for (const SurveyedFile& each : files_) refuse_without_sibling(each);
+  // Each pipeline stage has its own; tensor-parallel ranks have the same.
+  std::set<int> named;
+  for (const auto& [name, place] : places_) {
+    const SurveyedFile& model = file(name);
+    if (!place.optim && model.torch && named.insert(place.mp).second) name_optimized(model);
+  }
   stand_in_for_lost();
+}
+
+void Survey::name_optimized(const SurveyedFile& model) {
+  for (const checkpoint::NamedShapes& group : model_states_of(model).param_shapes) {
+    for (const auto& [name, shape] : group) optimized_.insert(name);
+  }
 }
 
 void Survey::look_at(const std::vector<std::string>& names) {
@@ -290,6 +305,8 @@ void Survey::expect_files(const Inventory& inventory) {
   const Fields fields(*first->torch);
   for (const char* key : {"folding", "ds_autoep_layers"})
     experts_ = experts_ || fields.maybe(fields.root(), key) != kNoNode;
+  const auto counts = checkpoint::expert_counts(fields);
+  experts_ = experts_ || (counts && !counts->empty());
   stage3_ = inventory.stage3();
   ranks_ = static_cast<int>(model.dp_world);
   const auto mp_ranks = static_cast<int>(
@@ -325,14 +342,20 @@ void Survey::refuse_without_sibling(const SurveyedFile& file) const {
       .next = "bring that file from another copy of this very save"});
 }
 
-// A file with a header of the same kind: of the same mp rank if there is one.
+// A file with a header of the same kind: of the same mp rank if there is one. Gaps between aligned
+// parameters are those of a pipeline stage's own parameters.
 const SurveyedFile* Survey::sibling_of(const Place& place) const {
+  const auto aligned = [](const SurveyedFile& file) {
+    const Fields fields(*file.torch);
+    const auto optimizer = fields.maybe(fields.root(), "optimizer_state_dict");
+    return optimizer != kNoNode && fields.maybe(optimizer, "param_alignment_paddings") != kNoNode;
+  };
   const SurveyedFile* other = nullptr;
   for (const auto& [name, there] : places_) {
     const SurveyedFile* candidate = find(name);
     if (there.optim != place.optim || !candidate->has_header() || !candidate->torch) continue;
     if (there.mp == place.mp) return candidate;
-    if (other == nullptr) other = candidate;
+    if (other == nullptr && !(layers_ && aligned(*candidate))) other = candidate;
   }
   return other;
 }
@@ -448,6 +471,7 @@ checkpoint::ShardedState Survey::read() {
       if (!universal_ || !add_lacking(state)) return state;
     } catch (const Error& error) {
       const ErrorInfo& info = error.info();
+      if (universal_ && lose_state(info)) continue;
       const std::string name = checkpoint::base_name(info.file);
       const auto place = places_.find(name);
       const bool own = info.code == ErrorCode::kCorrupt || info.code == ErrorCode::kHostile;

@@ -50,6 +50,8 @@ class Survey {
   const std::vector<SurveyedFile>& files() const { return files_; }
   const SurveyedFile* find(const std::string& name) const;
   bool model_files_only() const { return options_.model_files_only; }
+  // Parameters that the optimizer has, as the model files say; not frozen ones.
+  const std::set<std::string>& optimized() const { return optimized_; }
 
  private:
   struct Place {
@@ -69,6 +71,9 @@ class Survey {
   void survey_universal();
   void stand_in_for_state(SurveyedFile* lost);
   bool add_lacking(const checkpoint::ShardedState& state);
+  void expect_listed();
+  bool lose_state(const ErrorInfo& info);
+  void name_optimized(const SurveyedFile& model);
   Look look(const std::string& name);
   void look_into(Look* look, const std::string& path);
   void check_records(Look* look);
@@ -104,6 +109,7 @@ class Survey {
   std::set<const void*> counted_;  // pickles, and what was made of them
   int64_t held_bytes_ = 0;         // by stand-ins
   size_t missing_ = 0;
+  std::set<std::string> optimized_;
   std::map<std::string, Place> places_;  // of files that the checkpoint consists of
   bool stage3_ = false;
   bool universal_ = false;

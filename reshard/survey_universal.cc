@@ -2,6 +2,8 @@
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/universal_states.h"
+#include "checkpoint/format/record_proof.h"
+#include "checkpoint/manifest.h"
 #include "core/error.h"
 #include "reshard/survey.h"
 
@@ -9,7 +11,9 @@ namespace isoshard::reshard {
 
 using checkpoint::Fields;
 using checkpoint::FileName;
+using checkpoint::one_line;
 using checkpoint::parent_folder;
+using Health = SurveyedFile::Health;
 
 namespace {
 
@@ -38,6 +42,13 @@ void Survey::survey_universal() {
   const auto states = checkpoint::universal_state_files(base_, folder_);
   names.insert(names.end(), states.begin(), states.end());
   look_at(names);
+  for (const SurveyedFile& each : files_) {
+    if (!is_state(each.name) && each.name != global && each.torch) {
+      name_optimized(each);
+      break;
+    }
+  }
+  expect_listed();
   for (const std::string& state : states)
     expect(checkpoint::join(parent_folder(state), kWeight), {});
   places_.clear();  // no other file takes a state's place unasked
@@ -82,6 +93,37 @@ void Survey::stand_in_for_state(SurveyedFile* lost) {
   StandIn made = sibling_stand_in(lost->name, form_of(*sibling), lost->why);
   lost->damage = {{0, made.contents->size_bytes, lost->why}};
   show(lost, std::move(made));
+}
+
+// What isoshard wrote and listed, and is no longer there. A manifest that is damaged lists nothing.
+void Survey::expect_listed() {
+  const std::string path = checkpoint::join(folder_, checkpoint::kManifestName);
+  if (!base_.is_file(path)) return;
+  try {
+    const std::string text = read_small_file(base_, path, checkpoint::kLargestManifestBytes);
+    for (const checkpoint::ManifestFile& file : checkpoint::parse_manifest(text, path).files) {
+      if (file.path.starts_with("zero/") && file.path.ends_with(".pt") && is_state(file.path))
+        expect(file.path, {});
+    }
+  } catch (const Error& error) {
+    if (error.info().code == ErrorCode::kLimit && missing_ > 0) throw;
+  }
+}
+
+// Whether the error is of one state's file, whose place a stand-in then takes.
+bool Survey::lose_state(const ErrorInfo& info) {
+  if (info.code != ErrorCode::kCorrupt && info.code != ErrorCode::kHostile) return false;
+  const std::string inside = checkpoint::join(folder_, "");
+  if (!info.file.starts_with(inside)) return false;
+  const std::string name = info.file.substr(inside.size());
+  if (!numbers_.contains(name) || !is_state(name) || !file(name).has_header()) return false;
+  SurveyedFile& wrong = file(name);
+  wrong.health = info.code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
+  wrong.why = one_line(info);
+  wrong.torch.reset();
+  namesakes_.clear();
+  stand_in_for_state(&wrong);
+  return true;
 }
 
 // Whether there is a state more, as another with the same settings has.

@@ -32,7 +32,7 @@ UNIVERSAL = ("z1_bf16_dp2", "z3_bf16_dp3", "autotp_z1_tp2_dp2", "z2_bf16_dp4",
 ALL = EXPERTS + PIPELINES + tuple(f"{name}/universal" for name in UNIVERSAL)
 
 
-class Forms(ProgramCase):
+class Harness(ProgramCase):
     def setUp(self):
         super().setUp()
         self.source, self.out = self.place / "source", self.place / "out"
@@ -66,6 +66,8 @@ class Forms(ProgramCase):
                 found[tensor["name"], tensor["state"]] = bytes(bits)
         return report, found
 
+
+class Forms(Harness):
     def test_clean_is_what_convert_gives(self):
         for name in ALL:
             with self.subTest(name):
@@ -150,6 +152,116 @@ class Forms(ProgramCase):
                     health = {f["name"]: f["health"] for f in report["files"]}[file]
                     self.assertEqual(health, "torn")
                     self.assertEqual({key: clean[key] for key in found}, found)
+
+
+class Found(Harness):
+    """What a hostile tester found: each case once exported, or ended, what it must not."""
+
+    def setUp(self):
+        super().setUp()
+        self.tag, _ = self.copied("z1_bf16_dp2/universal")
+
+    def state(self, parameter, name):
+        return self.tag / "zero" / parameter / f"{name}.pt"
+
+    def write(self, path, value, *storages):
+        path.write_bytes(h.torch_file(h.program(value), list(storages), prefix=path.stem))
+
+    def lost(self, parameter, *names):
+        """Those files are lost, and cost the tensors of their names, which are not numbers."""
+        report, _ = self.salvage((1,))
+        bad = {f["name"] for f in report["files"] if f["health"] != "whole"}
+        self.assertEqual(bad, {f"zero/{parameter}/{name}.pt" for name in names})
+        named = {"weight" if name == "fp32" else name for name in names} - {"step"}
+        self.assertEqual({(t["name"], t["state"]) for t in report["tensors"]
+                          if t["status"] != "exported"}, {(parameter, each) for each in named})
+        return report
+
+    def test_a_weight_that_is_no_tensor(self):
+        self.write(self.state("blocks.0.up.bias", "fp32"), h.NONE)
+        self.lost("blocks.0.up.bias", "fp32")
+        for verb in ("convert", self.source, self.out, "--to", "fp32"), ("inspect", self.source):
+            shutil.rmtree(self.out, ignore_errors=True)
+            result = self.run_program(2, *verb)
+            self.assertIn("A weight is no tensor", result.stderr)
+
+    def test_a_moment_that_is_a_number(self):
+        self.write(self.state("scale", "exp_avg"), h.NONE)
+        self.lost("scale", "exp_avg")
+
+    def test_a_step_that_is_a_tensor(self):
+        prefix, records = h.split_zip(self.state("scale", "exp_avg"))
+        self.state("scale", "step").write_bytes(h.join_zip("step", records))
+        report = self.lost("scale", "step")
+        self.assertFalse(all(number["proven"] for number in report["numbers"]))
+
+    def test_another_parameters_weight(self):
+        shutil.copy(self.state("embed.weight", "fp32"), self.state("scale", "fp32"))
+        self.lost("scale", "fp32")
+
+    def test_a_link_to_itself_and_a_folder(self):
+        self.state("scale", "fp32").unlink()
+        self.state("scale", "fp32").symlink_to("fp32.pt")
+        self.lost("scale", "fp32")
+        tag, _ = self.copied("z2_bf16_dp4")
+        file = next(tag.glob("*rank_1*optim*"))
+        file.unlink()
+        file.mkdir()
+        self.salvage((1,))
+
+    def test_a_manifest(self):
+        """What it lists must be there; a damaged one lists nothing, and ends nothing."""
+        written = self.place / "written"
+        self.run_program(0, "convert", self.recorded(), written, "--to", "universal", "--quiet")
+        for damage in False, True:
+            shutil.rmtree(self.source)
+            shutil.copytree(written, self.source)
+            for path in self.source.glob("zero/*/exp_avg.pt"):
+                if not damage or path.parent.name == "scale":
+                    path.unlink()
+            if damage:
+                (self.source / "MANIFEST.json").write_bytes(b"")
+            report, _ = self.salvage((1,))
+            lost = {t["name"] for t in report["tensors"] if t["status"] == "lost"}
+            self.assertEqual(len(lost), 1 if damage else 13)
+
+    def test_names_that_salvage_takes_itself(self):
+        for name in "weights", "weight", "buffer", "salvage.json", "MANIFEST.json":
+            tag, _ = self.copied("z1_bf16_dp2/universal")
+            for folder in (tag / "zero").iterdir():
+                if (folder / "exp_avg.pt").exists():
+                    prefix, records = h.split_zip(folder / "exp_avg.pt")
+                    (folder / f"{name}.pt").write_bytes(h.join_zip("archive", records))
+            with self.subTest(name):
+                self.assertIsNone(self.salvage((2,)))
+
+    def test_a_pipeline_without_optimizer_files(self):
+        """Every stage's weights are then copies, and called so."""
+        for name in PIPELINES:
+            if "_z0_" in name:
+                continue
+            tag, files = self.copied(name)
+            trained = set()
+            for path in tag.glob("mp_rank_*"):
+                trained |= {each for group in load(str(path))["param_shapes"] for each in group}
+            for path in tag.glob("*_optim_*"):
+                path.unlink()
+            report, _ = self.salvage((1,))
+            with self.subTest(name):
+                for tensor in report["tensors"]:
+                    self.assertEqual(tensor["status"] == "copy", tensor["name"] in trained, tensor)
+
+    def test_a_stage_without_optimizer_files(self):
+        tag, _ = self.copied("pipe_bf16_pp3_dp2")
+        for path in tag.glob("*mp_rank_01_optim*"):
+            path.unlink()
+        self.assertIsNone(self.salvage((2,)))
+
+    def test_experts_without_their_files(self):
+        tag, _ = self.copied("moe_z1_ep2_dp4")
+        for path in [*tag.glob("layer_*"), *tag.glob("*rank_1_mp*")]:
+            path.unlink()
+        self.assertIsNone(self.salvage((2,)))
 
 
 @contextlib.contextmanager

@@ -292,6 +292,9 @@ void UniversalReader::attach_states(ParameterState* parameter) {
         fields.pickle().is_mapping(fields.root()) || (stage3_ && bare && bare->shape.size() == 1);
     const TensorView view = tensor ? tensor_of(fields, state) : TensorView{};
     if (tensor && !bare) check_experts(fields, *parameter, "zero/" + name + "/" + state + ".pt");
+    if (!tensor && state == "fp32")
+      fields.fail("A weight is no tensor.", "zero/" + name + "/fp32.pt", to_string(stored),
+                  "no tensor");
     if (!tensor) {
       parameter->scalars.push_back({state, {file, fields.root()}});
       return;

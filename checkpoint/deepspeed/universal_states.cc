@@ -6,6 +6,7 @@
 #include <optional>
 #include <set>
 
+#include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/hyper.h"
 #include "checkpoint/manifest.h"
 #include "core/error.h"
@@ -59,9 +60,13 @@ class LeftOut {
   void read() {
     read_ = true;
     if (!storage_.is_file(path_)) return;
-    listed_.emplace();
-    const std::string text = read_small_file(storage_, path_, int64_t{1} << 28);
-    for (const ManifestFile& file : parse_manifest(text, path_).files) listed_->insert(file.path);
+    try {
+      const std::string text = read_small_file(storage_, path_, kLargestManifestBytes);
+      listed_.emplace();
+      for (const ManifestFile& file : parse_manifest(text, path_).files) listed_->insert(file.path);
+    } catch (const Error&) {
+      listed_.reset();  // verify tells that it is damaged
+    }
   }
 
   Storage& storage_;
@@ -69,6 +74,34 @@ class LeftOut {
   bool read_ = false;
   std::optional<std::set<std::string>> listed_;  // none: there is no manifest
 };
+
+// A state is a tensor for all parameters of a family or a number for all: the fewer are wrong.
+void refuse_other_kinds(const ShardedState& state, const std::vector<size_t>& families) {
+  std::map<std::pair<size_t, std::string>, std::pair<std::vector<int>, std::vector<int>>> files;
+  for (const ParameterState& parameter : state.parameters) {
+    if (parameter.group < 0) continue;
+    const size_t family = families.at(static_cast<size_t>(parameter.group));
+    for (int number : parameter.states) {
+      const Leaf& leaf = state.leaf(number);
+      if (!leaf.fragments.empty())
+        files[{family, leaf.state}].first.push_back(leaf.fragments[0].file);
+    }
+    for (const Scalar& scalar : parameter.scalars)
+      files[{family, scalar.name}].second.push_back(scalar.value.file);
+  }
+  for (const auto& [of, kinds] : files) {
+    const auto& [tensors, numbers] = kinds;
+    if (tensors.empty() || numbers.empty()) continue;
+    const bool number_is_odd = numbers.size() <= tensors.size();
+    const int file = number_is_odd ? numbers[0] : tensors[0];
+    Fields(state.document(file))
+        .fail(
+            "A state is a tensor for some parameters with the same settings and a number for "
+            "others.",
+            quote(of.second), number_is_odd ? "a tensor" : "a number",
+            number_is_odd ? "no tensor" : "a tensor");
+  }
+}
 
 }  // namespace
 
@@ -80,6 +113,7 @@ std::vector<std::string> universal_state_files(Storage& storage, const std::stri
 
 std::vector<LackingState> lacking_universal_states(const ShardedState& state, Storage& storage) {
   const std::vector<size_t> families = families_of(state);
+  refuse_other_kinds(state, families);
   const auto family_of = [&](const ParameterState& parameter) {
     return families.at(static_cast<size_t>(parameter.group));
   };
