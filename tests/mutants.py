@@ -70,7 +70,7 @@ def command(build, test):
 def run(build, test, cases, mutant, timeout, folder):
     """(status, output); the status is None where it hangs."""
     environment = dict(os.environ, ISOSHARD_MUTANT=mutant, ISOSHARD_CASES=cases, TMPDIR=folder,
-                       RC_PARAMS="seed=1")
+                       RC_PARAMS="seed=1", GCOV_PREFIX=folder)  # no line counts as reached by these
     try:
         done = subprocess.run(command(build, test), env=environment, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=timeout, cwd=folder, check=False)
