@@ -15,6 +15,7 @@
 #include <string>
 
 #include "checkpoint/failing_call.h"
+#include "checkpoint/folder_lock.h"
 #include "checkpoint/posix_storage.h"
 #include "core/error.h"
 
@@ -102,6 +103,42 @@ TEST_F(PosixRefusals, AFileIsRenamedByASecondLink) {
                            word(fs::exists(at("file")));
                   }),
               ended, expected("done: yesyesno"));
+}
+
+// Both ways of renaming fail: the reserved name is given back, and the call that failed is told.
+TEST_F(PosixRefusals, AReservedNameIsGivenBackWhereRenamingFails) {
+  const auto work = [&] { return word(storage_.rename_if_absent(at("folder"), at("new"))); };
+  EXPECT_EXIT(
+      {
+        if (!fail_call(SYS_renameat2, EINVAL)) std::exit(kNoFilter);
+        run(SYS_rename, EXDEV, work);
+      },
+      ended, expected("error: Renaming failed.*\\[new\\] errno 18, EXDEV"));
+  EXPECT_FALSE(fs::exists(at("new")));
+  EXPECT_EXIT(
+      {
+        if (!fail_call(SYS_renameat2, EINVAL)) std::exit(kNoFilter);
+        run(SYS_mkdir, EROFS, work);
+      },
+      ended, expected("error: Reserving the name failed.*\\[new\\] errno 30, EROFS"));
+  EXPECT_EXIT(
+      {
+        if (!fail_call(SYS_renameat2, EINVAL)) std::exit(kNoFilter);
+        run(SYS_link, EPERM,
+            [&] { return word(storage_.rename_if_absent(at("file"), at("new"))); });
+      },
+      ended, expected("error: Renaming \\(by a second link\\) failed.*\\[new\\] errno 1, EPERM"));
+  EXPECT_TRUE(fs::exists(at("file")));
+  EXPECT_TRUE(fs::exists(at("folder/inner/file")));
+}
+
+TEST_F(PosixRefusals, NoLocksAreNotALockThatFails) {
+  const auto lock = [&] {
+    return word(lock_folder(storage_, at("folder")).state == LockAnswer::State::kUnknown);
+  };
+  EXPECT_EXIT(run(SYS_flock, EOPNOTSUPP, lock), ended, expected("done: yes"));
+  EXPECT_EXIT(run(SYS_flock, EIO, lock), ended,
+              expected("error: Locking the folder failed.*\\[folder\\] errno 5, EIO"));
 }
 
 TEST_F(PosixRefusals, WhatIsNotThereCannotBeRenamed) {
