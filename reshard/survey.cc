@@ -216,34 +216,11 @@ void Survey::check_records(Look* look) {
   }
 }
 
-// The storage of a 0-d tensor in a sibling's file, of the same mp rank first: ranks share their
-// step.
-std::string Survey::borrowed_number(const std::string& name, size_t key, int64_t size_bytes) const {
-  const FileName own = checkpoint::parse_file_name(name);
-  for (const bool same_mp : {true, false}) {
-    for (const SurveyedFile& other : files_) {
-      const FileName kin = checkpoint::parse_file_name(other.name);
-      if (other.name == name || kin.kind != own.kind || (kin.mp == own.mp) != same_mp ||
-          !other.torch ||
-          (universal_ && checkpoint::base_name(other.name) != checkpoint::base_name(name)))
-        continue;
-      for (const ZipRecord& record : other.torch->zip().records) {
-        if (record.name != "data/" + std::to_string(key) || record.size_bytes != size_bytes)
-          continue;
-        if (!why_unproven(other.torch->file(), record).empty()) continue;
-        std::string bytes(static_cast<size_t>(size_bytes), '\0');
-        other.torch->file().read_at(record.data_offset, std::as_writable_bytes(std::span(bytes)));
-        return bytes;
-      }
-    }
-  }
-  return std::string(static_cast<size_t>(size_bytes), '\0');
-}
-
 void Survey::put_together(Look* look) {
   if (!look->torn) return;
   SurveyedFile& own = file(look->file.name);
   std::vector<StorageSource> storages;
+  std::map<int64_t, std::string> common;
   for (size_t key = 0; key < look->torn->storages.size(); ++key) {
     const TornStorage& from = look->torn->storages[key];
     StorageSource storage{.size_bytes = from.size_bytes,
@@ -252,6 +229,12 @@ void Survey::put_together(Look* look) {
                           .why = from.why};
     if (!from.why.empty() && from.size_bytes <= kNumberBytes)
       storage.literal = borrowed_number(own.name, key, from.size_bytes);
+    // At stage 0 each parameter has a step of its own, and no other file may have it.
+    if (!from.why.empty() && from.size_bytes <= kNumberBytes && storage.literal.empty()) {
+      const auto [known, fresh] = common.try_emplace(from.size_bytes);
+      if (fresh) known->second = commonest(*look, from.size_bytes);
+      storage.literal = known->second;
+    }
     storages.push_back(std::move(storage));
   }
   auto pickle = std::make_shared<const std::string>(std::move(look->torn->pickle));

@@ -78,8 +78,9 @@ class Survey {
   void look_into(Look* look, const std::string& path);
   void check_records(Look* look);
   void put_together(Look* look);
-  // Zeros where no rank has it. It counts as lost.
+  // Empty where no rank has it. It counts as lost.
   std::string borrowed_number(const std::string& name, size_t key, int64_t size_bytes) const;
+  std::string commonest(const Look& look, int64_t size_bytes) const;
   void expect_files(const checkpoint::Inventory& inventory);
   void expect(const std::string& name, Place place);
   void stand_in_for_lost();
