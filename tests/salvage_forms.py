@@ -20,7 +20,7 @@ from crash_case import spread  # noqa: E402
 from program_case import ASKED, ProgramCase, run_tests  # noqa: E402
 from salvage_truth import load, record_ends  # noqa: E402
 
-MOST = 10**9 if ASKED == "all" else min(60, max(5, int(ASKED) // 5))  # records of a recording
+MOST = 10**9 if ASKED == "all" else min(60, max(12, int(ASKED) // 5))  # records of a recording
 EXPERTS = ("autoep_folded_z2_tp2_ep2_dp1", "autoep_z0_ep2_dp4", "autoep_z1_ep2_dp2",
            "autoep_z3_ep2_dp4", "moe_z0_ep2_dp4", "moe_z1_ep2_dp4",
            "moe2_groups_z1_ep2_dp4")  # fmt: skip
