@@ -84,6 +84,12 @@ const char* name(Health health) {
   return "missing";
 }
 
+void SurveyedFile::give_up(const ErrorInfo& reason) {
+  health = reason.code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
+  why = one_line(reason);
+  torch.reset();
+}
+
 Survey::Survey(Storage& storage, const checkpoint::SourcePlace& place,
                const checkpoint::ReadOptions& options)
     : base_(storage),
@@ -155,11 +161,8 @@ Survey::Look Survey::look(const std::string& name) {
     look_into(&result, checkpoint::join(folder_, name));
   } catch (const Error& error) {
     refuse_own_trouble(error);
-    result.file.health =
-        error.info().code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
-    result.file.why = one_line(error.info());
+    result.file.give_up(error.info());
     result.torn.reset();
-    result.file.torch.reset();
     result.file.damage.clear();
   }
   return result;
@@ -245,14 +248,16 @@ void Survey::put_together(Look* look) {
   } catch (const Error& error) {
     if (held_bytes_ > kMostHeldBytes) throw;
     refuse_own_trouble(error);
-    own.torch.reset();
-    own.health = error.info().code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
-    own.why = one_line(error.info());
+    own.give_up(error.info());
   }
 }
 
 void Survey::expect(const std::string& name, Place place) {
   places_[name] = place;
+  require(name);
+}
+
+void Survey::require(const std::string& name) {
   if (find(name) != nullptr) return;
   if (++missing_ > kMostMissing)
     throw Error(ErrorInfo{.code = ErrorCode::kLimit,
@@ -461,9 +466,7 @@ checkpoint::ShardedState Survey::read() {
       refuse_borrowed_shapes(info);
       if (!own || place == places_.end() || !find(name)->has_header()) throw;
       SurveyedFile& wrong = file(name);
-      wrong.health = info.code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
-      wrong.why = one_line(info);
-      wrong.torch.reset();
+      wrong.give_up(info);
       refuse_without_sibling(wrong);
       replace(&wrong, place->second);
     }

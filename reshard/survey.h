@@ -33,6 +33,7 @@ struct SurveyedFile {
   std::vector<Damage> damage;
   std::shared_ptr<checkpoint::TorchFile> torch;  // as the reader sees it
   bool has_header() const { return health <= Health::kTorn; }
+  void give_up(const ErrorInfo& reason);  // it is lost, or hostile
 };
 
 const char* name(SurveyedFile::Health health);
@@ -83,6 +84,7 @@ class Survey {
   std::string commonest(const Look& look, int64_t size_bytes) const;
   void expect_files(const checkpoint::Inventory& inventory);
   void expect(const std::string& name, Place place);
+  void require(const std::string& name);  // it is missing where it was not looked at
   void stand_in_for_lost();
   void replace(SurveyedFile* file, const Place& place);
   void show(SurveyedFile* file, StandIn made);

@@ -2,8 +2,6 @@
 #include "checkpoint/deepspeed/fields.h"
 #include "checkpoint/deepspeed/names.h"
 #include "checkpoint/deepspeed/universal_states.h"
-#include "checkpoint/format/record_proof.h"
-#include "checkpoint/manifest.h"
 #include "core/error.h"
 #include "reshard/survey.h"
 
@@ -11,9 +9,7 @@ namespace isoshard::reshard {
 
 using checkpoint::Fields;
 using checkpoint::FileName;
-using checkpoint::one_line;
 using checkpoint::parent_folder;
-using Health = SurveyedFile::Health;
 
 namespace {
 
@@ -49,9 +45,7 @@ void Survey::survey_universal() {
     }
   }
   expect_listed();
-  for (const std::string& state : states)
-    expect(checkpoint::join(parent_folder(state), kWeight), {});
-  places_.clear();  // no other file takes a state's place unasked
+  for (const std::string& state : states) require(checkpoint::join(parent_folder(state), kWeight));
   for (size_t i = 0; i < files_.size(); ++i) {
     if (!files_[i].torch) stand_in_for_state(&files_[i]);
   }
@@ -95,18 +89,12 @@ void Survey::stand_in_for_state(SurveyedFile* lost) {
   show(lost, std::move(made));
 }
 
-// What isoshard wrote and listed, and is no longer there. A manifest that is damaged lists nothing.
+// What isoshard wrote and listed, and is no longer there.
 void Survey::expect_listed() {
-  const std::string path = checkpoint::join(folder_, checkpoint::kManifestName);
-  if (!base_.is_file(path)) return;
-  try {
-    const std::string text = read_small_file(base_, path, checkpoint::kLargestManifestBytes);
-    for (const checkpoint::ManifestFile& file : checkpoint::parse_manifest(text, path).files) {
-      if (file.path.starts_with("zero/") && file.path.ends_with(".pt") && is_state(file.path))
-        expect(file.path, {});
-    }
-  } catch (const Error& error) {
-    if (error.info().code == ErrorCode::kLimit && missing_ > 0) throw;
+  const auto listed = checkpoint::listed_files(base_, folder_);
+  if (!listed) return;
+  for (const std::string& path : *listed) {
+    if (path.starts_with("zero/") && path.ends_with(".pt") && is_state(path)) require(path);
   }
 }
 
@@ -118,9 +106,7 @@ bool Survey::lose_state(const ErrorInfo& info) {
   const std::string name = info.file.substr(inside.size());
   if (!numbers_.contains(name) || !is_state(name) || !file(name).has_header()) return false;
   SurveyedFile& wrong = file(name);
-  wrong.health = info.code == ErrorCode::kHostile ? Health::kHostile : Health::kLost;
-  wrong.why = one_line(info);
-  wrong.torch.reset();
+  wrong.give_up(info);
   namesakes_.clear();
   stand_in_for_state(&wrong);
   return true;
@@ -131,8 +117,7 @@ bool Survey::add_lacking(const checkpoint::ShardedState& state) {
   bool added = false;
   for (const checkpoint::LackingState& each : checkpoint::lacking_universal_states(state, shown_)) {
     if (find(each.file) != nullptr) continue;
-    expect(each.file, {});
-    places_.clear();
+    require(each.file);
     stand_in_for_state(&file(each.file));
     added = true;
   }

@@ -48,31 +48,19 @@ void walk(Storage& storage, const std::string& folder, const std::string& name,
 // The files that were missing from the start, of a folder that isoshard wrote.
 class LeftOut {
  public:
-  LeftOut(Storage& storage, const std::string& folder)
-      : storage_(storage), path_(join(folder, kManifestName)) {}
+  LeftOut(Storage& storage, std::string folder) : storage_(storage), folder_(std::move(folder)) {}
 
   bool holds(const std::string& file) {
-    if (!read_) read();
+    if (!read_) listed_ = listed_files(storage_, folder_);
+    read_ = true;
     return listed_ && listed_->count(file) == 0;
   }
 
  private:
-  void read() {
-    read_ = true;
-    if (!storage_.is_file(path_)) return;
-    try {
-      const std::string text = read_small_file(storage_, path_, kLargestManifestBytes);
-      listed_.emplace();
-      for (const ManifestFile& file : parse_manifest(text, path_).files) listed_->insert(file.path);
-    } catch (const Error&) {
-      listed_.reset();  // verify tells that it is damaged
-    }
-  }
-
   Storage& storage_;
-  std::string path_;
+  std::string folder_;
   bool read_ = false;
-  std::optional<std::set<std::string>> listed_;  // none: there is no manifest
+  std::optional<std::set<std::string>> listed_;
 };
 
 // A state is a tensor for all parameters of a family or a number for all: the fewer are wrong.
@@ -109,6 +97,19 @@ std::vector<std::string> universal_state_files(Storage& storage, const std::stri
   std::vector<std::string> files;
   walk(storage, join(folder, "zero"), "", &files);
   return files;
+}
+
+std::optional<std::set<std::string>> listed_files(Storage& storage, const std::string& folder) {
+  const std::string path = join(folder, kManifestName);
+  if (!storage.is_file(path)) return std::nullopt;
+  try {
+    std::set<std::string> listed;
+    const std::string text = read_small_file(storage, path, kLargestManifestBytes);
+    for (const ManifestFile& file : parse_manifest(text, path).files) listed.insert(file.path);
+    return listed;
+  } catch (const Error&) {
+    return std::nullopt;
+  }
 }
 
 std::vector<LackingState> lacking_universal_states(const ShardedState& state, Storage& storage) {

@@ -1,6 +1,11 @@
 // Whether a universal folder has every state of every parameter.
 #pragma once
 
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
 #include "checkpoint/deepspeed/reader.h"
 
 namespace isoshard::checkpoint {
@@ -8,6 +13,10 @@ namespace isoshard::checkpoint {
 // The files of states, "zero/NAME/STATE.pt", depth first: a name may contain '/', so that a folder
 // may hold both states and further folders.
 std::vector<std::string> universal_state_files(Storage& storage, const std::string& folder);
+
+// The paths in the folder's manifest; none where it has none, or one that is damaged, which verify
+// tells.
+std::optional<std::set<std::string>> listed_files(Storage& storage, const std::string& folder);
 
 // States that a parameter lacks and others with its settings have, each with one that has it; what
 // isoshard left out, its folder's manifest does not list.
