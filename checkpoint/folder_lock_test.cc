@@ -6,12 +6,11 @@
 #include <sys/file.h>
 #include <unistd.h>
 
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 
-#include "checkpoint/posix_storage.h"
 #include "checkpoint/publication.h"
+#include "checkpoint/real_folder_case.h"
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
@@ -21,33 +20,14 @@ namespace fs = std::filesystem;
 using Kind = OwnEntry::Kind;
 using State = LockAnswer::State;
 
-class FolderLocks : public testing::Test {
+class FolderLocks : public testing::Test, protected RealFolder {
  protected:
   void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "isoshard-test-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    root_ = pattern;
     fs::create_directory(at("folder"));
     std::ofstream(at("file")) << "some bytes";
     fs::create_symlink("nowhere", at("link"));
     fs::create_symlink("circle", at("circle"));
   }
-  void TearDown() override { fs::remove_all(root_); }
-  std::string at(const std::string& name) const { return root_ + "/" + name; }
-
-  template <typename Work>
-  ErrorInfo refused(const Work& work) {
-    try {
-      work();
-    } catch (const Error& error) {
-      return error.info();
-    }
-    ADD_FAILURE() << "nothing was refused";
-    return {};
-  }
-
-  PosixStorage storage_;
-  std::string root_;
 };
 
 // Another descriptor stands for another program: flock() asks who has opened, not which process.
@@ -55,7 +35,7 @@ TEST_F(FolderLocks, WhatAnotherHoldsIsNotTaken) {
   const int other = ::open(at("folder").c_str(), O_RDONLY | O_DIRECTORY);
   ASSERT_EQ(::flock(other, LOCK_EX), 0);
   EXPECT_EQ(lock_folder(storage_, at("folder")).state, State::kTheirs);
-  const ErrorInfo info = refused([&] { lock_new_folder(storage_, at("folder")); });
+  const ErrorInfo info = error_of([&] { lock_new_folder(storage_, at("folder")); });
   EXPECT_EQ(info.code, ErrorCode::kExists);
   EXPECT_EQ(info.safe, "nothing was published");
   ::close(other);
@@ -63,9 +43,9 @@ TEST_F(FolderLocks, WhatAnotherHoldsIsNotTaken) {
 }
 
 TEST_F(FolderLocks, OnlyAFolderOfItsOwnIsLocked) {
-  refused([&] { lock_folder(storage_, at("none")); });
-  refused([&] { lock_folder(storage_, at("link")); });
-  refused([&] { lock_folder(storage_, at("file")); });
+  error_of([&] { lock_folder(storage_, at("none")); });
+  error_of([&] { lock_folder(storage_, at("link")); });
+  error_of([&] { lock_folder(storage_, at("file")); });
 }
 
 TEST_F(FolderLocks, EntriesAreOfThisUserAndHaveOneName) {
@@ -77,18 +57,18 @@ TEST_F(FolderLocks, EntriesAreOfThisUserAndHaveOneName) {
   EXPECT_EQ(look_at(at("file/inside")).kind, Kind::kOther);
   fs::create_hard_link(at("file"), at("second"));
   EXPECT_EQ(look_at(at("file")).kind, Kind::kOther);
-  EXPECT_EQ(refused([&] { look_at(at(std::string(300, 'x'))); }).code, ErrorCode::kUnreadable);
+  EXPECT_EQ(error_of([&] { look_at(at(std::string(300, 'x'))); }).code, ErrorCode::kUnreadable);
 }
 
 TEST_F(FolderLocks, ALinkThatLeadsNowhereKeepsItsName) {
-  const ErrorInfo info = refused([&] { StagedFolder(storage_, at("link"), false); });
+  const ErrorInfo info = error_of([&] { StagedFolder(storage_, at("link"), false); });
   EXPECT_EQ(info.code, ErrorCode::kExists);
   EXPECT_EQ(info.found, "a link that leads nowhere, or a device");
   EXPECT_TRUE(fs::is_symlink(at("link")));
 }
 
 TEST_F(FolderLocks, ACircleOfLinksHasNoPath) {
-  EXPECT_EQ(refused([&] { storage_.canonical(at("circle")); }).code, ErrorCode::kUnreadable);
+  EXPECT_EQ(error_of([&] { storage_.canonical(at("circle")); }).code, ErrorCode::kUnreadable);
 }
 
 // What the file holds stays, whatever the kernel forgets of it.

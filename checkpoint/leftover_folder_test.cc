@@ -12,8 +12,8 @@
 
 #include "checkpoint/hidden_name.h"
 #include "checkpoint/memory_storage.h"
-#include "checkpoint/posix_storage.h"
 #include "checkpoint/publication.h"
+#include "checkpoint/real_folder_case.h"
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
@@ -21,19 +21,13 @@ namespace {
 
 namespace fs = std::filesystem;
 
-class Leftover : public testing::Test {
+class Leftover : public testing::Test, protected RealFolder {
  protected:
   void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "isoshard-test-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    root_ = pattern;
     LockAnswer answer = lock_folder(storage_, root_);
     if (answer.state == LockAnswer::State::kUnknown)
       GTEST_SKIP() << "this file system has no locks on folders: " << root_;
   }
-  void TearDown() override { fs::remove_all(root_); }
-
-  std::string at(const std::string& name) const { return root_ + "/" + name; }
   static void write(const std::string& path, const std::string& text) {
     std::ofstream(path, std::ios::binary) << text;
   }
@@ -49,9 +43,6 @@ class Leftover : public testing::Test {
     return folder;
   }
   LeftoverSearch search() { return find_leftover_folder(storage_, at("target")); }
-
-  std::string root_;
-  PosixStorage storage_;
 };
 
 TEST_F(Leftover, ALockIsHeldByOneAndGoesWithTheFolder) {

@@ -16,7 +16,7 @@
 
 #include "checkpoint/failing_call.h"
 #include "checkpoint/folder_lock.h"
-#include "checkpoint/posix_storage.h"
+#include "checkpoint/real_folder_case.h"
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
@@ -26,21 +26,15 @@ namespace fs = std::filesystem;
 
 constexpr int kNoFilter = 77;
 
-class PosixRefusals : public testing::Test {
+class PosixRefusals : public testing::Test, protected RealFolder {
  protected:
   void SetUp() override {
     // The parts of a test must share nothing with threads of others.
     testing::FLAGS_gtest_death_test_style = "fast";
-    std::string pattern = (fs::temp_directory_path() / "isoshard-test-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    root_ = pattern;
     fs::create_directories(at("folder/inner"));
     std::ofstream(at("folder/inner/file")) << "some bytes";
     std::ofstream(at("file")) << "other bytes";
   }
-  void TearDown() override { fs::remove_all(root_); }
-
-  std::string at(const std::string& name) const { return root_ + "/" + name; }
 
   // Runs the work where the call fails; prints how it ended: "done: " and its answer, or the error.
   [[noreturn]] void run(long number, int error, const std::function<std::string()>& work) {
@@ -54,9 +48,6 @@ class PosixRefusals : public testing::Test {
     }
     std::exit(0);
   }
-
-  PosixStorage storage_;
-  std::string root_;
 };
 
 bool ended(int status) {

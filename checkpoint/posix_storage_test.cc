@@ -15,6 +15,7 @@
 #include <functional>
 #include <string>
 
+#include "checkpoint/real_folder_case.h"
 #include "core/check.h"
 #include "core/error.h"
 
@@ -27,18 +28,8 @@ std::span<const std::byte> bytes_of(const std::string& text) {
   return std::as_bytes(std::span(text));
 }
 
-// Each test has a folder of its own, gone at its end.
-class PosixStorageTest : public testing::Test {
+class PosixStorageTest : public testing::Test, protected RealFolder {
  protected:
-  void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "isoshard-test-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    root_ = pattern;
-  }
-  void TearDown() override { fs::remove_all(root_); }
-
-  std::string at(const std::string& name) const { return root_ + "/" + name; }
-
   void write(const std::string& name, const std::string& text) {
     std::ofstream(at(name), std::ios::binary) << text;
   }
@@ -54,19 +45,6 @@ class PosixStorageTest : public testing::Test {
     }
     return -1;
   }
-
-  ErrorInfo error_of(const std::function<void()>& action) {
-    try {
-      action();
-    } catch (const Error& error) {
-      return error.info();
-    }
-    ADD_FAILURE() << "no Error was thrown";
-    return {};
-  }
-
-  PosixStorage storage_;
-  std::string root_;
 };
 
 TEST_F(PosixStorageTest, WhatIsWrittenIsRead) {

@@ -16,6 +16,7 @@
 #include "checkpoint/memory_storage.h"
 #include "checkpoint/object_store_case.h"
 #include "checkpoint/posix_storage.h"
+#include "checkpoint/real_folder_case.h"
 #include "checkpoint/small_file.h"
 #include "core/check.h"
 #include "core/error.h"
@@ -24,16 +25,6 @@ namespace isoshard::checkpoint {
 namespace {
 
 namespace fs = std::filesystem;
-
-ErrorInfo error_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return error.info();
-  }
-  ADD_FAILURE() << "no Error was thrown";
-  return {};
-}
 
 void write(Storage& storage, const std::string& path, const std::string& text) {
   const auto file = storage.create(path);

@@ -9,7 +9,7 @@
 #include <filesystem>
 #include <fstream>
 
-#include "checkpoint/posix_storage.h"
+#include "checkpoint/real_folder_case.h"
 #include "core/error.h"
 
 namespace isoshard::checkpoint {
@@ -17,15 +17,8 @@ namespace {
 
 namespace fs = std::filesystem;
 
-class RequireSource : public testing::Test {
+class RequireSource : public testing::Test, protected RealFolder {
  protected:
-  void SetUp() override {
-    std::string pattern = (fs::temp_directory_path() / "isoshard-test-XXXXXX").string();
-    ASSERT_NE(::mkdtemp(pattern.data()), nullptr);
-    root_ = pattern;
-  }
-  void TearDown() override { fs::remove_all(root_); }
-
   ErrorInfo refusal(const std::string& path, const std::string& tag = "") {
     try {
       require_source(storage_, path, tag);
@@ -34,9 +27,6 @@ class RequireSource : public testing::Test {
     }
     return {};
   }
-
-  std::string root_;
-  PosixStorage storage_;
 };
 
 TEST_F(RequireSource, ANamedPipeIsNamedAndNotOpened) {
