@@ -54,17 +54,20 @@ void tell_pointer(Patient* patient, const std::string& name, const ErrorInfo& in
   const std::string path = checkpoint::join(patient->source, name);
   const bool empty = patient->storage.open_read(path)->size_bytes() == 0;
   const std::string tag = checkpoint::pointer_text(patient->storage, path);
+  const bool zeros = !tag.empty() && tag.find_first_not_of('\0') == tag.npos;
   const std::string staging = tag.empty() ? "" : staging_of(patient, tag);
   std::string proof =
       "a pointer that names no folder was cut off while it was written, or written before its "
       "folder; or somebody has deleted the folder, or written the pointer";
   if (empty)
     proof = "a tag is written into the pointer by one write; what is empty was cut off before it";
+  if (zeros)
+    proof = "a pointer of zeros is a file whose size reached the disk and whose text did not";
   if (!staging.empty())
     proof = "the folder in which the tag was being made, " + quote(staging) + ", is still there";
   patient->result.symptoms.push_back(
       {.rule = "torn-publication",
-       .grade = empty || !staging.empty() ? Grade::kProven : Grade::kSuspect,
+       .grade = empty || zeros || !staging.empty() ? Grade::kProven : Grade::kSuspect,
        .verdict = Verdict::kIncomplete,
        .file = path,
        .found = told(info),
@@ -241,6 +244,18 @@ size_t place_of(const Symptom& symptom) {
       std::begin(kDoctorRules));
 }
 
+// What to go on from, where this tag is lost.
+void look_for_other_tags(Patient* patient) {
+  const auto lost = [](const Symptom& symptom) { return symptom.verdict >= Verdict::kIncomplete; };
+  if (patient->state && std::ranges::none_of(patient->result.symptoms, lost)) return;
+  const bool found = !patient->place.folder.empty();
+  const std::string folder = found ? patient->place.save_folder : patient->source;
+  if (folder.empty()) return;
+  patient->result.save_folder = folder;
+  patient->result.other_tags =
+      other_tags(patient->storage, folder, patient->place.tag, patient->options.read);
+}
+
 }  // namespace
 
 const char* name(Grade grade) { return grade == Grade::kProven ? "PROVEN" : "SUSPECT"; }
@@ -280,6 +295,7 @@ Diagnosis examine(Storage& storage, const std::string& source, const DoctorOptio
     look_for_code(&patient);
     patient.state ? look_at_state(&patient) : look_at_files(&patient);
   }
+  look_for_other_tags(&patient);
   std::ranges::stable_sort(patient.result.symptoms, {}, place_of);
   return std::move(patient.result);
 }

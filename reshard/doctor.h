@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "checkpoint/deepspeed/reader.h"
+#include "reshard/other_tags.h"
 #include "reshard/verify.h"
 
 namespace isoshard::reshard {
@@ -45,6 +46,8 @@ struct Diagnosis {
   std::vector<Symptom> symptoms;
   std::vector<std::string> notices;
   std::vector<std::string> not_looked;  // "rule: reason"
+  std::vector<OtherTag> other_tags;     // where this one cannot be read
+  std::string save_folder;              // of those
 };
 
 // Name and one line of every rule, in the order in which they are asked.

@@ -14,6 +14,8 @@
 #include "reshard/agreement.h"
 #include "reshard/certificate_words.h"
 #include "reshard/manifest_check.h"
+#include "reshard/not_verified.h"
+#include "reshard/other_tags.h"
 #include "reshard/rank_values.h"
 #include "reshard/report_text.h"
 #include "reshard/weights_inventory.h"
@@ -48,17 +50,21 @@ class Verifier {
       if (options_.replicas) judging([this] { compare_replicas(); });
       if (options_.deep) read_again();
       if (state_) look_for_oddities();
-      say_what_is_not_verified();
+      if (state_) say_what_is_not_verified(*state_, manifest_holds_, options_.replicas, &result_);
     }
+    decide();
+    if (result_.verdict >= Verdict::kIncomplete) tell_other_tags();
+    return std::move(result_);
+  }
+
+ private:
+  void decide() {
     result_.verdict = manifest_holds_ ? Verdict::kVerified : Verdict::kComplete;
     for (const Finding& finding : result_.findings) {
       result_.verdict = mutant("verify_last_finding") ? finding.verdict
                                                       : std::max(result_.verdict, finding.verdict);
     }
-    return std::move(result_);
   }
-
- private:
   void find(Verdict verdict, const std::string& text) {
     result_.findings.push_back({verdict, text});
   }
@@ -76,6 +82,7 @@ class Verifier {
   }
   bool find_place();
   void tell_leftovers();
+  void tell_other_tags();
   void read_manifest();
   void read_state();
   void describe();
@@ -91,7 +98,6 @@ class Verifier {
   void look_for_oddities();
   void look_for_model_files();
   void look_at_weights();
-  void say_what_is_not_verified();
 
   Storage& storage_;
   const std::string& source_;
@@ -149,6 +155,13 @@ void Verifier::tell_leftovers() {
   } catch (const Error& error) {
     if (error.info().code == ErrorCode::kInterrupted) throw;
   }
+}
+
+void Verifier::tell_other_tags() {
+  const std::string folder = place_.folder.empty() ? source_ : place_.save_folder;
+  if (folder.empty()) return;
+  const std::string text = tell(folder, other_tags(storage_, folder, place_.tag, options_.read));
+  if (!text.empty()) result_.notices.push_back(text);
 }
 
 void Verifier::read_manifest() {
@@ -448,44 +461,6 @@ void Verifier::look_at_weights() {
   if (!inventory.has_index && state_->files.size() > 1) {
     result_.notices.push_back("the weights lie in several files without an index");
   }
-}
-
-void Verifier::say_what_is_not_verified() {
-  std::vector<std::string>& list = result_.not_verified;
-  if (!state_) return;
-  list.insert(list.end(), state_->not_verified.begin(), state_->not_verified.end());
-  if (!manifest_holds_ && state_->files.size() > 1) {
-    list.push_back(
-        "whether all files are of one run: two runs at the same step cannot be told "
-        "apart without a manifest");
-  }
-  const Flavour flavour = state_->flavour;
-  if (flavour == Flavour::kWeights) {
-    list.push_back("optimizer, steps and schedule: this format holds weights only");
-    const auto plain = std::ranges::count_if(state_->files, [](const auto& f) { return !f.torch; });
-    if (plain > 0 && !manifest_holds_) {
-      list.push_back("payload bytes of " +
-                     count_of(static_cast<size_t>(plain), "safetensors file") +
-                     ": the format has no checksum");
-    }
-    return;
-  }
-  if (flavour == Flavour::kZero3 || flavour == Flavour::kUniversal3) {
-    list.push_back("values of trained parameters: at stage 3 they have no second copy");
-  }
-  if (flavour == Flavour::kZero3) {
-    list.push_back(
-        std::string(options_.replicas ? "padding" : "buffers of ranks above 0, and padding") +
-        ": their bytes fit their CRCs, their values are not looked at");
-  }
-  if (flavour == Flavour::kZero0 && result_.copies.pairs[0] == 0 && state_->stepped) {
-    list.push_back(
-        "which parameter each optimizer state belongs to: known by shape and order only");
-  }
-  if (!state_->stepped) return;
-  list.push_back(state_->replicas.empty()
-                     ? "values of optimizer states: they are stored once"
-                     : "values of optimizer states that no other rank holds: they are stored once");
 }
 
 }  // namespace

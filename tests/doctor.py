@@ -22,6 +22,7 @@ import doctor_faults as faults  # noqa: E402
 import hostile as h  # noqa: E402
 from doctor_case import FIGURES, Case  # noqa: E402
 from doctor_clean import Sweep  # noqa: E402, F401
+from doctor_tags import Tags  # noqa: E402, F401
 from program_case import CONFIG, run_tests  # noqa: E402
 
 # DeepSpeed's own converter swapped parameters in these (errata 1).
@@ -232,12 +233,15 @@ class Files(Case):
 
     def test_pointers(self):
         """Tags are deleted by hand every day; an empty pointer is of no hand and no DeepSpeed."""
-        for text, grade in (("", "PROVEN"), ("\n", "SUSPECT"), ("global_step9", "SUSPECT")):
+        for text, grade in (("", "PROVEN"), ("\0" * 12, "PROVEN"), ("\n", "SUSPECT"),
+                            ("global_step9", "SUSPECT")):
             with self.subTest(text=text):
                 source, _ = self.copy()
                 (source / "latest").write_text(text)
                 self.ill("torn-publication", source, grade=grade, words=("--tag",))
                 self.well(source, "--tag", "global_step3")
+                self.assertTrue(self.run_program(1, "verify", source).stdout
+                                .startswith("INCOMPLETE"))
 
     def test_a_pointer_to_a_folder_that_is_still_in_the_making(self):
         source, _ = self.copy()

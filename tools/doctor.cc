@@ -58,6 +58,7 @@ void print_text(const Session& session, const std::string& source, const Diagnos
   print_part("form", diagnosis.description);
   for (const std::string& text : diagnosis.notices) print_part("notice", text);
   for (const std::string& text : diagnosis.not_looked) print_part("not looked", text);
+  print_part("other tags", reshard::tell(diagnosis.save_folder, diagnosis.other_tags));
 }
 
 void print_diagnosis(const Session& session, const std::string& source,
@@ -68,7 +69,11 @@ void print_diagnosis(const Session& session, const std::string& source,
                            {"form", diagnosis.description},
                            {"notices", diagnosis.notices},
                            {"not_looked", diagnosis.not_looked},
+                           {"other_tags", nlohmann::json::array()},
                            {"findings", nlohmann::json::array()}};
+  for (const reshard::OtherTag& tag : diagnosis.other_tags) {
+    object["other_tags"].push_back({{"tag", tag.tag}, {"whole", tag.whole}, {"found", tag.found}});
+  }
   object["verdict"] = nullptr;
   if (!diagnosis.symptoms.empty()) object["verdict"] = name(worst_of(diagnosis));
   for (const Symptom& symptom : diagnosis.symptoms) {

@@ -32,24 +32,10 @@ bool has_folder(const std::vector<DirectoryEntry>& entries, const std::string& n
   });
 }
 
-// Sub-folders that look like tags, or like folders that hold one (a pointer file is there).
-std::vector<std::string> below(Storage& storage, const std::string& folder) {
-  std::vector<std::string> names;
-  for (const DirectoryEntry& entry : storage.list(folder)) {
-    if (entry.kind != DirectoryEntry::Kind::kDirectory || entry.name[0] == '.') continue;
-    const std::string path = join(folder, entry.name);
-    const std::vector<DirectoryEntry> inside = storage.list(path);
-    const bool pointer = storage.is_file(join(path, "latest"));
-    if (pointer || has_zero_files(inside) || has_folder(inside, "zero"))
-      names.push_back(entry.name);
-  }
-  return names;
-}
-
-// Their names, for messages.
-std::string tags_in(Storage& storage, const std::string& folder) {
+// The names of tags, for messages.
+std::string tags_told(Storage& storage, const std::string& folder) {
   std::string tags;
-  for (const std::string& name : below(storage, folder))
+  for (const std::string& name : tags_in(storage, folder))
     tags += (tags.empty() ? "" : ", ") + quote(name);
   return tags.empty() ? "no folder there looks like a tag" : "tags there: " + tags;
 }
@@ -58,12 +44,13 @@ SourcePlace tag_place(Storage& storage, const std::string& save_folder, const st
                       const std::string& from) {
   const std::string why = why_unsafe_name(tag);
   if (!why.empty() && !mutant("latest_escapes")) {
-    throw Error(ErrorInfo{.code = tag.empty() ? ErrorCode::kIncomplete : ErrorCode::kHostile,
+    const bool lost = tag.find_first_not_of('\0') == tag.npos;  // nothing of it reached the disk
+    throw Error(ErrorInfo{.code = lost ? ErrorCode::kIncomplete : ErrorCode::kHostile,
                           .what = "The tag in " + from + " cannot be used: " + why + ".",
                           .file = join(save_folder, from),
                           .expected = "the name of a tag folder",
                           .found = quote(tag) + ", " + std::to_string(tag.size()) + " bytes",
-                          .next = "name one with --tag; " + tags_in(storage, save_folder)});
+                          .next = "name one with --tag; " + tags_told(storage, save_folder)});
   }
   SourcePlace place{.kind = SourcePlace::Kind::kZero,
                     .folder = join(save_folder, tag),
@@ -77,7 +64,7 @@ SourcePlace tag_place(Storage& storage, const std::string& save_folder, const st
                           .file = place.folder,
                           .expected = "a folder of that name",
                           .found = "none",
-                          .next = "name another with --tag; " + tags_in(storage, save_folder)});
+                          .next = "name another with --tag; " + tags_told(storage, save_folder)});
   }
   if (has_folder(storage.list(place.folder), "zero")) place.kind = SourcePlace::Kind::kUniversal;
   return place;
@@ -132,6 +119,19 @@ SourcePlace weights_place(const std::string& folder, const std::vector<Directory
 }
 
 }  // namespace
+
+std::vector<std::string> tags_in(Storage& storage, const std::string& save_folder) {
+  std::vector<std::string> names;
+  for (const DirectoryEntry& entry : storage.list(save_folder)) {
+    if (entry.kind != DirectoryEntry::Kind::kDirectory || entry.name[0] == '.') continue;
+    const std::string path = join(save_folder, entry.name);
+    const std::vector<DirectoryEntry> inside = storage.list(path);
+    const bool pointer = storage.is_file(join(path, "latest"));
+    if (pointer || has_zero_files(inside) || has_folder(inside, "zero"))
+      names.push_back(entry.name);
+  }
+  return names;
+}
 
 std::string pointer_text(Storage& storage, const std::string& path) {
   std::string text = read_small_file(storage, path, 4096);
@@ -210,7 +210,7 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
   if (!weights.files.empty()) return weights;
   // A folder of runs with one save folder in it, as Lightning and Accelerate leave it. A tag
   // without a pointer may be a save that has not ended: it must be named.
-  std::vector<std::string> inner = below(storage, path);
+  std::vector<std::string> inner = tags_in(storage, path);
   std::erase_if(inner, [&](const std::string& name) {
     return !storage.is_file(join(join(path, name), "latest"));
   });
@@ -226,7 +226,7 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
                 .expected = "latest or latest_universal, *_model_states.pt files, a zero/ "
                             "folder, or model*.safetensors / pytorch_model*.bin",
                 .found = std::to_string(entries.size()) + " entries",
-                .next = "name the save folder or the tag folder; " + tags_in(storage, path)});
+                .next = "name the save folder or the tag folder; " + tags_told(storage, path)});
 }
 
 }  // namespace isoshard::checkpoint

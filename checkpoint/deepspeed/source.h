@@ -23,6 +23,10 @@ struct SourcePlace {
 // `tag` may be empty. Throws Error(kNotFound) that lists the tags there are.
 SourcePlace resolve_source(Storage& storage, const std::string& path, const std::string& tag);
 
+// Folders of a save folder that look like tags, or like folders that hold one (a pointer file is
+// there), by name.
+std::vector<std::string> tags_in(Storage& storage, const std::string& save_folder);
+
 // What `latest` or `latest_universal` says, without blanks at both ends.
 std::string pointer_text(Storage& storage, const std::string& path);
 
