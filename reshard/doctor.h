@@ -57,7 +57,7 @@ struct DoctorRule {
 };
 inline constexpr DoctorRule kDoctorRules[] = {
     {"torn-publication", "latest, or files of the folder, are of a save that did not end"},
-    {"stale-tail", "a file is whole and is followed by the end of an older, longer one"},
+    {"stale-tail", "bytes of an older file lie behind a whole one, or between its two pieces"},
     {"missing-shards", "files that others of the checkpoint count on are not there"},
     {"code-in-folder", "a pickle calls a function that runs a program when loaded by Python"},
     {"rank-order", "ranks stand in the order of their digits: 10, 11, 9"},

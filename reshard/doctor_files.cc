@@ -67,6 +67,26 @@ void tell_tail(Patient* patient, const PatientFile& file, int64_t whole, int64_t
                "), put it in this one's place, then isoshard verify"});
 }
 
+void tell_split(Patient* patient, const PatientFile& file, const SplitArchive& split,
+                int64_t size_bytes) {
+  const std::string front = std::to_string(split.front_bytes);
+  const std::string back = std::to_string(split.back_bytes);
+  patient->result.symptoms.push_back(
+      {.rule = "stale-tail",
+       .file = patient->path_of(file.relative),
+       .found = "the first " + front + " and the last " + back +
+                " bytes are a whole archive; between them lie " +
+                bytes_of(size_bytes - split.front_bytes - split.back_bytes) + " of an older file",
+       .proof = "the end record counts as many bytes as the two pieces have; joined, they pass "
+                "every check of an archive, and the records at the seam fit their CRCs",
+       .fault =
+           "DeepSpeed's FastFileWriter opens a file without O_TRUNC, and appends what fills no "
+           "block",
+       .safe = "the two pieces: joined, they are the newer file, whole",
+       .next = "join them in a new file (head -c " + front + ", then tail -c " + back +
+               " behind it), put it in this one's place, then isoshard verify"});
+}
+
 void tell_torn(Patient* patient, const PatientFile& file, const std::string& found,
                const std::string& proof) {
   patient->result.symptoms.push_back({.rule = "torn-publication",
@@ -117,6 +137,8 @@ void judge_bytes(Patient* patient, const PatientFile& file) {
   if (!std::string("PK\x03\x04").starts_with(head.substr(0, 4))) return;  // no archive of torch
   if (size_bytes < 4)
     return tell_torn(patient, file, size_text, "an archive has at least 22 bytes");
+  if (const std::optional<SplitArchive> split = split_archive(*opened))
+    return tell_split(patient, file, *split, size_bytes);
   const ArchiveFront front = archive_front(*opened);
   const ArchiveTail behind = archive_tail(*opened, front.whole_bytes.value_or(0));
   if (front.whole_bytes && *front.whole_bytes < size_bytes)

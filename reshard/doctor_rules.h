@@ -75,6 +75,15 @@ enum class ArchiveTail {
 // nothing is.
 ArchiveTail archive_tail(const ReadableFile& file, int64_t whole_bytes);
 
+// A whole archive in two pieces, the first and the last bytes of a file (doctor_split.cc). Reads
+// headers, and the payload of the records at the seam. Nothing for an archive that was appended
+// whole.
+struct SplitArchive {
+  int64_t front_bytes = 0;
+  int64_t back_bytes = 0;
+};
+std::optional<SplitArchive> split_archive(const ReadableFile& file);
+
 // The ranks 0 … count−1 in the order of their names as text: 0, 1, 10, 11, 2, … With `digits` 2
 // names are written 00, 01, … so that only ranks of three digits change places.
 std::vector<int> alphabetical_ranks(int count, int digits);

@@ -25,7 +25,8 @@ SAMPLED = 365
 def torn_save(bench, folder):
     told = bench.real("torn_save", folder)
     bench.expect(1, ("INCOMPLETE", told["shard"]), "verify", told["save"])
-    bench.expect(1, ("torn-publication", told["shard"], "--tag"), "doctor", told["save"])
+    bench.expect(1, ("torn-publication", told["shard"], '--tag "global_step1"'),
+                 "doctor", told["save"])
     bench.expect(0, ("COMPLETE", "global_step1"), "verify", told["save"], "--tag", "global_step1")
     bench.unit("Engine.AFaultAtEveryPointOfASaveLeavesOldOrNew",
                "our engine, a fault at every operation of a save: the old or the new")
@@ -203,7 +204,7 @@ def stale_tail(bench, folder):
     bench.expect(1, ("CORRUPT", "do not fit its CRC"), "verify", cut)
     bench.expect(1, ("stale-tail", "head -c"), "doctor", cut)
     bench.expect(1, ("CORRUPT",), "verify", appended)
-    bench.expect(1, ("CORRUPT",), "doctor", appended)
+    bench.expect(1, ("stale-tail", "tail -c"), "doctor", appended)
     return told
 
 

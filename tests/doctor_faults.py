@@ -162,6 +162,14 @@ def lay_over(path, shorter):
     path.write_bytes(new + old[len(new) :])
 
 
+def append_end(path, new, block):
+    """A new file's whole blocks over an older file, and the rest of it behind that."""
+    old, front = path.read_bytes(), len(new) // block * block
+    assert 0 < front < len(new) and front <= len(old), (front, len(new), len(old))
+    path.write_bytes(new[:front] + old[front:] + new[front:])
+    return front
+
+
 def longer(path):
     """The archive with a bigger second storage: what an earlier save may have left."""
     prefix, records = read(path)
