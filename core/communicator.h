@@ -9,6 +9,10 @@
 // Reductions of integers, and kMax of numbers, do not depend on any order (that of NaN does, and
 // which of two zeros is taken). A kSum of floats is added in rank
 // order, here and now: bits that must not depend on the ranks go by core/canonical_sum.h instead.
+//
+// In place: all_reduce and broadcast by nature; all_gather where target[rank()] is the source;
+// reduce_scatter where target is source[rank()]; all_to_all where each target[p] is source[p].
+// Buffers that overlap otherwise are the caller's mistake.
 #pragma once
 
 #include <cstddef>
@@ -55,6 +59,7 @@ struct Buffer {
 
 template <typename T>
 constexpr DType dtype_of() {
+  if constexpr (std::is_same_v<T, double>) return DType::kFloat64;
   if constexpr (std::is_same_v<T, float>) return DType::kFloat32;
   if constexpr (std::is_same_v<T, int64_t>) return DType::kInt64;
   if constexpr (std::is_same_v<T, uint16_t>) return DType::kUInt16;

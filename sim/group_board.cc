@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/check.h"
+#include "core/element_reduction.h"
 #include "core/error.h"
 #include "core/mutant.h"
 #include "core/random.h"
@@ -14,38 +15,21 @@ namespace {
 
 constexpr size_t kLargeGroup = 64;
 
-template <typename T>
-void reduce_into(Buffer target, ConstBuffer source, Reduction reduction) {
-  for (int64_t i = 0; i < target.count; ++i) {
-    T a, b;
-    std::memcpy(&a, target.data + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
-    std::memcpy(&b, source.data + i * static_cast<int64_t>(sizeof(T)), sizeof(T));
-    if (reduction == Reduction::kMax)
-      a = std::max(a, b);
-    else
-      a = static_cast<T>(a + b);
-    std::memcpy(target.data + i * static_cast<int64_t>(sizeof(T)), &a, sizeof(T));
-  }
-}
-
-void reduce_into(Buffer target, ConstBuffer source, Reduction reduction) {
-  switch (target.dtype) {
-    case DType::kFloat32:
-      return reduce_into<float>(target, source, reduction);
-    case DType::kInt64:
-      return reduce_into<int64_t>(target, source, reduction);
-    case DType::kInt32:
-      return reduce_into<int32_t>(target, source, reduction);
-    case DType::kUInt8:
-      return reduce_into<uint8_t>(target, source, reduction);
-    default:
-      CHECK(false, std::string("no reduction of ") + isoshard::name(target.dtype));
-  }
-}
-
 void copy(Buffer target, ConstBuffer source) {
   if (source.count == 0 || target.data == source.data) return;
   std::memmove(target.data, source.data, static_cast<size_t>(source.size_bytes()));
+}
+
+// What is exchanged in place is copied first.
+void keep_sources(std::vector<Call>* calls, std::vector<std::vector<std::byte>>* kept) {
+  for (Call& call : *calls) {
+    for (size_t p = 0; p < call.source.size(); ++p) {
+      ConstBuffer& source = call.source[p];
+      if (source.data != call.target[p].data || source.count == 0) continue;
+      kept->emplace_back(source.data, source.data + source.size_bytes());
+      source.data = kept->back().data();
+    }
+  }
 }
 
 bool rooted(Verb verb) { return verb == Verb::kBroadcast; }
@@ -332,8 +316,10 @@ void GroupBoard::compare_messages(const Message& other, const Message& mine) con
 void GroupBoard::move(Pending* pending) {
   std::vector<Call>& calls = pending->calls;
   const size_t n = calls.size();
+  std::vector<std::vector<std::byte>> kept;
   switch (calls[0].verb) {
     case Verb::kAllToAll:
+      keep_sources(&calls, &kept);
       for (size_t a = 0; a < n; ++a) {
         for (size_t b = 0; b < n; ++b)
           copy(calls[b].target[a], calls[a].source[mutant("exchange_transposed") ? a : b]);
@@ -347,11 +333,14 @@ void GroupBoard::move(Pending* pending) {
       break;
     case Verb::kReduceScatter:
       for (size_t b = 0; b < n; ++b) {
-        copy(calls[b].target[0], calls[0].source[b]);
+        const ConstBuffer& first = calls[0].source[b];
+        std::vector<std::byte> sum(first.data, first.data + first.size_bytes());
+        const Buffer total{first.dtype, sum.data(), first.count};
         for (size_t a = 1; a < n; ++a) {
           if (!mutant("scatter_keeps_first"))
-            reduce_into(calls[b].target[0], calls[a].source[b], calls[0].reduction);
+            reduce_into(total, calls[a].source[b], calls[0].reduction);
         }
+        copy(calls[b].target[0], {total.dtype, total.data, total.count});
       }
       break;
     case Verb::kAllReduce: {
