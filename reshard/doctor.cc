@@ -97,7 +97,7 @@ bool find_place(Patient* patient) {
     const bool pointer = there("latest") || there("latest_universal");
     if (!tag.empty() || !pointer || leaves_open(info.code)) throw;
     const std::string name = there("latest") ? "latest" : "latest_universal";
-    if (info.code == ErrorCode::kHostile) {  // no tag, and no cut makes one of a tag
+    if (verdict_of(info.code) == Verdict::kHostile) {  // no tag, and no cut makes one of a tag
       tell_unexplained(patient, info);
       return false;
     }
@@ -247,11 +247,10 @@ size_t place_of(const Symptom& symptom) {
 // What to go on from, where this tag is lost.
 void look_for_other_tags(Patient* patient) {
   const auto lost = [](const Symptom& symptom) { return symptom.verdict >= Verdict::kIncomplete; };
-  if (patient->state && std::ranges::none_of(patient->result.symptoms, lost)) return;
+  if (!patient->options.other_tags || std::ranges::none_of(patient->result.symptoms, lost)) return;
   const bool found = !patient->place.folder.empty();
   const std::string folder = found ? patient->place.save_folder : patient->source;
   if (folder.empty()) return;
-  patient->result.save_folder = folder;
   patient->result.other_tags =
       other_tags(patient->storage, folder, patient->place.tag, patient->options.read);
 }
@@ -287,7 +286,10 @@ std::vector<int> alphabetical_ranks(int count, int digits) {
 }
 
 Diagnosis examine(Storage& storage, const std::string& source, const DoctorOptions& options) {
-  Patient patient{.storage = storage, .source = source, .options = options};
+  // Where a lost pointer lies one level down, it is looked for there.
+  const std::string inner = options.read.tag.empty() ? save_folder_of(storage, source) : "";
+  const std::string& folder = inner.empty() ? source : inner;
+  Patient patient{.storage = storage, .source = folder, .options = options};
   if (find_place(&patient)) {
     look_for_marks(&patient);
     read(&patient);

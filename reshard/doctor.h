@@ -37,7 +37,8 @@ struct Symptom {
 
 struct DoctorOptions {
   checkpoint::ReadOptions read;
-  bool payload = false;  // also compare masters with the model's copies
+  bool payload = false;    // also compare masters with the model's copies
+  bool other_tags = true;  // where this one cannot be read, also those beside it
 };
 
 struct Diagnosis {
@@ -47,7 +48,6 @@ struct Diagnosis {
   std::vector<std::string> notices;
   std::vector<std::string> not_looked;  // "rule: reason"
   std::vector<OtherTag> other_tags;     // where this one cannot be read
-  std::string save_folder;              // of those
 };
 
 // Name and one line of every rule, in the order in which they are asked.

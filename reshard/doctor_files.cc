@@ -71,18 +71,23 @@ void tell_split(Patient* patient, const PatientFile& file, const SplitArchive& s
                 int64_t size_bytes) {
   const std::string front = std::to_string(split.front_bytes);
   const std::string back = std::to_string(split.back_bytes);
+  const std::string between = bytes_of(size_bytes - split.front_bytes - split.back_bytes);
   patient->result.symptoms.push_back(
       {.rule = "stale-tail",
+       .grade = split.older ? Grade::kProven : Grade::kSuspect,
        .file = patient->path_of(file.relative),
        .found = "the first " + front + " and the last " + back +
-                " bytes are a whole archive; between them lie " +
-                bytes_of(size_bytes - split.front_bytes - split.back_bytes) + " of an older file",
-       .proof = "the end record counts as many bytes as the two pieces have; joined, they pass "
-                "every check of an archive, and the records at the seam fit their CRCs",
-       .fault =
-           "DeepSpeed's FastFileWriter opens a file without O_TRUNC, and appends what fills no "
-           "block",
-       .safe = "the two pieces: joined, they are the newer file, whole",
+                " bytes are a whole archive; between them lie " + between +
+                (split.older ? " of an older file" : ""),
+       .proof =
+           std::string("the end record counts as many bytes as the two pieces have; joined, they "
+                       "pass every check of an archive, and each record fits its CRC") +
+           (split.older ? "; what lies between them ends in the end record of another archive"
+                        : "; whether an older file lies between them is not known"),
+       .fault = std::string("DeepSpeed's FastFileWriter opens a file without O_TRUNC, and appends "
+                            "what fills no block") +
+                (split.older ? "" : "; or a copy that began again before its end"),
+       .safe = "the two pieces: joined, they are a whole archive",
        .next = "join them in a new file (head -c " + front + ", then tail -c " + back +
                " behind it), put it in this one's place, then isoshard verify"});
 }

@@ -76,11 +76,11 @@ enum class ArchiveTail {
 ArchiveTail archive_tail(const ReadableFile& file, int64_t whole_bytes);
 
 // A whole archive in two pieces, the first and the last bytes of a file (doctor_split.cc). Reads
-// headers, and the payload of the records at the seam. Nothing for an archive that was appended
-// whole.
+// payloads, up to 1 GiB, where such an archive may be. Nothing for one that was appended whole.
 struct SplitArchive {
   int64_t front_bytes = 0;
   int64_t back_bytes = 0;
+  bool older = false;  // what lies between the pieces is the end of another archive
 };
 std::optional<SplitArchive> split_archive(const ReadableFile& file);
 

@@ -6,9 +6,8 @@
 //
 // The end record, which is the new file's, says how long that is: front + back. What is left open,
 // how large a block was, is answered by trial: the two pieces joined must pass every check of
-// zip.h, and the records at their seam fit their CRCs.
+// zip.h, and each record fit its CRC.
 #include <algorithm>
-#include <set>
 
 #include "checkpoint/cancel.h"
 #include "checkpoint/format/crc.h"
@@ -25,7 +24,8 @@ using namespace checkpoint::zip;
 
 constexpr int64_t kSector = 512;  // what direct I/O is aligned to, at least
 constexpr int64_t kLargestBlock = 1 << 20;
-constexpr int64_t kMostRead = 1 << 30;  // payload of all trials together
+constexpr int64_t kMostDirectory = 32 << 20;  // bytes of directories, of all trials together
+constexpr int64_t kMostRead = 1 << 30;        // bytes of payload
 constexpr int64_t kChunk = 1 << 20;
 
 // The first `front` bytes of a file and its last ones, without what lies between.
@@ -58,17 +58,26 @@ std::string bytes_at(const ReadableFile& file, int64_t offset, int64_t count) {
   return text;
 }
 
-// How long the archive is whose end record ends the file, as that says itself; 0 without one.
-int64_t declared_size(const ReadableFile& file) {
+// What the end record of a file says of the archive that it ends.
+struct Declared {
+  int64_t size_bytes = 0;  // 0 without an end record, or where it says what cannot be
+  int64_t directory = 0;   // where its directory begins
+};
+
+Declared declared_by(const ReadableFile& file) {
   const int64_t end_at = file.size_bytes() - kEndBytes;
   const std::string end = bytes_at(file, end_at, kEndBytes);
-  if (load(end, 0, 4) != kEndSignature) return 0;
+  if (load(end, 0, 4) != kEndSignature) return {};
   const std::string locator = bytes_at(file, end_at - kLocatorBytes, kLocatorBytes);
-  uint64_t before = load(end, 12, 4) + load(end, 16, 4);
-  if (load(locator, 0, 4) == kLocatorSignature)
+  uint64_t directory = load(end, 16, 4), before = directory + load(end, 12, 4);
+  if (load(locator, 0, 4) == kLocatorSignature) {
+    const std::string end64 = bytes_at(file, end_at - kLocatorBytes - kEnd64Bytes, kEnd64Bytes);
+    directory = load(end64, 48, 8);
     before = load(locator, 8, 8) + kEnd64Bytes + kLocatorBytes;
-  if (before >= static_cast<uint64_t>(file.size_bytes())) return 0;
-  return static_cast<int64_t>(before) + kEndBytes;
+  }
+  const auto size = static_cast<uint64_t>(file.size_bytes());
+  if (before >= size || directory >= before) return {};
+  return {static_cast<int64_t>(before) + kEndBytes, static_cast<int64_t>(directory)};
 }
 
 bool crc_holds(const ReadableFile& file, const checkpoint::ZipRecord& record) {
@@ -84,13 +93,21 @@ bool crc_holds(const ReadableFile& file, const checkpoint::ZipRecord& record) {
          record.crc32;
 }
 
-// Whether a file is a whole archive, as far as its bytes from `seam` on are concerned.
-bool is_whole(const ReadableFile& file, int64_t seam, int64_t* left) {
+struct Budget {
+  int64_t directory = kMostDirectory;
+  int64_t payload = kMostRead;
+};
+
+// Whether a file is a whole archive, every payload included; false where the budget ends.
+bool is_whole(const ReadableFile& file, int64_t directory, Budget* budget) {
+  checkpoint::throw_if_cancelled();
   try {
+    if (load(bytes_at(file, directory, 4), 0, 4) != kCentralSignature) return false;
+    budget->directory -= file.size_bytes() - directory;
+    if (budget->directory < 0) return false;
     for (const checkpoint::ZipRecord& record : checkpoint::read_zip_index(file).records) {
-      if (record.data_offset + record.size_bytes <= seam) continue;
-      *left -= record.size_bytes;
-      if (*left < 0 || !crc_holds(file, record)) return false;
+      budget->payload -= record.size_bytes;
+      if (budget->payload < 0 || !crc_holds(file, record)) return false;
     }
     return true;
   } catch (const Error& error) {
@@ -99,30 +116,47 @@ bool is_whole(const ReadableFile& file, int64_t seam, int64_t* left) {
   }
 }
 
-// Where the appended bytes may begin in the new file, the nearest to its end first.
-std::set<int64_t, std::greater<>> seams_of(int64_t size_bytes) {
-  std::set<int64_t, std::greater<>> seams;
-  for (int64_t sectors = 1; sectors <= 64; ++sectors)
-    seams.insert(size_bytes / (sectors * kSector) * (sectors * kSector));
-  for (int64_t block = kSector; block <= kLargestBlock; block *= 2)
-    seams.insert(size_bytes / block * block);
-  seams.erase(0);
-  seams.erase(size_bytes);
+// Where the appended bytes may begin in the new file, usual blocks first.
+std::vector<int64_t> seams_of(int64_t size_bytes) {
+  std::vector<int64_t> seams;
+  const auto add = [&](int64_t block) {
+    const int64_t seam = size_bytes / block * block;
+    if (seam > 0 && seam < size_bytes && std::ranges::find(seams, seam) == seams.end())
+      seams.push_back(seam);
+  };
+  for (int64_t block = kSector; block <= kLargestBlock; block *= 2) add(block);
+  for (int64_t sectors = 3; sectors <= 64; ++sectors) add(sectors * kSector);
   return seams;
+}
+
+// Whether what lies between the pieces is the end of an archive, as it is where an older file lay.
+// A piece of a file that was sent twice looks the same, but then the front is whole without it.
+bool is_older(const ReadableFile& file, const SplitArchive& split, Budget* budget) {
+  const int64_t old_size = file.size_bytes() - split.back_bytes;
+  if (old_size - kEndBytes < split.front_bytes) return false;
+  if (load(bytes_at(file, old_size - kEndBytes, 4), 0, 4) != kEndSignature) return false;
+  const Declared old = declared_by(Joined(file, old_size, old_size));
+  return !is_whole(Joined(file, old.size_bytes, old.size_bytes), old.directory, budget);
 }
 
 }  // namespace
 
 std::optional<SplitArchive> split_archive(const ReadableFile& file) {
-  const int64_t size_bytes = declared_size(file);
+  const auto [size_bytes, directory] = declared_by(file);
   if (size_bytes <= 0 || size_bytes >= file.size_bytes()) return std::nullopt;
-  int64_t left = kMostRead;
-  if (is_whole(Joined(file, 0, size_bytes), size_bytes, &left)) return std::nullopt;  // appended
+  Budget budget;
+  if (is_whole(Joined(file, 0, size_bytes), directory, &budget)) return std::nullopt;  // appended
+  // Where old and new bytes are equal, several seams give the same whole: the true one is the one
+  // behind which the older file ends.
+  std::optional<SplitArchive> found;
   for (const int64_t seam : seams_of(size_bytes)) {
-    if (is_whole(Joined(file, seam, size_bytes), seam, &left))
-      return SplitArchive{.front_bytes = seam, .back_bytes = size_bytes - seam};
+    if (!is_whole(Joined(file, seam, size_bytes), directory, &budget)) continue;
+    SplitArchive split{.front_bytes = seam, .back_bytes = size_bytes - seam};
+    split.older = is_older(file, split, &budget);
+    if (!found || split.older) found = split;
+    if (split.older) break;
   }
-  return std::nullopt;
+  return found;
 }
 
 }  // namespace isoshard::reshard

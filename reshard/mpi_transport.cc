@@ -12,6 +12,18 @@
 #include "core/error.h"
 
 namespace isoshard::reshard {
+
+// What is under way: requests, whose rank each is, how many bytes it must have.
+struct MpiTransport::Flight {
+  std::vector<MPI_Request> requests;
+  std::vector<int> ranks;
+  std::vector<int64_t> sizes;  // -1 for a send
+
+  void add(MPI_Request request, int rank, int64_t size_bytes);
+  std::string missing() const;
+  void cancel();
+};
+
 namespace {
 
 using Clock = std::chrono::steady_clock;
@@ -34,39 +46,6 @@ void require(int status, const char* function) {
                         .next = "look at mpirun's own messages, then start the job again"});
 }
 
-// What is under way: a request, whose rank, how many bytes it must have.
-struct Flight {
-  std::vector<MPI_Request> requests;
-  std::vector<int> ranks;
-  std::vector<int64_t> sizes;  // -1 for a send
-
-  void add(MPI_Request request, int rank, int64_t size_bytes) {
-    requests.push_back(request);
-    ranks.push_back(rank);
-    sizes.push_back(size_bytes);
-  }
-  std::string missing() const {
-    std::set<int> open;
-    for (size_t i = 0; i < requests.size(); ++i) {
-      if (requests[i] != MPI_REQUEST_NULL) open.insert(ranks[i]);
-    }
-    std::string text;
-    for (const int rank : open) text += (text.empty() ? "" : ",") + std::to_string(rank);
-    return (open.size() == 1 ? "rank " : "ranks ") + text;
-  }
-  // Buffers that nobody has filled must not be written once they are gone. A message that has come
-  // in part cannot be taken back; it moves no further, as nothing calls MPI any more but abort().
-  void give_up() {
-    for (size_t i = 0; i < requests.size(); ++i) {
-      if (requests[i] == MPI_REQUEST_NULL || sizes[i] < 0) continue;
-      MPI_Cancel(&requests[i]);
-      int done = 0;
-      for (int tries = 0; tries < kEagerTries && done == 0; ++tries)
-        MPI_Test(&requests[i], &done, MPI_STATUS_IGNORE);
-    }
-  }
-};
-
 template <typename Post>
 void in_parts(int64_t size_bytes, const Post& post) {
   for (int64_t at = 0; at == 0 || at < size_bytes; at += kLargestPart)
@@ -75,6 +54,33 @@ void in_parts(int64_t size_bytes, const Post& post) {
 
 }  // namespace
 
+void MpiTransport::Flight::add(MPI_Request request, int rank, int64_t size_bytes) {
+  requests.push_back(request);
+  ranks.push_back(rank);
+  sizes.push_back(size_bytes);
+}
+
+std::string MpiTransport::Flight::missing() const {
+  std::set<int> open;
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (requests[i] != MPI_REQUEST_NULL) open.insert(ranks[i]);
+  }
+  std::string text;
+  for (const int rank : open) text += (text.empty() ? "" : ",") + std::to_string(rank);
+  return (open.size() == 1 ? "rank " : "ranks ") + text;
+}
+
+// Buffers that nobody has filled must not be written once they are gone. A message that has come
+// in part cannot be taken back; it moves no further, as nothing calls MPI any more but abort().
+void MpiTransport::Flight::cancel() {
+  for (size_t i = 0; i < requests.size(); ++i) {
+    if (requests[i] == MPI_REQUEST_NULL || sizes[i] < 0) continue;
+    MPI_Cancel(&requests[i]);
+    int done = 0;
+    for (int tries = 0; tries < kEagerTries && done == 0; ++tries)
+      MPI_Test(&requests[i], &done, MPI_STATUS_IGNORE);
+  }
+}
 MpiTransport::MpiTransport(std::chrono::milliseconds timeout) : timeout_(timeout) {
   int started = 0;
   require(MPI_Initialized(&started), "MPI_Initialized");
@@ -132,11 +138,15 @@ void MpiTransport::move(const std::vector<MpiSend>& sends, const std::vector<Mpi
       flight.add(request, send.rank, -1);
     });
   }
+  finish(flight, call);
+}
+
+// Waits until all of a flight has landed.
+void MpiTransport::finish(Flight& flight, const std::string& call) {
   const Clock::time_point end = Clock::now() + timeout_;
   std::vector<int> done(flight.requests.size());
   std::vector<MPI_Status> statuses(flight.requests.size());
-  size_t left = flight.requests.size();
-  for (int tries = 0; left > 0; ++tries) {
+  for (size_t left = flight.requests.size(), tries = 0; left > 0; ++tries) {
     int count = 0;
     const int status = MPI_Testsome(static_cast<int>(flight.requests.size()),
                                     flight.requests.data(), &count, done.data(), statuses.data());
@@ -148,39 +158,46 @@ void MpiTransport::move(const std::vector<MpiSend>& sends, const std::vector<Mpi
       MPI_Get_count(&of, MPI_BYTE, &found);
       const bool failed = status == MPI_ERR_IN_STATUS && of.MPI_ERROR != MPI_SUCCESS;
       if (!failed && (flight.sizes[which] < 0 || flight.sizes[which] == found)) continue;
-      broken_ = "a message of rank " + std::to_string(flight.ranks[which]) + ": " +
-                (failed ? mpi_text(of.MPI_ERROR) : std::to_string(found) + " bytes");
-      flight.give_up();
-      throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
-                            .what = "A message between two ranks is not what was expected.",
-                            .entry = call,
-                            .expected = std::to_string(flight.sizes[which]) + " bytes from rank " +
-                                        std::to_string(flight.ranks[which]),
-                            .found = broken_,
-                            .next = "compare the layouts that the two ranks compute"});
+      refuse(flight, which, failed ? mpi_text(of.MPI_ERROR) : std::to_string(found) + " bytes",
+             call);
     }
     left -= static_cast<size_t>(std::max(count, 0));
-    if (left == 0) break;
     if (count > 0) tries = 0;
-    if (tries >= kEagerTries && Clock::now() > end) {
-      const std::string missing = flight.missing();
-      broken_ = missing + " did not answer";
-      flight.give_up();
-      throw Error(ErrorInfo{
-          .code = ErrorCode::kInterrupted,
-          .what = "Rank " + std::to_string(rank_) + " waited " +
-                  std::to_string(timeout_.count() / 1000) + " s for " + missing + ".",
-          .entry = call,
-          .expected = "every rank calls the same in the same order, and in time",
-          .found = "no answer of " + missing,
-          .next = "look for what stopped " + missing +
-                  ": its own message, its machine, or a condition that took it another way"});
-    }
-    if (tries < kEagerTries)
+    if (tries < kEagerTries) {
       std::this_thread::yield();
-    else
-      std::this_thread::sleep_for(std::chrono::microseconds(200));
+      continue;
+    }
+    if (Clock::now() > end) give_up(flight, call);
+    std::this_thread::sleep_for(std::chrono::microseconds(200));
   }
+}
+
+void MpiTransport::refuse(Flight& flight, size_t which, const std::string& found,
+                          const std::string& call) {
+  const std::string rank = "rank " + std::to_string(flight.ranks[which]);
+  broken_ = "a message of " + rank + ": " + found;
+  flight.cancel();
+  throw Error(ErrorInfo{.code = ErrorCode::kMismatch,
+                        .what = "A message between two ranks is not what was expected.",
+                        .entry = call,
+                        .expected = std::to_string(flight.sizes[which]) + " bytes from " + rank,
+                        .found = found,
+                        .next = "compare the layouts that the two ranks compute"});
+}
+
+void MpiTransport::give_up(Flight& flight, const std::string& call) {
+  const std::string missing = flight.missing();
+  broken_ = missing + " did not answer";
+  flight.cancel();
+  const std::string seconds = std::to_string(timeout_.count() / 1000) + " s";
+  throw Error(ErrorInfo{
+      .code = ErrorCode::kInterrupted,
+      .what = "Rank " + std::to_string(rank_) + " waited " + seconds + " for " + missing + ".",
+      .entry = call,
+      .expected = "every rank calls the same in the same order, and in time",
+      .found = "no answer of " + missing,
+      .next = "look for what stopped " + missing +
+              ": its own message, its machine, or a condition that took it another way"});
 }
 
 }  // namespace isoshard::reshard

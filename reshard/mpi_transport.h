@@ -45,6 +45,12 @@ class MpiTransport {
   [[noreturn]] void abort(int status);
 
  private:
+  struct Flight;
+  void finish(Flight& flight, const std::string& call);
+  [[noreturn]] void refuse(Flight& flight, size_t which, const std::string& found,
+                           const std::string& call);
+  [[noreturn]] void give_up(Flight& flight, const std::string& call);
+
   std::chrono::milliseconds timeout_;
   int rank_ = 0, size_ = 1, tags_ = 0;
   bool ours_ = false;   // MPI was started here

@@ -11,17 +11,26 @@
 namespace isoshard::reshard {
 
 struct OtherTag {
+  enum class State {
+    kWhole,    // doctor finds nothing, and files and sizes are the manifest's; payloads are unread
+    kNot,      // `found` says why
+    kUnknown,  // it could not be looked at
+  };
   std::string tag;
-  bool whole = false;  // every header is there and they agree; payloads were not read
-  std::string found;   // its form, or why it is not whole
+  State state = State::kNot;
+  std::string found;  // the form of a whole one
 };
 
-// From the newest on, by the last number in a tag's name, down to the first that is whole; without
-// `except`. At most 16. Empty where `source` is no save folder, or may not be listed.
+// By the last number in a tag's name, the highest first, down to the first that is whole; without
+// `except`, names that --tag does not take, and folders with tags of their own. At most 16. Empty
+// where `source` may not be listed.
 std::vector<OtherTag> other_tags(Storage& storage, const std::string& source,
                                  const std::string& except, const checkpoint::ReadOptions& options);
 
 // A paragraph for a person; empty if there are none.
-std::string tell(const std::string& source, const std::vector<OtherTag>& tags);
+std::string tell(const std::vector<OtherTag>& tags);
+
+// The folder with `latest` that SOURCE means: itself, or the only one below it; else empty.
+std::string save_folder_of(Storage& storage, const std::string& source);
 
 }  // namespace isoshard::reshard

@@ -158,9 +158,11 @@ void Verifier::tell_leftovers() {
 }
 
 void Verifier::tell_other_tags() {
-  const std::string folder = place_.folder.empty() ? source_ : place_.save_folder;
+  const bool found = !place_.folder.empty();
+  const std::string folder = found ? place_.save_folder : save_folder_of(storage_, source_);
   if (folder.empty()) return;
-  const std::string text = tell(folder, other_tags(storage_, folder, place_.tag, options_.read));
+  state_.reset();  // nothing asks for it any more
+  const std::string text = tell(other_tags(storage_, folder, place_.tag, options_.read));
   if (!text.empty()) result_.notices.push_back(text);
 }
 

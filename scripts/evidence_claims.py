@@ -25,7 +25,7 @@ SAMPLED = 365
 def torn_save(bench, folder):
     told = bench.real("torn_save", folder)
     bench.expect(1, ("INCOMPLETE", told["shard"]), "verify", told["save"])
-    bench.expect(1, ("torn-publication", told["shard"], '--tag "global_step1"'),
+    bench.expect(1, ("torn-publication", told["shard"], 'whole is "global_step1"'),
                  "doctor", told["save"])
     bench.expect(0, ("COMPLETE", "global_step1"), "verify", told["save"], "--tag", "global_step1")
     bench.unit("Engine.AFaultAtEveryPointOfASaveLeavesOldOrNew",

@@ -11,7 +11,6 @@ Not verified: faults that no file shows (the rank order at stage 3 without archi
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import doctor_faults as faults  # noqa: E402
 import hostile as h  # noqa: E402
 from doctor_case import FIGURES, Case  # noqa: E402
 from doctor_clean import Sweep  # noqa: E402, F401
+from doctor_split import Split  # noqa: E402, F401
 from doctor_tags import Tags  # noqa: E402, F401
 from program_case import CONFIG, run_tests  # noqa: E402
 
@@ -314,37 +314,6 @@ class Files(Case):
                     self.ill("stale-tail", source, words=(each, f"head -c {len(new)}"))
                     path.write_bytes(path.read_bytes()[: len(new)])
                     self.well(source)
-
-    def test_an_end_that_was_appended_to_the_older_file(self):
-        """E11: blocks are written over the older file, of any length; what fills none goes behind
-        its end."""
-        for name in self.RECORDINGS:
-            for each in sorted(path.name for path in self.copy(name)[1].glob("*.pt")):
-                source, tag = self.copy(name)
-                path, new = tag / each, (tag / each).read_bytes()
-                for old in (faults.longer(path), new, new[:-1] + b"x", bytes(len(new))):
-                    for block in (512, 1536, 4096):
-                        if len(new) < block:
-                            continue
-                        with self.subTest(recording=name, file=each, block=block, old=len(old)):
-                            path.write_bytes(old)
-                            faults.append_end(path, new, block)
-                            found = self.ill("stale-tail", source, words=(each, "two pieces"))
-                            front, back = map(int, re.search(r"head -c (\d+), then tail -c (\d+)",
-                                                             found[0]["next"]).groups())
-                            data = path.read_bytes()
-                            self.assertEqual(data[:front] + data[-back:], new)
-
-    def test_an_end_that_does_not_fit_is_not_called_so(self):
-        source, tag = self.copy()
-        path = sorted(tag.glob("*optim*"))[1]
-        new = path.read_bytes()
-        for at in (len(new) // 512 * 512, len(new) - 200, len(new) - 60, len(new) - 6):
-            with self.subTest(at=at):
-                faults.append_end(path, new[:at] + bytes([new[at] ^ 1]) + new[at + 1:], 512)
-                told = self.doctor(1, source)[0]
-                self.assertNotIn("two pieces", json.dumps(told))
-                path.write_bytes(new)
 
     def test_an_archive_that_was_appended_is_suspect(self):
         """Its directory counts from its own first byte, or from behind the first archive's end."""

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""mpi_contract.py PROGRAM: the contract of communicators over real processes (tests/mpi_contract.cc).
+"""mpi_contract.py PROGRAM: the contract of communicators over real processes.
 
-At 1 to 13 ranks, with and without comparing calls; and what is told, and how soon, of a rank that is
-stuck or dies. Python's standard library only. Status 77 where mpirun is not there. Not verified:
-several machines, and networks other than shared memory.
+PROGRAM is tests/mpi_contract.cc: at 1 to 13 ranks, with and without comparing calls; and what is
+told, and how soon, of a rank that is stuck or dies. Python's standard library only. Status 77 where
+mpirun is not there. Not verified: several machines, and networks other than shared memory.
 """
 
 import os

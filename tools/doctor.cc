@@ -58,7 +58,7 @@ void print_text(const Session& session, const std::string& source, const Diagnos
   print_part("form", diagnosis.description);
   for (const std::string& text : diagnosis.notices) print_part("notice", text);
   for (const std::string& text : diagnosis.not_looked) print_part("not looked", text);
-  print_part("other tags", reshard::tell(diagnosis.save_folder, diagnosis.other_tags));
+  print_part("other tags", reshard::tell(diagnosis.other_tags));
 }
 
 void print_diagnosis(const Session& session, const std::string& source,
@@ -72,7 +72,9 @@ void print_diagnosis(const Session& session, const std::string& source,
                            {"other_tags", nlohmann::json::array()},
                            {"findings", nlohmann::json::array()}};
   for (const reshard::OtherTag& tag : diagnosis.other_tags) {
-    object["other_tags"].push_back({{"tag", tag.tag}, {"whole", tag.whole}, {"found", tag.found}});
+    const char* states[] = {"whole", "not whole", "not looked at"};
+    object["other_tags"].push_back(
+        {{"tag", tag.tag}, {"state", states[static_cast<int>(tag.state)]}, {"found", tag.found}});
   }
   object["verdict"] = nullptr;
   if (!diagnosis.symptoms.empty()) object["verdict"] = name(worst_of(diagnosis));

@@ -44,13 +44,19 @@ SourcePlace tag_place(Storage& storage, const std::string& save_folder, const st
                       const std::string& from) {
   const std::string why = why_unsafe_name(tag);
   if (!why.empty() && !mutant("latest_escapes")) {
-    const bool lost = tag.find_first_not_of('\0') == tag.npos;  // nothing of it reached the disk
-    throw Error(ErrorInfo{.code = lost ? ErrorCode::kIncomplete : ErrorCode::kHostile,
-                          .what = "The tag in " + from + " cannot be used: " + why + ".",
-                          .file = join(save_folder, from),
-                          .expected = "the name of a tag folder",
-                          .found = quote(tag) + ", " + std::to_string(tag.size()) + " bytes",
-                          .next = "name one with --tag; " + tags_told(storage, save_folder)});
+    const bool zeros = !tag.empty() && tag.find_first_not_of('\0') == tag.npos;
+    throw Error(
+        ErrorInfo{.code = zeros || tag.empty() ? ErrorCode::kIncomplete : ErrorCode::kHostile,
+                  .what = "The tag in " + from + " cannot be used: " +
+                          (zeros ? "it is zeros, which is what a file has whose bytes never "
+                                   "reached the disk"
+                                 : why) +
+                          ".",
+                  .file = join(save_folder, from),
+                  .expected = "the name of a tag folder",
+                  .found = zeros ? std::to_string(tag.size()) + " zeros"
+                                 : quote(tag) + ", " + std::to_string(tag.size()) + " bytes",
+                  .next = "name one with --tag; " + tags_told(storage, save_folder)});
   }
   SourcePlace place{.kind = SourcePlace::Kind::kZero,
                     .folder = join(save_folder, tag),
@@ -120,15 +126,22 @@ SourcePlace weights_place(const std::string& folder, const std::vector<Directory
 
 }  // namespace
 
-std::vector<std::string> tags_in(Storage& storage, const std::string& save_folder) {
+std::vector<std::string> tags_in(Storage& storage, const std::string& save_folder, bool links) {
   std::vector<std::string> names;
   for (const DirectoryEntry& entry : storage.list(save_folder)) {
-    if (entry.kind != DirectoryEntry::Kind::kDirectory || entry.name[0] == '.') continue;
     const std::string path = join(save_folder, entry.name);
-    const std::vector<DirectoryEntry> inside = storage.list(path);
-    const bool pointer = storage.is_file(join(path, "latest"));
-    if (pointer || has_zero_files(inside) || has_folder(inside, "zero"))
-      names.push_back(entry.name);
+    const bool folder =
+        entry.kind == DirectoryEntry::Kind::kDirectory ||
+        (links && entry.kind == DirectoryEntry::Kind::kOther && storage.is_directory(path));
+    if (!folder || entry.name[0] == '.') continue;
+    try {
+      const std::vector<DirectoryEntry> inside = storage.list(path);
+      const bool pointer = storage.is_file(join(path, "latest"));
+      if (pointer || has_zero_files(inside) || has_folder(inside, "zero"))
+        names.push_back(entry.name);
+    } catch (const Error& error) {  // lost+found of another user, for one
+      if (error.info().code != ErrorCode::kPermission) throw;
+    }
   }
   return names;
 }

@@ -24,8 +24,10 @@ struct SourcePlace {
 SourcePlace resolve_source(Storage& storage, const std::string& path, const std::string& tag);
 
 // Folders of a save folder that look like tags, or like folders that hold one (a pointer file is
-// there), by name.
-std::vector<std::string> tags_in(Storage& storage, const std::string& save_folder);
+// there), by name; links to folders only with `links`. Those that this user may not list are passed
+// over.
+std::vector<std::string> tags_in(Storage& storage, const std::string& save_folder,
+                                 bool links = false);
 
 // What `latest` or `latest_universal` says, without blanks at both ends.
 std::string pointer_text(Storage& storage, const std::string& path);
