@@ -1,4 +1,4 @@
-"""Files whose end was appended behind an older one (E11 of docs/EVIDENCE.md), for `isoshard doctor`.
+"""Files whose end was appended behind an older one (E11 of docs/EVIDENCE.md): `isoshard doctor`.
 
 A part of tests/doctor.py. Python's standard library only. Not verified: blocks of other sizes than
 a few sectors or a power of two up to 1 MiB; files of more than 1 GiB.
