@@ -13,6 +13,9 @@ class CrcSum {
   void add(const CrcPolynomial& polynomial, uint64_t raw, int64_t bytes_after) {
     if (raw != 0) sum_.fetch_xor(polynomial.shift(raw, bytes_after), std::memory_order_relaxed);
   }
+  // The sum as a word: those of disjoint pieces add up by XOR.
+  uint64_t word() const { return sum_.load(std::memory_order_relaxed); }
+  void set_word(uint64_t word) { sum_.store(word, std::memory_order_relaxed); }
   uint64_t finish(const CrcPolynomial& polynomial, int64_t bytes_total) const {
     return polynomial.finish(sum_.load(std::memory_order_relaxed), bytes_total);
   }

@@ -20,6 +20,7 @@
 #include "core/threads.h"
 #include "reshard/crc_sum.h"
 #include "reshard/target_pool.h"
+#include "reshard/team.h"
 
 namespace isoshard::reshard {
 namespace {
@@ -142,11 +143,15 @@ class Executor {
 
   StreamResult run() {
     prepare();
-    for (const Transfer& transfer : plan_.transfers)
-      pool_.announce(transfer.target_file, transfer.size_bytes);
-    pool_.finish_untouched();
-    work_through();
-    check_records();
+    if (options_.team == nullptr) {
+      for (const Transfer& transfer : plan_.transfers)
+        pool_.announce(transfer.target_file, transfer.size_bytes);
+      pool_.finish_untouched();
+      work_through();
+      check_records();
+    } else {
+      work_in_team(*options_.team);
+    }
     StreamResult result;
     result.leaves.resize(state_.leaves.size());
     for (int number : options_.digest) {
@@ -169,6 +174,12 @@ class Executor {
     result.files = pool_.hashes();
     result.bytes_read = bytes_read_;
     result.bytes_written = pool_.bytes_written();
+    if (options_.team != nullptr) {
+      std::vector<int64_t> counts = {result.bytes_read, result.bytes_written};
+      sum_over(*options_.team, &counts);
+      result.bytes_read = counts[0];
+      result.bytes_written = counts[1];
+    }
     result.resumed = pool_.resumed();
     return result;
   }
@@ -180,6 +191,9 @@ class Executor {
   int64_t chunk_end(int file, int64_t at, int64_t end) const;
   void add_chunks(int file, const Ranges& ranges);
   void work_through();
+  void work_in_team(Communicator& team);
+  void keep_own_chunks(const Communicator& team);
+  void join_sums(Communicator& team, std::vector<CrcSum*> sums);
   size_t take_chunk(bool from_front);
   void work(bool from_front, std::exception_ptr* failure, size_t* failed_at);
   void process(const Chunk& chunk, Buffers* buffers);
@@ -350,6 +364,59 @@ void Executor::work_through() {
   const size_t first =
       static_cast<size_t>(std::min_element(failed_at.begin(), failed_at.end()) - failed_at.begin());
   if (failures[first] && !mutant("worker_failure_lost")) std::rethrow_exception(failures[first]);
+}
+
+// A run of chunks with a share of all bytes: neighbouring bytes mostly go to neighbouring places.
+void Executor::keep_own_chunks(const Communicator& team) {
+  const int64_t ranks = team.size(), rank = team.rank();
+  std::vector<Chunk> own;
+  int64_t before = 0, bytes = 0;
+  for (const Chunk& chunk : chunks_) {
+    // The rank whose share the chunk's first byte lies in. Shares are of less than 2^63 / ranks.
+    const int64_t owner = std::min(ranks - 1, before / std::max<int64_t>(1, bytes_total_ / ranks));
+    const int64_t size = chunk.end - chunk.begin;
+    before += size;
+    if (owner != rank) continue;
+    own.push_back(chunk);
+    bytes += size;
+  }
+  chunks_ = std::move(own);
+  bytes_total_ = bytes;
+}
+
+void Executor::join_sums(Communicator& team, std::vector<CrcSum*> sums) {
+  std::vector<uint64_t> words;
+  for (const CrcSum* sum : sums) words.push_back(sum->word());
+  xor_over(team, &words);
+  for (size_t i = 0; i < sums.size(); ++i) sums[i]->set_word(words[i]);
+}
+
+// Each phase ends on all ranks or fails on all.
+void Executor::work_in_team(Communicator& team) {
+  CHECK(!options_.resume, "a team does not resume");
+  keep_own_chunks(team);
+  together(team, [&] { pool_.make_own(); });
+  pool_.take_all_as_made();
+  together(team, [&] {
+    work_through();
+    pool_.settle();
+  });
+  std::vector<CrcSum*> sums = pool_.storage_sums();
+  for (CrcSum& sum : leaf_ecma_) sums.push_back(&sum);
+  for (CrcSum& sum : leaf_jones_) sums.push_back(&sum);
+  for (const auto& sum : record_sums_) sums.push_back(sum.get());
+  std::vector<int64_t> broken;
+  for (CastSum& sum : cast_sums_) {
+    sums.push_back(&sum.ecma);
+    sums.push_back(&sum.jones);
+    broken.push_back(sum.whole ? 0 : 1);
+  }
+  join_sums(team, std::move(sums));
+  sum_over(team, &broken);
+  for (size_t i = 0; i < cast_sums_.size(); ++i) cast_sums_[i].whole = broken[i] == 0;
+  check_records();
+  together(team, [&] { pool_.finish_own(); });
+  join_sums(team, pool_.file_sums());
 }
 
 void Executor::process(const Chunk& chunk, Buffers* buffers) {

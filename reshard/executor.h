@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/communicator.h"
 #include "reshard/plan.h"
 
 namespace isoshard::reshard {
@@ -41,6 +42,10 @@ struct StreamOptions {
   // Leaves in `digest`, each once at most, whose CRC after a cast is taken too.
   std::vector<LeafCast> casts;
   std::vector<int> whole_files;  // source files that are read whole, for their CRC
+  // Ranks that share the work, on a file system that all see: each reads a part of the source's
+  // bytes and writes them where they belong, and all get the same result. Each gives the same
+  // options but `workers` and `progress`, which is of its own part. Not with `resume`.
+  Communicator* team = nullptr;
   std::function<void(int64_t done, int64_t total)> progress;  // called a few times a second
 };
 

@@ -150,7 +150,10 @@ void TargetPool::evict() {
       target.open = nullptr;
     }
   }
-  for (const auto& file : closing) file->close();
+  for (const auto& file : closing) {
+    if (options_.team != nullptr) file->sync();
+    file->close();
+  }
 }
 
 void TargetPool::write_literal(int number, ComparedFile& file, const Literal& literal) {
@@ -206,7 +209,57 @@ void TargetPool::add_to_sums(const Piece& piece) {
                    layout.size_bytes() - end + mutant("file_hash_shifted"));
 }
 
+bool TargetPool::is_own(size_t target) const {
+  return target % static_cast<size_t>(options_.team->size()) ==
+         static_cast<size_t>(options_.team->rank());
+}
+
+void TargetPool::make_own() {
+  for (size_t i = 0; i < targets_.size(); ++i) {
+    if (!is_own(i)) continue;
+    const std::lock_guard lock(targets_[i].mutex);
+    acquire(static_cast<int>(i));
+    close(static_cast<int>(i), true);
+  }
+}
+
+void TargetPool::take_all_as_made() {
+  for (Target& target : targets_) target.created = true;
+}
+
+// Another rank may be on another machine, which sees what is on the disk.
+void TargetPool::settle() {
+  for (size_t i = 0; i < targets_.size(); ++i) {
+    const std::lock_guard lock(targets_[i].mutex);
+    if (targets_[i].open != nullptr) close(static_cast<int>(i), true);
+  }
+}
+
+void TargetPool::finish_own() {
+  for (size_t i = 0; i < targets_.size(); ++i) {
+    if (is_own(i)) finish(static_cast<int>(i));
+  }
+}
+
+std::vector<CrcSum*> TargetPool::storage_sums() {
+  std::vector<CrcSum*> sums;
+  for (Target& target : targets_) {
+    for (CrcSum& sum : target.storages) sums.push_back(&sum);
+  }
+  return sums;
+}
+
+std::vector<CrcSum*> TargetPool::file_sums() {
+  std::vector<CrcSum*> sums;
+  for (Target& target : targets_) {
+    sums.push_back(&target.ecma);
+    sums.push_back(&target.jones);
+  }
+  return sums;
+}
+
 void TargetPool::done(int target, int64_t bytes) {
+  if (options_.team != nullptr) return;
   if ((targets_[static_cast<size_t>(target)].pending -= bytes) == 0) finish(target);
 }
 
@@ -221,7 +274,14 @@ void TargetPool::finish(int number) {
     crcs.push_back(static_cast<uint32_t>(target.storages[i].finish(crc32_polynomial(), bytes)));
   }
   for (const Literal& literal : layout.closing(crcs)) write_literal(number, *file, literal);
-  if (options_.sync_files) file->sync();
+  close(number, options_.sync_files || options_.team != nullptr);
+}
+
+// The target's mutex is held.
+void TargetPool::close(int number, bool sync) {
+  Target& target = targets_[static_cast<size_t>(number)];
+  const std::shared_ptr<ComparedFile> file = target.open;
+  if (sync) file->sync();
   {
     const std::lock_guard list_lock(mutex_);
     open_.remove(number);

@@ -1,8 +1,10 @@
 // The files being written: created when first touched, a bounded number open at a time, finished
-// (descriptors, directory, CRCs) when their last transfer is done. With StreamOptions::resume,
-// files of an interrupted run may lie there: each is made to have its size, the dead run's bytes
-// are made durable and dropped from memory, so that comparing sees what the disk has, and every
-// byte of it is compared, also those that no piece and no literal covers, which must be zeros.
+// (descriptors, directory, CRCs) when their last transfer is done. With StreamOptions::team ranks
+// take turns: each file is made by one rank, filled by all, and finished by the one that made it.
+// With StreamOptions::resume, files of an interrupted run may lie there: each is made to have its
+// size, the dead run's bytes are made durable and dropped from memory, so that comparing sees what
+// the disk has, and every byte of it is compared, also those that no piece and no literal covers,
+// which must be zeros.
 #pragma once
 
 #include <atomic>
@@ -29,6 +31,17 @@ class TargetPool {
     targets_[static_cast<size_t>(target)].pending += bytes;
   }
   void finish_untouched();  // targets without any piece
+
+  // With a team, instead of the two above and of done(), in this order, with a word of all ranks
+  // between each: this rank makes its files; all files are there, and pieces may be written; what
+  // this rank has written is durable; its files are finished, by sums that are those of all.
+  void make_own();
+  void take_all_as_made();
+  void settle();
+  void finish_own();
+  // Sums of storages, and behind finish_own() those of whole files, in one order on all ranks.
+  std::vector<CrcSum*> storage_sums();
+  std::vector<CrcSum*> file_sums();
 
   // One piece of a storage: bytes and their raw CRCs; `zero` pieces stay holes.
   struct Piece {
@@ -75,6 +88,8 @@ class TargetPool {
   void add_to_sums(const Piece& piece);
   void count(int target, const ComparedFile::Found& found);
   void finish(int target);
+  void close(int target, bool sync);
+  bool is_own(size_t target) const;
   void evict();
 
   Storage& storage_;
