@@ -20,6 +20,7 @@
 #include "reshard/published_target.h"
 #include "reshard/report_text.h"
 #include "reshard/source_manifest.h"
+#include "reshard/team.h"
 
 namespace isoshard::reshard {
 
@@ -147,7 +148,14 @@ class Conversion {
         state_(state),
         plan_(plan),
         options_(options),
-        staged_(storage, options.target, options.overwrite, taken(options.leftover)) {}
+        team_(options.stream.team) {
+    CHECK(team_ == nullptr || !options.resume, "a team does not resume");
+    on_first_rank(team_, [&] {
+      staged_.emplace(storage, options.target, options.overwrite, taken(options.leftover));
+      path_ = staged_->path();
+    });
+    if (team_ != nullptr) broadcast_text(*team_, &path_);
+  }
 
   ConvertResult run() {
     try {
@@ -156,13 +164,13 @@ class Conversion {
       if (error.info().code == ErrorCode::kInterrupted) tell_how_to_go_on(error);
       throw;
     }
-    move_pointer();
+    on_first_rank(team_, [&] { move_pointer(); });
     return std::move(result_);
   }
 
  private:
   void write_and_publish() {
-    if (staged_.in_place()) {
+    if (staged_ && staged_->in_place()) {
       phase(
           "Folders cannot be renamed here: files get their final names, MANIFEST.json comes last");
     }
@@ -172,29 +180,42 @@ class Conversion {
     stream.digest = digested_leaves(
         state_, options_.weights_only ? Sections::kWeightsAndBuffers : Sections::kAll);
     stream.sync_files = syncs_each_file();
-    if (staged_.resumed()) take_up(&stream);
-    Agreement agreement(state_);
-    SourceManifest manifest(storage_, state_);
+    if (staged_ && staged_->resumed()) take_up(&stream);
     const bool look = options_.doubt != ConvertOptions::Doubt::kDoNotLook;
-    if (look) {
-      agreement.ask(&stream);
-      manifest.ask(!options_.weights_only, &stream);
-    }
-    result_.stream = execute(storage_, state_, plan_, staged_.path(), stream);
+    std::optional<Agreement> agreement;
+    std::optional<SourceManifest> manifest;
+    on_each_rank(team_, [&] {
+      if (!look) return;
+      agreement.emplace(state_).ask(&stream);
+      manifest.emplace(storage_, state_).ask(!options_.weights_only, &stream);
+    });
+    result_.stream = execute(storage_, state_, plan_, path_, stream);
     result_.forced = options_.forced;
-    if (look) {
+    on_each_rank(team_, [&] {
+      if (!look) return;
       doubt("The source is not as its MANIFEST.json says. ",
-            manifest.judge(stream, result_.stream));
-      doubt("The source does not agree with itself. ", agreement.judge(stream, result_.stream));
-    }
+            manifest->judge(stream, result_.stream));
+      doubt("The source does not agree with itself. ", agreement->judge(stream, result_.stream));
+    });
     result_.source = make_digest(state_, result_.stream.leaves);
     if (options_.verify != VerifyMode::kStream)
       read_back();
     else
       trust_stream();
-    write_papers();
-    phase("Publishing " + options_.target);
-    staged_.publish();
+    on_first_rank(team_, [&] {
+      write_papers();
+      phase("Publishing " + options_.target);
+      staged_->publish();
+    });
+    share_certificate();
+  }
+
+  // The first rank alone has written it.
+  void share_certificate() {
+    if (team_ == nullptr) return;
+    std::string text = result_.certificate.dump();
+    broadcast_text(*team_, &text);
+    result_.certificate = json::parse(text);
   }
 
   bool syncs_each_file() const { return plan_.targets.size() <= 64; }
@@ -203,27 +224,27 @@ class Conversion {
   void take_up(StreamOptions* stream) {
     std::set<std::string> files;
     for (const TargetFile& target : plan_.targets) files.insert(target.path());
-    const int64_t removed = checkpoint::keep_only(storage_, staged_.path(), files);
+    const int64_t removed = checkpoint::keep_only(storage_, path_, files);
     phase("Going on from what an interrupted command has left" +
           (removed == 0
                ? ""
                : "; removed from it what is no file of this one: " + std::to_string(removed)));
-    storage_.sync_everything(staged_.path());  // at once, where each file by itself takes longer
+    storage_.sync_everything(path_);  // at once, where each file by itself takes longer
     stream->resume = result_.resumed = true;
   }
 
   [[noreturn]] void tell_how_to_go_on(const Error& error) {
     ErrorInfo info = error.info();
-    if (staged_.in_place()) throw Error(std::move(info));
+    if (!staged_ || staged_->in_place()) throw Error(std::move(info));
     if (!options_.resume || !has_written()) {
       info.next =
           "give the same command again; it starts from the beginning. One with --resume "
           "keeps what it has written when it is interrupted";
       throw Error(std::move(info));
     }
-    staged_.keep();
-    info.safe = "nothing was published; the source was only read; what was written lies in " +
-                quote(staged_.path());
+    staged_->keep();
+    info.safe =
+        "nothing was published; the source was only read; what was written lies in " + quote(path_);
     info.next = "give the same command again, with --resume: it goes on from there";
     throw Error(std::move(info));
   }
@@ -231,7 +252,7 @@ class Conversion {
   // Whether a file of the plan is there: without one there is nothing to go on from.
   bool has_written() const {
     return std::ranges::any_of(plan_.targets, [&](const TargetFile& target) {
-      return storage_.is_file(staged_.path() + "/" + target.path());
+      return storage_.is_file(path_ + "/" + target.path());
     });
   }
 
@@ -295,12 +316,14 @@ class Conversion {
 
   void reread() {
     phase("Reading the output once more and comparing its digest");
-    if (options_.verify == VerifyMode::kDisk) {
-      for (const TargetFile& target : plan_.targets)
-        storage_.drop_cache(staged_.path() + "/" + target.path());
-    }
-    ShardedState target = checkpoint::read_checkpoint(
-        storage_, staged_.path(), {.tag = "", .param_order = "", .lost_experts = true});
+    ShardedState target;
+    on_each_rank(team_, [&] {
+      for (const TargetFile& file : plan_.targets) {
+        if (options_.verify == VerifyMode::kDisk) storage_.drop_cache(path_ + "/" + file.path());
+      }
+      target = checkpoint::read_checkpoint(storage_, path_,
+                                           {.tag = "", .param_order = "", .lost_experts = true});
+    });
     // A later reader learns them from the certificate, which is not written yet.
     if (target.flavour == Flavour::kWeights) {
       checkpoint::name_buffers(&target,
@@ -310,11 +333,14 @@ class Conversion {
     stream.digest = digested_leaves(target);
     stream.whole_files = every_file(target);
     const StreamResult read = digest_leaves(storage_, target, stream);
-    result_.target = make_digest(target, read.leaves);
-    const FileCrcs whole = file_crcs(target, stream, read);
-    for (const FileHash& file : result_.stream.files) check_file(file, whole);
-    sections_ = compare_sections(state_, result_.source, target, result_.target, options_.dropped);
-    check_missing();
+    on_each_rank(team_, [&] {
+      result_.target = make_digest(target, read.leaves);
+      const FileCrcs whole = file_crcs(target, stream, read);
+      for (const FileHash& file : result_.stream.files) check_file(file, whole);
+      sections_ =
+          compare_sections(state_, result_.source, target, result_.target, options_.dropped);
+      check_missing();
+    });
   }
 
   // A tensor may be missing only where the plan said so.
@@ -336,7 +362,7 @@ class Conversion {
     if (const auto crc = whole.find(file.path); crc != whole.end()) {
       found = crc->second;
     } else {  // a small text file that no reader opens
-      const std::string text = read_small_file(storage_, staged_.path() + "/" + file.path, 1 << 28);
+      const std::string text = read_small_file(storage_, path_ + "/" + file.path, 1 << 28);
       checkpoint::RawCrcs crcs;
       crcs.update(std::as_bytes(std::span(text)));
       const auto bytes = static_cast<int64_t>(text.size());
@@ -384,13 +410,13 @@ class Conversion {
     for (const FileHash& file : result_.stream.files) {
       manifest.files.push_back(manifest_file(file));
     }
-    checkpoint::write_new_file(storage_, staged_.path() + "/certificate.json", text);
-    staged_.settle();
+    checkpoint::write_new_file(storage_, path_ + "/certificate.json", text);
+    staged_->settle();
     // A long sync comes before the manifest: who is killed in it can be gone on from.
-    if (!staged_.in_place() && !syncs_each_file()) storage_.sync_everything(staged_.path());
+    if (!staged_->in_place() && !syncs_each_file()) storage_.sync_everything(path_);
     manifest.files.push_back({"certificate.json", static_cast<int64_t>(text.size()),
                               "sha256:" + checkpoint::sha256_hex(text)});
-    checkpoint::write_new_file(storage_, staged_.path() + "/" + checkpoint::kManifestName,
+    checkpoint::write_new_file(storage_, path_ + "/" + checkpoint::kManifestName,
                                checkpoint::to_json(manifest));
     result_.certificate = std::move(certificate);
   }
@@ -399,7 +425,9 @@ class Conversion {
   const ShardedState& state_;
   const ReshardPlan& plan_;
   const ConvertOptions& options_;
-  checkpoint::StagedFolder staged_;
+  Communicator* team_;                              // null: this process alone
+  std::optional<checkpoint::StagedFolder> staged_;  // of the first rank
+  std::string path_;                                // its folder
   ConvertResult result_;
   json sections_ = json::object();
 };

@@ -49,9 +49,10 @@ struct ConvertResult {
   nlohmann::json certificate;
 };
 
-// Publishes the plan's files as options.target, or nothing. Throws Error(kMismatch) when what was
-// written is not what was read (nothing is published then). `sections` are compared by cast rules:
-// a section is "equal", "cast" or "absent".
+// Publishes the plan's files as options.target, or nothing. With options.stream.team all its ranks
+// call it, and get the same result; the first one alone stages and publishes. Throws
+// Error(kMismatch) when what was written is not what was read (nothing is published then).
+// `sections` are compared by cast rules: a section is "equal", "cast" or "absent".
 ConvertResult convert(Storage& storage, const checkpoint::ShardedState& state,
                       const ReshardPlan& plan, const ConvertOptions& options);
 

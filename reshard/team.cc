@@ -44,6 +44,13 @@ void sum_over(Communicator& team, std::vector<int64_t>* numbers) {
   team.all_reduce(buffer(std::span<int64_t>(*numbers)), Reduction::kSum);
 }
 
+void broadcast_text(Communicator& team, std::string* text) {
+  auto size = static_cast<int64_t>(text->size());
+  team.broadcast(buffer(std::span<int64_t>(&size, 1)), 0);
+  text->resize(static_cast<size_t>(size));
+  team.broadcast({DType::kUInt8, reinterpret_cast<std::byte*>(text->data()), size}, 0);
+}
+
 void agree(Communicator& team, const std::exception_ptr& failure) {
   constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
   int64_t first = failure ? -static_cast<int64_t>(team.rank()) : kNone;

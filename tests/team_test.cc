@@ -14,6 +14,7 @@
 #include "checkpoint/memory_storage.h"
 #include "checkpoint/posix_storage.h"
 #include "core/error.h"
+#include "reshard/convert.h"
 #include "reshard/digest.h"
 #include "reshard/executor.h"
 #include "reshard/manifest_check.h"
@@ -161,6 +162,91 @@ TEST(Team, AFailureOfOneIsToldByAll) {
     }
   }
   EXPECT_GT(failures, 20);
+}
+
+ConvertOptions conversion(Communicator* team) {
+  ConvertOptions options{.target = "/t/universal", .stream = {.workers = 1, .team = team}};
+  options.latest_path = "/t/latest_universal";
+  options.latest_text = "universal";
+  options.certificate = {{"program", "a test"}};
+  return options;
+}
+
+// Every file of a folder, by its path.
+void collect(Storage& disk, const std::string& folder, std::map<std::string, std::string>* files) {
+  for (const DirectoryEntry& entry : disk.list(folder)) {
+    const std::string path = folder + "/" + entry.name;
+    if (entry.kind == DirectoryEntry::Kind::kDirectory)
+      collect(disk, path, files);
+    else
+      (*files)[path] = read_small_file(disk, path, 1 << 30);
+  }
+}
+
+TEST(Team, PublishesWhatOnePublishesAlone) {
+  PosixStorage traces;
+  for (const char* name : {"z1_bf16_dp2", "z3_bf16_dp3", "autotp_z1_tp2_dp2"}) {
+    SCOPED_TRACE(name);
+    const ShardedState state = checkpoint::read_checkpoint(
+        traces, std::string(ISOSHARD_TRACES) + "/deepspeed/" + name + "/ckpt", {});
+    const ReshardPlan plan = std::move(plans_of(state)[0]);
+    MemoryStorage alone;
+    alone.make_directory("/t");
+    convert(alone, state, plan, conversion(nullptr));
+    std::map<std::string, std::string> expected;
+    collect(alone, "/t", &expected);
+    for (const int ranks : kRanks) {
+      MemoryStorage disk;
+      disk.make_directory("/t");
+      sim::Cluster cluster({.data = ranks});
+      cluster.run([&](sim::Rank& rank) {
+        convert(disk, state, plan, conversion(&rank.group(GroupKind::kWorld)));
+      });
+      std::map<std::string, std::string> found;
+      collect(disk, "/t", &found);
+      EXPECT_EQ(found, expected) << ranks << " ranks";
+    }
+  }
+}
+
+// A rank that fails at any call: the target is absent, or it is whole, and then the first rank
+// alone may have failed, behind the last rename.
+TEST(Team, PublishesNothingWhereARankFails) {
+  PosixStorage traces;
+  const ShardedState state = checkpoint::read_checkpoint(
+      traces, std::string(ISOSHARD_TRACES) + "/deepspeed/z1_bf16_dp2/ckpt", {});
+  const ReshardPlan plan = std::move(plans_of(state)[0]);
+  MemoryStorage alone;
+  alone.make_directory("/t");
+  convert(alone, state, plan, conversion(nullptr));
+  std::map<std::string, std::string> expected;
+  collect(alone, "/t/universal", &expected);
+  int absent = 0, whole = 0;
+  for (int64_t at = 0; at < 2400; at += 29) {
+    for (int bad = 0; bad < 3; ++bad) {
+      MemoryStorage disk;
+      disk.make_directory("/t");
+      int failed = 0;
+      sim::Cluster cluster({.data = 3});
+      cluster.run([&](sim::Rank& rank) {
+        FailingStorage mine(disk, {.at = rank.number() == bad ? at : -1, .error = EIO});
+        try {
+          convert(mine, state, plan, conversion(&rank.group(GroupKind::kWorld)));
+        } catch (const Error&) {
+          ++failed;
+        }
+      });
+      EXPECT_TRUE(failed == 0 || failed == 3) << failed << " ranks have told of it";
+      const bool there = disk.is_directory("/t/universal");
+      EXPECT_TRUE(there || failed == 3);
+      std::map<std::string, std::string> found;
+      if (there) collect(disk, "/t/universal", &found);
+      EXPECT_TRUE(found == (there ? expected : std::map<std::string, std::string>()));
+      (there ? whole : absent) += 1;
+    }
+  }
+  EXPECT_GT(absent, 20);
+  EXPECT_GT(whole, 20);
 }
 
 TEST(Team, WordsAreJoinedAtAnyNumberOfRanks) {
