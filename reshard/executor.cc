@@ -316,7 +316,7 @@ void Executor::keep_own_chunks(const Communicator& team) {
     const int64_t owner = std::min(ranks - 1, before / std::max<int64_t>(1, bytes_total_ / ranks));
     const int64_t size = chunk.end - chunk.begin;
     before += size;
-    if (owner != rank) continue;
+    if (owner != rank || (mutant("team_share_lost") && owner == ranks - 1)) continue;
     own.push_back(chunk);
     bytes += size;
   }
@@ -325,6 +325,7 @@ void Executor::keep_own_chunks(const Communicator& team) {
 }
 
 void Executor::join_sums(Communicator& team, std::vector<CrcSum*> sums) {
+  if (mutant("team_sums_unjoined")) return;
   std::vector<uint64_t> words;
   for (const CrcSum* sum : sums) words.push_back(sum->word());
   xor_over(team, &words);

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "core/error.h"
+#include "core/mutant.h"
 
 namespace isoshard::reshard {
 
@@ -56,7 +57,7 @@ void agree(Communicator& team, const std::exception_ptr& failure) {
   int64_t first = failure ? -static_cast<int64_t>(team.rank()) : kNone;
   team.all_reduce(buffer(std::span<int64_t>(&first, 1)), Reduction::kMax);
   if (failure) std::rethrow_exception(failure);
-  if (first == kNone) return;
+  if (first == kNone || mutant("team_failure_unheard")) return;
   const std::string rank = "rank " + std::to_string(-first);
   throw Error(ErrorInfo{.code = ErrorCode::kInterrupted,
                         .what = "Another rank could not go on: " + rank + ".",
