@@ -10,6 +10,7 @@
 
 #include "core/random.h"
 #include "reshard/mpi_world.h"
+#include "reshard/team.h"
 #include "tools/team.h"
 
 namespace isoshard::tools {
@@ -52,22 +53,40 @@ class MpiTeam : public Team {
   MpiTeam() : world_({.timeout = timeout()}) {}
   reshard::MpiWorld& world() { return world_; }
 
-  int end(int status) override { return come_together(0, nullptr) ? status : leave(kCouldNot); }
+  int end(int status) override {
+    std::vector<uint64_t> words;
+    const bool all_well = hear(nullptr);
+    if (!come_together(0, &words)) return leave(kCouldNot);
+    return all_well ? status : kCouldNot;
+  }
 
   int fail(int status, const ErrorInfo& error, const std::function<void()>& tell) override {
     const bool heard = error.what.starts_with("Another rank could not go on");
     std::vector<uint64_t> words;
     const uint64_t word = heard ? kHeard : word_of(error);
+    hear(std::make_exception_ptr(Error(error)));
     if (!come_together(word, &words)) {
       tell();
       return leave(status);
     }
-    if (!heard && (world_.rank() == 0 || words[0] != word)) tell();
+    const bool told = std::ranges::any_of(words, [](uint64_t each) { return each > kHeard; });
+    const bool first = world_.rank() == 0;
+    if (heard ? first && !told : first || words[0] != word) tell();
     return status;
   }
 
  private:
   static constexpr uint64_t kHeard = 2;  // of another's failure
+
+  // The others may be where ranks agree whether to go on (reshard/team.h): they learn it there.
+  bool hear(const std::exception_ptr& failure) {
+    try {
+      reshard::agree(world_.world(), failure);
+      return true;
+    } catch (const Error&) {
+      return false;
+    }
+  }
 
   // What each rank ends with; false where not all have come.
   bool come_together(uint64_t word, std::vector<uint64_t>* words) {
