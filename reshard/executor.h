@@ -44,7 +44,8 @@ struct StreamOptions {
   std::vector<int> whole_files;  // source files that are read whole, for their CRC
   // Ranks that share the work, on a file system that all see: each reads a part of the source's
   // bytes and writes them where they belong, and all get the same result. Each gives the same
-  // options but `workers` and `progress`, which is of its own part. Not with `resume`.
+  // options but `workers` and `progress`, which is of its own part. Not with `resume`. Whether all
+  // see the same files is the caller's to know: nothing here compares what ranks have opened.
   Communicator* team = nullptr;
   std::function<void(int64_t done, int64_t total)> progress;  // called a few times a second
 };

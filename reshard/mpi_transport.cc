@@ -18,8 +18,10 @@ struct MpiTransport::Flight {
   std::vector<MPI_Request> requests;
   std::vector<int> ranks;
   std::vector<int64_t> sizes;  // -1 for a send
+  std::vector<int> done;       // room for MPI's answers, as many as requests
+  std::vector<MPI_Status> statuses;
 
-  void add(MPI_Request request, int rank, int64_t size_bytes);
+  MPI_Request* add(int rank, int64_t size_bytes);  // room for it, before it is under way
   std::string missing() const;
   void cancel();
 };
@@ -54,10 +56,13 @@ void in_parts(int64_t size_bytes, const Post& post) {
 
 }  // namespace
 
-void MpiTransport::Flight::add(MPI_Request request, int rank, int64_t size_bytes) {
-  requests.push_back(request);
+MPI_Request* MpiTransport::Flight::add(int rank, int64_t size_bytes) {
+  done.resize(requests.size() + 1);
+  statuses.resize(requests.size() + 1);
   ranks.push_back(rank);
   sizes.push_back(size_bytes);
+  requests.push_back(MPI_REQUEST_NULL);
+  return &requests.back();
 }
 
 std::string MpiTransport::Flight::missing() const {
@@ -120,32 +125,41 @@ void MpiTransport::move(const std::vector<MpiSend>& sends, const std::vector<Mpi
                           .next = "start the job again"});
   }
   Flight flight;
+  try {
+    post(&flight, sends, receives, tag, until_received);
+  } catch (...) {  // half of it is under way, in buffers that are about to go
+    broken_ = "not all of its messages could be sent";
+    flight.cancel();
+    throw;
+  }
+  finish(flight, call);
+}
+
+void MpiTransport::post(Flight* flight, const std::vector<MpiSend>& sends,
+                        const std::vector<MpiReceive>& receives, int tag, bool until_received) {
   for (const MpiReceive& receive : receives) {
     in_parts(receive.size_bytes, [&](int64_t at, int count) {
-      MPI_Request request = MPI_REQUEST_NULL;
-      require(MPI_Irecv(receive.data + at, count, MPI_BYTE, receive.rank, tag, MPI_COMM_WORLD,
-                        &request),
-              "MPI_Irecv");
-      flight.add(request, receive.rank, count);
+      MPI_Request* const request = flight->add(receive.rank, count);
+      require(
+          MPI_Irecv(receive.data + at, count, MPI_BYTE, receive.rank, tag, MPI_COMM_WORLD, request),
+          "MPI_Irecv");
     });
   }
   for (const MpiSend& send : sends) {
     in_parts(send.size_bytes, [&](int64_t at, int count) {
-      MPI_Request request = MPI_REQUEST_NULL;
-      const auto post = until_received ? MPI_Issend : MPI_Isend;
-      require(post(send.data + at, count, MPI_BYTE, send.rank, tag, MPI_COMM_WORLD, &request),
+      MPI_Request* const request = flight->add(send.rank, -1);
+      const auto send_part = until_received ? MPI_Issend : MPI_Isend;
+      require(send_part(send.data + at, count, MPI_BYTE, send.rank, tag, MPI_COMM_WORLD, request),
               until_received ? "MPI_Issend" : "MPI_Isend");
-      flight.add(request, send.rank, -1);
     });
   }
-  finish(flight, call);
 }
 
 // Waits until all of a flight has landed.
 void MpiTransport::finish(Flight& flight, const std::string& call) {
   const Clock::time_point end = Clock::now() + timeout_;
-  std::vector<int> done(flight.requests.size());
-  std::vector<MPI_Status> statuses(flight.requests.size());
+  std::vector<int>& done = flight.done;
+  std::vector<MPI_Status>& statuses = flight.statuses;
   for (size_t left = flight.requests.size(), tries = 0; left > 0; ++tries) {
     int count = 0;
     const int status = MPI_Testsome(static_cast<int>(flight.requests.size()),

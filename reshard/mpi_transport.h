@@ -46,6 +46,8 @@ class MpiTransport {
 
  private:
   struct Flight;
+  void post(Flight* flight, const std::vector<MpiSend>& sends,
+            const std::vector<MpiReceive>& receives, int tag, bool until_received);
   void finish(Flight& flight, const std::string& call);
   [[noreturn]] void refuse(Flight& flight, size_t which, const std::string& found,
                            const std::string& call);

@@ -18,7 +18,6 @@
 #include "reshard/other_tags.h"
 #include "reshard/rank_values.h"
 #include "reshard/report_text.h"
-#include "reshard/team.h"
 #include "reshard/weights_inventory.h"
 
 namespace isoshard::reshard {
@@ -197,10 +196,7 @@ void Verifier::read_state() {
   checkpoint::ReadOptions read = options_.read;
   read.prove = false;  // compare_copies does it for every stage, and goes on after a difference
   read.workers = options_.stream.workers;
-  judging([&] {
-    on_each_rank(options_.stream.team,
-                 [&] { state_ = checkpoint::read_checkpoint(storage_, source_, read); });
-  });
+  judging([&] { state_ = checkpoint::read_checkpoint(storage_, source_, read); });
   if (!state_) return;
   describe();
   result_.files = static_cast<int64_t>(state_->files.size());

@@ -14,7 +14,6 @@
 #include "core/check.h"
 #include "core/error.h"
 #include "tools/session.h"
-#include "tools/team.h"
 #include "tools/version.h"
 
 namespace {
@@ -238,14 +237,7 @@ int run(int argc, char** argv, Session* session) {
   return session->status;
 }
 
-int report_bug(const std::string& what, isoshard::tools::Team* team) {
-  std::cerr << "isoshard: this is our own bug, please report this line:\n  " << what << "\n";
-  if (team == nullptr) return isoshard::tools::kOurBug;
-  return team->fail(isoshard::tools::kOurBug, {.what = what}, [] {});
-}
-
 int guarded_run(int argc, char** argv) {
-  std::unique_ptr<isoshard::tools::Team> team;  // outlives the session
   Session session;
   catch_signals();
   raise_file_limit();
@@ -268,34 +260,33 @@ int guarded_run(int argc, char** argv) {
     arguments.push_back(dry_run);
   }
   try {
-    isoshard::tools::join_team(argc, argv, &session, &team);
     const int status = run(static_cast<int>(arguments.size()), arguments.data(), &session);
     std::cout.flush();
-    if (std::cout) return team ? team->end(status) : status;
+    if (std::cout) return status;
     throw isoshard::Error(isoshard::ErrorInfo{
         .code = isoshard::ErrorCode::kNoSpace,
         .what = "The answer could not be written to the standard output.",
         .safe = "the source was only read; a target that was asked for is published",
         .next = "give it a place with room: a file on another disk, or a pipe that stays open"});
   } catch (const isoshard::Error& error) {
+    report(session, error);
     const int signal = isoshard::checkpoint::cancel_signal();
-    const bool interrupted =
-        error.info().code == isoshard::ErrorCode::kInterrupted && (signal != 0 || !team);
-    const int status = interrupted ? 128 + signal : isoshard::tools::kCouldNot;
-    if (!team) report(session, error);
-    return team ? team->fail(status, error.info(), [&] { report(session, error); }) : status;
+    return error.info().code == isoshard::ErrorCode::kInterrupted ? 128 + signal
+                                                                  : isoshard::tools::kCouldNot;
   } catch (const isoshard::CheckFailure& failure) {
-    return report_bug(failure.what(), team.get());
+    std::cerr << "isoshard: this is our own bug, please report this line:\n  " << failure.what()
+              << "\n";
+    return isoshard::tools::kOurBug;
   } catch (const std::bad_alloc&) {
     // Until the command line is read, its words are all that is known.
     session.json = wants_json();
     if (session.source.empty() && argc > 2 && argv[2][0] != '-') session.source = argv[2];
-    const isoshard::Error error = memory_exhausted(session.source);
-    if (team) team->fail(isoshard::tools::kCouldNot, error.info(), [] {});
-    report(session, error);
+    report(session, memory_exhausted(session.source));
     return isoshard::tools::kCouldNot;
   } catch (const std::exception& failure) {
-    return report_bug(std::string("unexpected: ") + failure.what(), team.get());
+    std::cerr << "isoshard: this is our own bug, please report this line:\n  unexpected: "
+              << failure.what() << "\n";
+    return isoshard::tools::kOurBug;
   }
 }
 

@@ -9,7 +9,6 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <iostream>
@@ -29,12 +28,6 @@ namespace {
                         .expected = "a new file, or a log of isoshard, in a folder that is there",
                         .found = found,
                         .next = "name another with --log-file"});
-}
-
-// Ranks of mpirun's job on this machine.
-int ranks_here() {
-  const char* text = std::getenv("OMPI_COMM_WORLD_LOCAL_SIZE");
-  return text == nullptr ? 1 : std::clamp(std::atoi(text), 1, 1 << 20);
 }
 
 // Appends to a log of ours alone: a mistaken name must not write into a checkpoint.
@@ -62,13 +55,12 @@ std::shared_ptr<spdlog::logger> open_log(const std::string& path) {
 }  // namespace
 
 void Session::print_json(nlohmann::json object) const {
-  if (!is_first_rank()) return;
   object["schema"] = 1;
   std::cout << object.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) << "\n";
 }
 
 void Session::log(const std::string& line) const {
-  if (log_file.empty() || !is_first_rank()) return;
+  if (log_file.empty()) return;
   std::shared_ptr<spdlog::logger> logger = spdlog::get("isoshard");
   if (logger == nullptr) logger = open_log(log_file);
   logger->info(line);
@@ -77,12 +69,12 @@ void Session::log(const std::string& line) const {
 
 void Session::say(const std::string& line) const {
   log(line);
-  if (!quiet && !json && is_first_rank()) std::cout << line << "\n" << std::flush;
+  if (!quiet && !json) std::cout << line << "\n" << std::flush;
 }
 
 void Session::notice(const std::string& line) const {
   log(line);
-  if (!quiet && is_first_rank()) std::cerr << line << "\n";
+  if (!quiet) std::cerr << line << "\n";
 }
 
 checkpoint::ShardedState Session::open(const std::string& source, bool prove) {
@@ -111,9 +103,7 @@ checkpoint::ShardedState Session::open(const std::string& source, bool prove) {
 
 reshard::StreamOptions Session::stream_options() const {
   reshard::StreamOptions options;
-  options.team = team;
-  const int processors = std::max(1, static_cast<int>(std::thread::hardware_concurrency()) /
-                                         (team == nullptr ? 1 : ranks_here()));
+  const int processors = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
   // Two a processor: while one waits for the disk another works (docs/PERFORMANCE.md).
   options.workers = workers > 0 ? workers : std::min(2 * processors, 32);
   if (!max_memory.empty()) {
@@ -128,7 +118,7 @@ reshard::StreamOptions Session::stream_options() const {
     options.open_files =
         static_cast<int>(std::clamp<int64_t>(static_cast<int64_t>(limit.rlim_cur) - 128, 4, 2048));
   }
-  if (no_progress || quiet || json || !is_first_rank()) return options;
+  if (no_progress || quiet || json) return options;
   const bool terminal = isatty(STDERR_FILENO) != 0;
   const auto began =
       std::make_shared<std::chrono::steady_clock::time_point>(std::chrono::steady_clock::now());

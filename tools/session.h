@@ -28,12 +28,9 @@ struct Session {
   std::string expect;             // iso1:…
   std::string only;               // regular expression on parameter names
   checkpoint::ReadOptions read;
-  Communicator* team = nullptr;  // under mpirun: the ranks that do this command together
   int status = kDone;
 
-  bool is_first_rank() const { return team == nullptr || team->rank() == 0; }
-
-  // One JSON object a line, with "schema": 1. Of a team the first rank alone speaks.
+  // One JSON object a line, with "schema": 1.
   void print_json(nlohmann::json object) const;
   void say(const std::string& line) const;     // to stdout unless --quiet or --json
   void log(const std::string& line) const;     // to --log-file, if there is one
