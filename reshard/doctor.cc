@@ -83,20 +83,18 @@ void tell_pointer(Patient* patient, const std::string& name, const ErrorInfo& in
 // caller's mistake.
 bool find_place(Patient* patient) {
   const std::string& tag = patient->options.read.tag;
-  const std::string& source = patient->source;
-  checkpoint::require_source(patient->storage, source, tag);
+  checkpoint::require_source(patient->storage, patient->source, tag);
   try {
-    patient->place = checkpoint::resolve_source(patient->storage, source, tag);
+    patient->place = checkpoint::resolve_source(patient->storage, patient->source, tag);
     patient->result.folder = patient->place.folder;
     return true;
   } catch (const Error& error) {
-    const auto there = [&](const char* name) {
-      return patient->storage.is_file(checkpoint::join(source, name));
-    };
     const ErrorInfo& info = error.info();
-    const bool pointer = there("latest") || there("latest_universal");
-    if (!tag.empty() || !pointer || leaves_open(info.code)) throw;
-    const std::string name = there("latest") ? "latest" : "latest_universal";
+    if (!tag.empty() || leaves_open(info.code)) throw;
+    patient->source = save_folder_of(patient->storage, patient->source);
+    if (patient->source.empty()) throw;
+    const bool latest = patient->storage.is_file(checkpoint::join(patient->source, "latest"));
+    const std::string name = latest ? "latest" : "latest_universal";
     if (verdict_of(info.code) == Verdict::kHostile) {  // no tag, and no cut makes one of a tag
       tell_unexplained(patient, info);
       return false;
@@ -286,10 +284,7 @@ std::vector<int> alphabetical_ranks(int count, int digits) {
 }
 
 Diagnosis examine(Storage& storage, const std::string& source, const DoctorOptions& options) {
-  // Where a lost pointer lies one level down, it is looked for there.
-  const std::string inner = options.read.tag.empty() ? save_folder_of(storage, source) : "";
-  const std::string& folder = inner.empty() ? source : inner;
-  Patient patient{.storage = storage, .source = folder, .options = options};
+  Patient patient{.storage = storage, .source = source, .options = options};
   if (find_place(&patient)) {
     look_for_marks(&patient);
     read(&patient);

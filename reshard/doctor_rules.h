@@ -24,7 +24,7 @@ struct PatientFile {
 
 struct Patient {
   Storage& storage;
-  const std::string& source;
+  std::string source;  // where its pointer is lost, the folder of that
   const DoctorOptions& options;
   checkpoint::SourcePlace place = {};
   std::optional<checkpoint::ShardedState> state = {};  // where the reader takes it

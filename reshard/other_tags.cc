@@ -139,10 +139,7 @@ std::string save_folder_of(Storage& storage, const std::string& source) {
   };
   if (!storage.is_directory(source)) return "";
   if (points(source)) return source;
-  std::vector<std::string> inner = checkpoint::tags_in(storage, source);
-  std::erase_if(inner, [&](const std::string& name) {
-    return !storage.is_file(checkpoint::join(checkpoint::join(source, name), "latest"));
-  });
+  const std::vector<std::string> inner = checkpoint::save_folders_in(storage, source);
   return inner.size() == 1 ? checkpoint::join(source, inner[0]) : "";
 }
 

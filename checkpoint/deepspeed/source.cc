@@ -146,6 +146,14 @@ std::vector<std::string> tags_in(Storage& storage, const std::string& save_folde
   return names;
 }
 
+std::vector<std::string> save_folders_in(Storage& storage, const std::string& folder) {
+  std::vector<std::string> names = tags_in(storage, folder);
+  std::erase_if(names, [&](const std::string& name) {
+    return !storage.is_file(join(join(folder, name), "latest"));
+  });
+  return names;
+}
+
 std::string pointer_text(Storage& storage, const std::string& path) {
   std::string text = read_small_file(storage, path, 4096);
   const auto blank = [](char c) { return c == ' ' || c == '\n' || c == '\r' || c == '\t'; };
@@ -223,10 +231,7 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
   if (!weights.files.empty()) return weights;
   // A folder of runs with one save folder in it, as Lightning and Accelerate leave it. A tag
   // without a pointer may be a save that has not ended: it must be named.
-  std::vector<std::string> inner = tags_in(storage, path);
-  std::erase_if(inner, [&](const std::string& name) {
-    return !storage.is_file(join(join(path, name), "latest"));
-  });
+  const std::vector<std::string> inner = save_folders_in(storage, path);
   if (inner.size() == 1) {
     SourcePlace found = resolve_source(storage, join(path, inner[0]), "");
     found.notices.push_back("the checkpoint lies one level down, in " + quote(inner[0]));

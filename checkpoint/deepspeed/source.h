@@ -29,6 +29,9 @@ SourcePlace resolve_source(Storage& storage, const std::string& path, const std:
 std::vector<std::string> tags_in(Storage& storage, const std::string& save_folder,
                                  bool links = false);
 
+// Of these, the folders that hold tags of their own, as Lightning and Accelerate leave them.
+std::vector<std::string> save_folders_in(Storage& storage, const std::string& folder);
+
 // What `latest` or `latest_universal` says, without blanks at both ends.
 std::string pointer_text(Storage& storage, const std::string& path);
 
